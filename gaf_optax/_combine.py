@@ -1,0 +1,59 @@
+"""Combine: the weighted mean of stacked micro-gradients, never touching rejected ones."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gaf_optax import _numerics
+
+# Micro-gradients that one pass over the result adds up. XLA fuses a written-out sum
+# into one loop that streams them; its reduction over a leading axis is much slower.
+_UNROLL = 8
+
+
+def normalized(weights: jax.Array) -> jax.Array:
+  """Weights `[..., k]` divided by their sum; all zero where the sum is."""
+  total = jnp.sum(weights, axis=-1, keepdims=True)
+  return jnp.where(total != 0, weights / jnp.where(total != 0, total, 1), 0)
+
+
+def weighted_sum(
+    leaf: jax.Array, weights: jax.Array, dtype=None
+) -> jax.Array:
+  """Sum of `weights[i] * leaf[i]` over the rows whose weight is not zero.
+
+  Rows of weight zero are left out by selection, so that a NaN in them stays there.
+
+  Args:
+    leaf: `[k, *shape]`, floating point or complex.
+    weights: float `[k]`.
+    dtype: of the result; that of the leaf if None.
+
+  Returns:
+    `[*shape]`; the sum is kept in at least float32.
+  """
+  k, result_dtype = leaf.shape[0], dtype or leaf.dtype
+  dtype = _numerics.accumulator_dtype(leaf.dtype)
+  weights = weights.astype(jnp.finfo(dtype).dtype)
+
+  def term(i):
+    row = lax.dynamic_index_in_dim(leaf, i, 0, keepdims=False).astype(dtype)
+    weight = lax.dynamic_index_in_dim(weights, i, 0, keepdims=False)
+    return jnp.where(weight != 0, row * weight, 0)
+
+  def add_terms(start, number, total):
+    for i in range(number):
+      total += term(start + i)
+    return total
+
+  total = jnp.zeros(leaf.shape[1:], dtype)
+  whole = k // _UNROLL
+  if whole > 1:
+    total = lax.fori_loop(
+        0, whole, lambda b, t: add_terms(b * _UNROLL, _UNROLL, t), total
+    )
+  elif whole:
+    total = add_terms(0, _UNROLL, total)
+  return add_terms(whole * _UNROLL, k % _UNROLL, total).astype(
+      result_dtype
+  )

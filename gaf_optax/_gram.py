@@ -1,0 +1,313 @@
+"""Gram: the inner products of micro-gradients, whatever their scale and dtype."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gaf_optax import _numerics
+
+# Squared norms in this range are taken as computed: products of two of them, and
+# sums of a few thousand, stay far from both ends of float32.
+_ORDINARY = (1e-18, 1e18)
+
+# Values of all rows that one step of a blocked inner product reads: they fit in a
+# second-level cache.
+_BLOCK_VALUES = 1 << 17
+
+_HIGHEST = lax.Precision.HIGHEST
+
+
+class Gram(NamedTuple):
+  """Inner products of k vectors, kept in floating range.
+
+  Vector i is `2**exponents[i]` times the vector that `products` was taken of, so
+  that vectors of very different lengths keep their directions.
+
+  Attributes:
+    products: `[..., k, k]`; rows and columns of invalid vectors are zero.
+    exponents: int32 `[..., k]`.
+  """
+
+  products: jax.Array
+  exponents: jax.Array
+
+  def scaled(self) -> jax.Array:
+    """The Gram matrix scaled so that the largest norm is 1, `[..., k, k]`."""
+    squares = jnp.diagonal(self.products, axis1=-2, axis2=-1)
+    # Floor of log2 of each norm, so that the largest is found without overflow.
+    magnitude = jnp.where(
+        squares > 0,
+        self.exponents + jnp.frexp(squares)[1] // 2,
+        _numerics.ZERO_EXPONENT,
+    )
+    top = jnp.max(magnitude, axis=-1, keepdims=True)
+    unit = _numerics.power_of_two(self.exponents - top, self.products.dtype)
+    matrix = self.products * unit[..., :, None] * unit[..., None, :]
+    largest = jnp.max(
+        jnp.diagonal(matrix, axis1=-2, axis2=-1), axis=-1, keepdims=True
+    )[..., None]
+    return matrix / jnp.where(largest > 0, largest, 1)
+
+
+def from_matrix(matrix: jax.Array, valid: jax.Array) -> Gram:
+  """The `Gram` of a plain Gram matrix `[k, k]`; `valid` is bool `[k]`."""
+  matrix = jnp.where(valid[:, None] & valid[None, :], matrix, 0)
+  squares = jnp.diagonal(matrix)
+  exponents = jnp.where(
+      squares > 0, jnp.frexp(squares)[1] // 2, _numerics.ZERO_EXPONENT
+  )
+  unit = _numerics.power_of_two(
+      jnp.where(squares > 0, -exponents, 0), matrix.dtype
+  )
+  return Gram(matrix * unit[:, None] * unit[None, :], exponents)
+
+
+def gram(
+    leaves: Sequence[Sequence[jax.Array]],
+    members: Sequence[int],
+    num_groups: int,
+    embed: Callable[[jax.Array], jax.Array] | None = None,
+) -> tuple[Gram, jax.Array]:
+  """Inner products of the vectors whose pieces the leaves hold, by group.
+
+  Reads every leaf once where the squared norms are in an ordinary range. Where a
+  vector is not finite, zero, or so long or short that its square leaves the range
+  of the accumulator, a second form runs, which scales each vector by a power of
+  two first.
+
+  Args:
+    leaves: for each leaf its blocks of rows, arrays `[k_b, *shape]`; the blocks
+      of a leaf together hold the k rows, in order.
+    members: for each leaf the number of its group, in [0, num_groups]. Leaves of
+      group `num_groups` take no part in the products, only in the second result.
+    num_groups: how many groups there are.
+    embed: an elementwise function, applied to each block before the products.
+
+  Returns:
+    The `Gram` of each group (`[num_groups, k, k]` and `[num_groups, k]`), and
+    bool `[k]`: whether all values of a row are finite, in every leaf.
+  """
+  k = sum(block.shape[0] for block in leaves[0])
+  dtype = _numerics.real_accumulator_dtype(
+      block.dtype for blocks in leaves for block in blocks
+  )
+  in_group = [
+      (blocks, member)
+      for blocks, member in zip(leaves, members)
+      if member < num_groups
+  ]
+  # What the products do not read has to be looked at for itself.
+  unread = [
+      blocks
+      for blocks, member in zip(leaves, members)
+      if member == num_groups or embed is not None
+  ]
+  rows = [
+      (_rows(blocks, embed, dtype), member) for blocks, member in in_group
+  ]
+
+  def products(scale=None):
+    total = [jnp.zeros((k, k), dtype) for _ in range(num_groups)]
+    for leaf_rows, member in rows:
+      for part in leaf_rows:
+        leaf_scale = None if scale is None else scale[member]
+        total[member] += _inner_products(part, dtype, leaf_scale)
+    return jnp.stack(total)
+
+  def largest_values():
+    total = [jnp.zeros((k,), dtype) for _ in range(num_groups)]
+    for leaf_rows, member in rows:
+      for part in leaf_rows:
+        total[member] = jnp.maximum(total[member], _largest(part, dtype))
+    return jnp.stack(total)
+
+  unread_finite = jnp.ones((k,), bool)
+  for blocks in unread:
+    for part in _rows(blocks, None, dtype):
+      unread_finite &= jnp.isfinite(_largest(part, dtype))
+
+  raw = products()
+  squares = jnp.diagonal(raw, axis1=1, axis2=2)
+  ordinary = jnp.all(unread_finite) & jnp.all(
+      (squares >= _ORDINARY[0]) & (squares <= _ORDINARY[1])
+  )
+
+  def as_computed():
+    exponents = jnp.zeros((num_groups, k), jnp.int32)
+    return Gram(raw, exponents), jnp.ones((k,), bool)
+
+  def rescaled():
+    largest = largest_values()
+    valid = unread_finite & jnp.all(jnp.isfinite(largest), axis=0)
+    info = jnp.finfo(dtype)
+    exponents = jnp.frexp(jnp.where(valid, largest, 0))[1]
+    exponents = jnp.clip(exponents, info.minexp, -info.minexp)
+    scale = _numerics.power_of_two(-exponents, dtype)
+    scaled = products(jnp.where(valid, scale, jnp.nan))
+    squares = jnp.diagonal(scaled, axis1=1, axis2=2)
+    exponents = jnp.where(squares > 0, exponents, _numerics.ZERO_EXPONENT)
+    return Gram(scaled, exponents.astype(jnp.int32)), valid
+
+  return lax.cond(ordinary, as_computed, rescaled)
+
+
+def cosine_distance(a: Any, b: Any) -> jax.Array:
+  r"""Cosine distance of two pytrees, each taken as one long vector.
+
+  .. math::
+    d(a, b) = 1 - \frac{\langle a, b \rangle}{|a| |b|}
+
+  Inner products accumulate in at least float32 and neither overflow nor
+  underflow; of complex leaves the real part of the Hermitian product is taken.
+  Leaves that are not floating point or complex take no part.
+
+  Args:
+    a: a pytree of arrays.
+    b: a pytree of the same structure and shapes.
+
+  Returns:
+    float32 scalar in [0, 2]: 0 for the same direction, 1 for orthogonal vectors
+    or if either is zero, 2 for opposite ones; NaN if either is not finite.
+
+  Raises:
+    ValueError: if the structures or the shapes differ.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from gaf_optax import cosine_distance
+    >>> a = {'w': jnp.array([1.0, 0.0]), 'b': jnp.array(0.0)}
+    >>> b = {'w': jnp.array([0.0, 2.0]), 'b': jnp.array(0.0)}
+    >>> float(cosine_distance(a, b))
+    1.0
+
+  References:
+    Chaubard et al., `Beyond Gradient Averaging in Parallel Optimization
+    <https://arxiv.org/abs/2412.18052>`_, 2024, equation 1.
+  """
+  if jax.tree.structure(a) != jax.tree.structure(b):
+    raise ValueError(
+        "cosine_distance compares two pytrees of one structure, got "
+        f"{jax.tree.structure(a)} and {jax.tree.structure(b)}."
+    )
+  pairs = []
+  paths = jax.tree_util.tree_flatten_with_path(a)[0]
+  for (path, x), y in zip(paths, jax.tree.leaves(b)):
+    if jnp.shape(x) != jnp.shape(y):
+      raise ValueError(
+          "cosine_distance compares leaves of one shape, got "
+          f"{jnp.shape(x)} and {jnp.shape(y)} at leaf "
+          f"{jax.tree_util.keystr(path) or '(the whole tree)'}."
+      )
+    if jnp.issubdtype(jnp.result_type(x), jnp.inexact):
+      pairs.append((jnp.asarray(x)[None], jnp.asarray(y)[None]))
+  if not pairs:
+    raise ValueError(
+        "cosine_distance found no floating-point or complex leaf to compare."
+    )
+  both, valid = gram(pairs, [0] * len(pairs), 1)
+  n = both.products[0]
+  result = _numerics.distance("cosine", n[0, 1], n[0, 0], n[1, 1])
+  return jnp.where(jnp.all(valid), result, jnp.nan).astype(jnp.float32)
+
+
+def _rows(blocks, embed, dtype):
+  """The blocks of a leaf as real matrices `[k_b, size]`: one tuple of blocks for
+  real leaves, two (real and imaginary parts) for complex ones."""
+  if embed is not None:
+    blocks = [embedded(block, embed, dtype) for block in blocks]
+  flat = [x.reshape(x.shape[0], math.prod(x.shape[1:])) for x in blocks]
+  if any(jnp.iscomplexobj(block) for block in flat):
+    return [tuple(x.real for x in flat), tuple(x.imag for x in flat)]
+  return [tuple(flat)]
+
+
+def embedded(block, embed, dtype):
+  """`embed` of an array, of an inexact dtype, its shape checked."""
+  result = jnp.asarray(embed(block))
+  if result.shape != block.shape:
+    raise ValueError(
+        "embed must be elementwise, that is, keep the shape of each leaf; it "
+        f"turned a leaf of shape {block.shape} into {result.shape}."
+    )
+  if not jnp.issubdtype(result.dtype, jnp.inexact):
+    result = result.astype(dtype)
+  return result
+
+
+def _largest(part, dtype):
+  """The largest absolute value in each row `[k]`; NaN where there is a NaN."""
+  return jnp.concatenate([
+      jnp.max(jnp.abs(block), axis=1, initial=0).astype(dtype) for block in part
+  ])
+
+
+def _inner_products(part, dtype, scale):
+  """Inner products `[k, k]` of the rows that the blocks `[k_b, size]` hold.
+
+  `scale` is None, or the factor of each row `[k]`, NaN for rows that count as
+  zero.
+  """
+  if scale is not None:
+    return _blocked(part, dtype, scale)
+  return lax.platform_dependent(
+      *part,
+      # XLA's CPU products of long rows copy both operands and run far below the
+      # memory's speed; in blocks that fit in the cache they do neither.
+      cpu=lambda *part: _blocked(part, dtype, None),
+      default=lambda *part: _products(part, dtype),
+  )
+
+
+def _blocked(part, dtype, scale):
+  """`_inner_products`, a block of columns at a time."""
+  rows, size = sum(block.shape[0] for block in part), part[0].shape[1]
+  width = max(_BLOCK_VALUES // rows, 256)
+
+  def block_products(start, length):
+    columns = [
+        lax.dynamic_slice_in_dim(x, start, length, 1).astype(dtype)
+        for x in part
+    ]
+    if scale is not None:
+      edges = [0]
+      for x in columns:
+        edges.append(edges[-1] + x.shape[0])
+      factors = [scale[i:j, None] for i, j in zip(edges, edges[1:])]
+      columns = [
+          jnp.where(jnp.isnan(f), 0, x * f) for x, f in zip(columns, factors)
+      ]
+    return _products(columns, dtype)
+
+  whole = size // width
+  total = jnp.zeros((rows, rows), dtype)
+  if whole:
+    total = lax.fori_loop(
+        0, whole, lambda i, t: t + block_products(i * width, width), total
+    )
+  if size % width:
+    total += block_products(whole * width, size % width)
+  return total
+
+
+def _products(part, dtype):
+  """Inner products of all rows of all blocks, by one matrix product a pair."""
+
+  def dot(x, y):
+    if x.dtype != y.dtype or x.dtype.itemsize < 2 or x.dtype == jnp.float64:
+      x, y = x.astype(dtype), y.astype(dtype)
+    return lax.dot_general(
+        x, y, (((1,), (1,)), ((), ())),
+        precision=_HIGHEST,
+        preferred_element_type=dtype,
+    )
+
+  if len(part) == 1:
+    return dot(part[0], part[0])
+  return jnp.block([
+      [dot(x, y) if i <= j else dot(y, x).T for j, y in enumerate(part)]
+      for i, x in enumerate(part)
+  ])

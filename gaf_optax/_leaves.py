@@ -1,0 +1,263 @@
+"""Leaves: reads a tree of micro-gradients, checks its shapes, sorts leaves into groups."""
+
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+GroupsFn = Callable[[Any, jax.ShapeDtypeStruct], Hashable]
+
+
+class Layout(NamedTuple):
+  """Which leaves take part in which decision; hashable, known when tracing.
+
+  Attributes:
+    paths: where in the tree each floating-point or complex leaf is.
+    members: the number of its group for each; `num_groups` for those that take
+      part in no decision.
+    num_groups: how many decisions there are.
+  """
+
+  paths: tuple[Any, ...]
+  members: tuple[int, ...]
+  num_groups: int
+
+
+class Leaves(NamedTuple):
+  """A tree of micro-gradients, taken apart.
+
+  Attributes:
+    arrays: the floating-point and complex leaves, in the order of the layout.
+    layout: a `Layout`.
+    k: the number of micro-gradients on the leading axis, None without one.
+    rebuild: puts one result for each of `arrays` back into the tree, with zeros
+      for integer leaves.
+  """
+
+  arrays: list[jax.Array]
+  layout: Layout
+  k: int | None
+  rebuild: Callable[[list[jax.Array]], Any]
+
+
+def read(
+    tree: Any,
+    params: Any,
+    groups: str | GroupsFn | None,
+    *,
+    stacked: bool,
+) -> Leaves:
+  """Takes a tree of micro-gradients apart.
+
+  Args:
+    tree: leaves `[k, *shape]` if stacked, else `[*shape]`.
+    params: the parameters with leaves `[*shape]`, or None where not known.
+    groups: None, 'leaf' or a function, see `gaf`.
+    stacked: whether the leaves have a micro-gradient axis in front.
+
+  Raises:
+    ValueError: naming the leaf whose shape is wrong, or an empty tree.
+  """
+  flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
+  if not flat and not _placeholders(tree):
+    raise ValueError(
+        "the tree of micro-gradients is empty: it has no leaf to compare. Was the"
+        " right part of the parameters differentiated?"
+    )
+  _check_against_params(flat, tree, params, stacked)
+  k = _leading_size(flat) if stacked and flat else None
+
+  paths, arrays, members, results = [], [], [], []
+  labels: dict[Hashable, int] = {}
+  for path, leaf in flat:
+    shape = leaf_shape(leaf)[1:] if stacked else leaf_shape(leaf)
+    dtype = _dtype(leaf)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+      results.append(_zeros(shape, dtype))
+      continue
+    label = _label(groups, path, jax.ShapeDtypeStruct(shape, dtype))
+    if label is not _EXCLUDED:
+      labels.setdefault(label, len(labels))
+    members.append(label)
+    results.append(len(arrays))
+    paths.append(path)
+    arrays.append(jnp.asarray(leaf))
+  if arrays and not labels:
+    raise ValueError(
+        "groups gave every leaf the label None, which takes part in no decision:"
+        " there is nothing to compare. Label at least one leaf."
+    )
+  numbers = tuple(labels.get(label, len(labels)) for label in members)
+
+  def rebuild(values):
+    return treedef.unflatten(
+        [values[r] if isinstance(r, int) else r for r in results]
+    )
+
+  layout = Layout(tuple(paths), numbers, len(labels))
+  return Leaves(arrays, layout, k, rebuild)
+
+
+def pick(tree: Any, layout: Layout) -> list[jax.Array]:
+  """The leaves of a tree like the parameters that are in the layout, in order."""
+  found = dict(jax.tree_util.tree_flatten_with_path(tree)[0])
+  return [found[path] for path in layout.paths]
+
+
+def put(tree: Any, layout: Layout, values: list[jax.Array]) -> Any:
+  """The tree with the leaves that are in the layout replaced."""
+  replaced = dict(zip(layout.paths, values))
+  return jax.tree_util.tree_map_with_path(
+      lambda path, leaf: replaced.get(path, leaf), tree
+  )
+
+
+def leaf_shape(leaf: Any) -> tuple[int, ...]:
+  return tuple(leaf.shape) if hasattr(leaf, "shape") else jnp.shape(leaf)
+
+
+_EXCLUDED = object()
+_WHOLE = object()
+
+
+def _label(groups, path, leaf):
+  if groups is None:
+    return _WHOLE
+  if groups == "leaf":
+    return jax.tree_util.keystr(path)
+  label = groups(path, leaf)
+  if label is None:
+    return _EXCLUDED
+  if not isinstance(label, Hashable):
+    raise ValueError(
+        f"groups must return a hashable label or None, got {label!r} for leaf"
+        f" {_name(path)}."
+    )
+  return label
+
+
+def _dtype(leaf):
+  dtype = getattr(leaf, "dtype", None)
+  return jnp.result_type(leaf) if dtype is None else dtype
+
+
+def _zeros(shape, dtype):
+  if dtype == jax.dtypes.float0:
+    return np.zeros(shape, dtype)  # jax.numpy has no arrays of this dtype.
+  return jnp.zeros(shape, dtype)
+
+
+def _is_placeholder(node):
+  return node is None or isinstance(node, optax.MaskedNode)
+
+
+def _placeholders(tree):
+  """Paths of the `None`s and `optax.MaskedNode`s in a tree."""
+  flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_placeholder)
+  return [path for path, node in flat if _is_placeholder(node)]
+
+
+def _name(path):
+  return jax.tree_util.keystr(path) or "(the whole tree)"
+
+
+def _leading_size(flat):
+  sizes = [
+      (path, leaf_shape(leaf), leaf_shape(leaf)[:1]) for path, leaf in flat
+  ]
+  for path, shape, leading in sizes:
+    if not leading:
+      raise ValueError(
+          f"micro-gradient leaf {_name(path)} has shape {shape}: a scalar has no"
+          f" micro-gradient axis in front. {_STACK}"
+      )
+  first_path, first_shape, first = sizes[0]
+  for path, shape, leading in sizes:
+    if leading != first:
+      raise ValueError(
+          "the leaves of stacked micro-gradients must have the same leading axis"
+          f" [k, ...], but leaf {_name(first_path)} has shape {first_shape} and"
+          f" leaf {_name(path)} has shape {shape}. {_STACK}"
+      )
+  if first[0] == 0:
+    raise ValueError(
+        f"micro-gradient leaf {_name(first_path)} has shape {first_shape}: there"
+        " are no micro-gradients in it."
+    )
+  return first[0]
+
+
+_STACK = (
+    "Are these plain gradients, shaped like the parameters? gaf takes one gradient"
+    " for each microbatch, stacked: jax.vmap(jax.grad(loss), (None, 0))(params,"
+    " microbatches). For one micro-gradient a call there is gaf_optax.multi_steps."
+)
+
+
+def _check_against_params(flat, tree, params, stacked):
+  if params is None:
+    return
+  expected = {
+      path: leaf_shape(p)
+      for path, p in jax.tree_util.tree_flatten_with_path(params)[0]
+  }
+  for path, leaf in flat:
+    shape = leaf_shape(leaf)
+    if path not in expected:
+      raise ValueError(
+          f"micro-gradient leaf {_name(path)} of shape {shape} has no counterpart"
+          f" among the parameters, which have {_listed(expected)}. Are params and"
+          " gradients of the same model?"
+      )
+    if (shape[1:] if stacked and shape else shape) == expected[path] and (
+        shape or not stacked
+    ):
+      continue
+    raise ValueError(
+        f"micro-gradient leaf {_name(path)} has shape {shape}, its parameter has"
+        f" shape {expected[path]}; expected"
+        f" {('k', *expected[path]) if stacked else expected[path]}."
+        f" {_likely_mistake(shape, expected[path], stacked)}"
+    )
+  present = {path for path, _ in flat}
+  missing = [path for path in expected if path not in present]
+  if missing:
+    masked = _placeholders(tree)
+    for path in missing:
+      if not any(path[: len(m)] == m for m in masked):
+        raise ValueError(
+            f"parameter {_name(path)} of shape {expected[path]} has no"
+            " micro-gradient. Are params and gradients of the same model?"
+        )
+
+
+def _likely_mistake(shape, expected, stacked):
+  if not stacked:
+    if shape[1:] == expected:
+      return (
+          "Are these stacked micro-gradients? The streamed form takes one"
+          " micro-gradient a call; gaf_optax.gaf takes the stack."
+      )
+    return "Are params and gradients of the same model?"
+  if shape == expected:
+    if len(shape) == 1:
+      return _STACK + (
+          " (optax.flatten around gaf flattens the micro-gradient axis away, too:"
+          " put it inside the chain, after gaf.)"
+      )
+    return _STACK
+  if len(shape) == len(expected) == 1:
+    return (
+        "optax.flatten around gaf flattens the micro-gradient axis away: put it"
+        " inside the chain, after gaf."
+    )
+  return "The micro-gradient axis comes first, then the shape of the parameter."
+
+
+def _listed(paths, limit=5):
+  names = [_name(path) for path in paths]
+  more = f" and {len(names) - limit} more" if len(names) > limit else ""
+  return ", ".join(names[:limit]) + more if names else "no leaves"

@@ -1,0 +1,63 @@
+"""Floating-point helpers: which dtype sums are kept in, exact powers of two, distances."""
+
+import jax
+import jax.numpy as jnp
+
+ZERO_EXPONENT = -100_000  # The exponent of a zero vector: below every other.
+
+
+def accumulator_dtype(dtype) -> jnp.dtype:
+  """The dtype in which sums over values of an inexact `dtype` are kept.
+
+  At least 32 bits wide, and complex for complex values.
+  """
+  dtype = jnp.dtype(dtype)
+  if jnp.issubdtype(dtype, jnp.complexfloating):
+    return dtype
+  return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def real_accumulator_dtype(dtypes) -> jnp.dtype:
+  """The real dtype of inner products summed over leaves of several dtypes."""
+  wide = any(jnp.dtype(d) in (jnp.float64, jnp.complex128) for d in dtypes)
+  return jnp.dtype(jnp.float64 if wide else jnp.float32)
+
+
+def power_of_two(exponent: jax.Array, dtype) -> jax.Array:
+  """2**exponent, exactly, for int32 exponents of any size (0 below the range)."""
+  info = jnp.finfo(dtype)
+  result = jnp.ldexp(
+      jnp.ones((), dtype), jnp.clip(exponent, info.minexp, info.maxexp - 1)
+  )
+  return jnp.where(exponent < info.minexp, 0, result).astype(dtype)
+
+
+def distance(kind: str, ab, aa, bb, shift=0, cancelled=False) -> jax.Array:
+  """Distance in [0, 2] of two vectors from their inner products.
+
+  Args:
+    kind: 'cosine', 1 - <a, b> / (|a| |b|), or 'euclidean',
+      |a - b|^2 / (|a|^2 + |b|^2).
+    ab: the inner products <a, b>; any shape.
+    aa: the squared norms |a|^2, broadcastable to `ab`.
+    bb: the squared norms |b|^2 likewise.
+    shift: int32; the true b is `2**shift` times the b of the inner products,
+      measured in the units of a. Only the Euclidean distance depends on it.
+    cancelled: bool; `a` is a sum that cancelled down to its rounding errors and
+      counts as zero.
+
+  Returns:
+    The distances, 1 where either vector is zero.
+  """
+  zero = (aa <= 0) | (bb <= 0) | cancelled
+  aa = jnp.where(zero, 1, aa)
+  bb = jnp.where(zero, 1, bb)
+  if kind == "cosine":
+    similarity = ab / jnp.sqrt(aa * bb)
+  else:
+    ratio = power_of_two(jnp.asarray(shift), ab.dtype)
+    inverse = power_of_two(-jnp.asarray(shift), ab.dtype)
+    similarity = 2 * ab / (aa * inverse + bb * ratio)
+  result = 1 - jnp.clip(jnp.where(zero, 0, similarity), -1, 1)
+  # The same vector twice is at distance 0, whatever the rounding of its norm.
+  return jnp.where(result < 8 * jnp.finfo(result.dtype).eps, 0, result)

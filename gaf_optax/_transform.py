@@ -1,0 +1,295 @@
+"""Transform: GAF on stacked micro-gradients, as the path gram, rule, combine."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gaf_optax import _combine
+from gaf_optax import _gram
+from gaf_optax import _leaves
+from gaf_optax import _options
+from gaf_optax import _state
+from gaf_optax import _threshold
+from gaf_optax import rules
+
+
+def gaf(
+    tau: Any = 0.97,
+    *,
+    rule: Any = None,
+    embed: Any = None,
+    axis_name: Any = None,
+    param_axes: Any = (),
+    stacked: Any = None,
+    groups: Any = None,
+    anchor_decay: Any = None,
+    num_microbatches: int | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Gradient Agreement Filtering: averages the micro-gradients that agree.
+
+  Takes k micro-gradients and gives one gradient. Compares them by cosine distance
+  over the whole pytree, drops those that are farther than tau, averages the rest,
+  and gives a zero gradient where no two agree:
+
+  .. math::
+    d_i = 1 - \frac{\langle s, g_i \rangle}{|s| |g_i|}, \qquad
+    s \leftarrow s + g_i \text{ if } d_i \le \tau
+
+  starting from :math:`s = g_1`; the result is s divided by the number of its
+  terms. It is the first link of a chain, `optax.chain(gaf(0.97), optax.sgd(0.1))`.
+  On a step without agreement the rest of that chain sees a zero gradient:
+  momentum coasts, weight decay and Adam's counter go on. To leave them as they
+  were, as the paper does, use :func:`apply_if_agreed`.
+
+  What it guarantees:
+
+  ============================================  ==================================
+  micro-gradient with NaN or an infinity        never accepted, never in the result
+  zero micro-gradient                           at distance 1 from every other
+  distance equal to tau                         accepted
+  tau = 2                                       the mean of the finite ones
+  every value times 1e-30 or 1e+30              the same decision
+  bfloat16, float16 leaves                      sums in float32, result as the leaf
+  complex leaves                                real part of the Hermitian product
+  integer and `float0` leaves                   no part; zeros
+  `None`, `optax.MaskedNode`                    passed through
+  ============================================  ==================================
+
+  `optax.MultiSteps`, `optax.apply_if_finite` and `optax.flatten` cannot wrap a
+  chain that starts with `gaf`; they belong inside it, after `gaf` (for
+  accumulation there is :func:`multi_steps`, and micro-gradients that are not
+  finite are dropped anyway). `optax.masked` leaves the leaves outside its mask
+  stacked; to exclude leaves use `groups`.
+
+  Args:
+    tau: the largest distance that is accepted, in [0, 2]: a float, an
+      `optax.Schedule` (called with the number of updates seen), or a
+      :func:`target_accept_rate`. The useful range is 0.92 to 1.0 for most models;
+      small microbatches and few classes can want less.
+    rule: how the micro-gradients are compared: `rules.sequential()` (the
+      default, above), another rule of :mod:`gaf_optax.rules`, or any callable
+      `(gram [k, k], valid [k] bool, tau) -> rules.Decision`. `valid` is False for
+      micro-gradients that are not finite, whose rows and columns are zero; the
+      Gram matrix is scaled so that the largest norm is 1.
+    embed: an elementwise function, applied to each leaf before the inner products
+      and to nothing else. With `jnp.sign` the cosine distance is twice the share
+      of coordinates whose signs differ.
+    axis_name: not implemented yet.
+    param_axes: not implemented yet.
+    stacked: not implemented yet.
+    groups: None for one decision over the whole tree, 'leaf' for one for each
+      leaf, or a function `(path, leaf) -> label` for one for each label, where
+      `path` is a JAX key path and `leaf` a `jax.ShapeDtypeStruct` of the
+      parameter's shape. Leaves of label None take no part in any decision and are
+      averaged over all finite micro-gradients. The step has agreed when any group
+      has; a group without agreement gives zeros.
+    anchor_decay: in [0, 1). Each micro-gradient is compared with an exponential
+      moving average of the past steps' plain means instead of with the others,
+      which needs one more copy of the parameters but works for k = 1. The first
+      step accepts. Excludes `rule`.
+    num_microbatches: k. When given, the state holds the last step's `distances`
+      and `accepted` for each micro-gradient.
+
+  Returns:
+    A transformation whose `update(micro_grads, state, params=None)` takes leaves
+    `[k, *shape]` and returns leaves `[*shape]` of the same dtypes. Extra arguments
+    are ignored. Its state is a :class:`GafState`; :func:`metrics` reads it.
+
+  Raises:
+    ValueError: for arguments outside their ranges. `update` raises it for leaves
+      that are not stacked or differ in k, for an empty tree, for k = 1 without an
+      anchor and for a k other than `num_microbatches`.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, optax
+    >>> from gaf_optax import gaf
+    >>> loss = lambda w, x, y: jnp.mean((x @ w - y) ** 2)
+    >>> x = jax.random.normal(jax.random.key(0), (4, 8, 3))  # 4 microbatches of 8
+    >>> y = x @ jnp.array([1.0, -2.0, 3.0])
+    >>> tx = optax.chain(gaf(0.97), optax.sgd(0.1))
+    >>> w = jnp.zeros(3)
+    >>> state = tx.init(w)
+    >>> for _ in range(50):
+    ...   grads = jax.vmap(jax.grad(loss), (None, 0, 0))(w, x, y)
+    ...   updates, state = tx.update(grads, state, w)
+    ...   w = optax.apply_updates(w, updates)
+    >>> print(jnp.round(w, 2))
+    [ 1. -2.  3.]
+
+  References:
+    Chaubard et al., `Beyond Gradient Averaging in Parallel Optimization
+    <https://arxiv.org/abs/2412.18052>`_, 2024.
+  """
+  options = _options.checked(
+      tau,
+      rule=rule,
+      embed=embed,
+      axis_name=axis_name,
+      param_axes=param_axes,
+      stacked=stacked,
+      groups=groups,
+      anchor_decay=anchor_decay,
+      num_microbatches=num_microbatches,
+  )
+
+  def init_fn(params):
+    return _state.init(
+        params, tau, options.anchor_decay, options.num_microbatches
+    )
+
+  def update_fn(micro_grads, state, params=None, **extra_args):
+    del extra_args
+    like = state.anchor if params is None else params
+    leaves = _leaves.read(micro_grads, like, options.groups, stacked=True)
+    if not leaves.arrays:  # Placeholders or integers: there is nothing to filter.
+      return leaves.rebuild([]), state
+    _check_number(leaves.k, options)
+    means, state = _step(
+        leaves.arrays,
+        state,
+        _threshold.value(tau, state.num_updates, state.steered),
+        options.anchor_decay,
+        tau=tau if isinstance(tau, _threshold.TargetAcceptRate) else None,
+        rule=options.rule,
+        embed=options.embed,
+        layout=leaves.layout,
+    )
+    return leaves.rebuild(means), state
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class ApplyIfAgreedState(NamedTuple):
+  """State of `apply_if_agreed`.
+
+  Attributes:
+    gaf_state: a `GafState`.
+    inner_state: the state of the inner transformation.
+  """
+
+  gaf_state: _state.GafState
+  inner_state: Any
+
+
+def apply_if_agreed(
+    inner: optax.GradientTransformation, tau: Any = 0.97, **gaf_options: Any
+) -> optax.GradientTransformationExtraArgs:
+  """`gaf` followed by `inner`, which is left out on steps without agreement.
+
+  As `optax.chain(gaf(tau), inner)`, but on a step without agreement `inner` is not
+  run: the update is zero and its state stays as it was. That is what the paper's
+  algorithm does.
+
+  ==================  ==========================  =======================
+  without agreement   `chain(gaf(), inner)`       `apply_if_agreed(inner)`
+  ==================  ==========================  =======================
+  momentum            decays, moves the weights   stays, moves nothing
+  weight decay        goes on                     pauses
+  Adam's moments      decay                       stay
+  Adam's counter      goes on                     stays
+  schedules in inner  go on                       pause
+  ==================  ==========================  =======================
+
+  Args:
+    inner: the transformation that takes the filtered gradient.
+    tau: see :func:`gaf`.
+    **gaf_options: the other arguments of :func:`gaf`.
+
+  Returns:
+    A transformation like that of :func:`gaf`. Extra arguments go to `inner`.
+
+  Raises:
+    ValueError: as :func:`gaf`.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax
+    >>> from gaf_optax import apply_if_agreed
+    >>> tx = apply_if_agreed(optax.adam(0.1), tau=0.97)
+    >>> state = tx.init(jnp.zeros(2))
+    >>> opposed = jnp.array([[1.0, 0.0], [-1.0, 0.0]])
+    >>> updates, state = tx.update(opposed, state)
+    >>> print(updates, int(optax.tree.get(state, 'count')))
+    [0. 0.] 0
+
+  References:
+    Chaubard et al., `Beyond Gradient Averaging in Parallel Optimization
+    <https://arxiv.org/abs/2412.18052>`_, 2024, algorithm 1.
+  """
+  outer = gaf(tau, **gaf_options)
+  inner = optax.with_extra_args_support(inner)
+
+  def init_fn(params):
+    return ApplyIfAgreedState(outer.init(params), inner.init(params))
+
+  def update_fn(micro_grads, state, params=None, **extra_args):
+    grads, gaf_state = outer.update(micro_grads, state.gaf_state, params)
+    updates, inner_state = run_if(
+        gaf_state.ready, inner, grads, state.inner_state, params, extra_args
+    )
+    return updates, ApplyIfAgreedState(gaf_state, inner_state)
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def run_if(condition, inner, grads, inner_state, params, extra_args):
+  """The update and state of `inner`, or zeros and the old state."""
+
+  def run():
+    return inner.update(grads, inner_state, params, **extra_args)
+
+  def leave():
+    return optax.tree.zeros_like(jax.eval_shape(run)[0]), inner_state
+
+  return jax.lax.cond(condition, run, leave)
+
+
+def _check_number(k, options):
+  if k == 1 and options.anchor_decay is None:
+    raise ValueError(
+        "there is one micro-gradient (k = 1) and nothing to compare it with. Split"
+        " the batch into at least two microbatches, or give anchor_decay to compare"
+        " with past steps."
+    )
+  if options.num_microbatches not in (None, k):
+    raise ValueError(
+        f"num_microbatches is {options.num_microbatches}, but {k} micro-gradients"
+        " arrived."
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("tau", "rule", "embed", "layout"))
+def _step(arrays, state, threshold, decay, *, tau, rule, embed, layout):
+  """Leaves `[k, *shape]` and the state to filtered means `[*shape]` and the state.
+
+  Compiled as one, so that a call outside `jit` costs no more than it has to.
+  """
+  k = arrays[0].shape[0]
+  blocks = [(x,) for x in arrays]
+  if decay is not None:
+    anchor = _leaves.pick(state.anchor, layout)
+    blocks = [(a[None], x) for a, x in zip(anchor, arrays)]
+
+  gram, finite = _gram.gram(blocks, layout.members, layout.num_groups, embed)
+  finite = finite[-k:]
+  decision = rules.decide_groups(rule, gram, finite, threshold, state.anchored)
+  plain = finite.astype(decision.weights.dtype)[None]
+  weights = _combine.normalized(jnp.concatenate([decision.weights, plain]))
+  means = [
+      _combine.weighted_sum(x, weights[member])
+      for x, member in zip(arrays, layout.members)
+  ]
+
+  if decay is not None:
+    state = _state.move_anchor(
+        state,
+        layout,
+        decay,
+        [_combine.weighted_sum(x, weights[-1], a.dtype)
+         for x, a in zip(arrays, anchor)],
+        jnp.any(finite),
+    )
+  step = _state.outcome(decision.accepted, decision.distances, finite)
+  return means, _state.advance(state, tau, threshold, step)
