@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from gaf_optax import _numerics
+
 GroupsFn = Callable[[Any, jax.ShapeDtypeStruct], Hashable]
 
 
@@ -59,14 +61,9 @@ def read(
     stacked: whether the leaves have a micro-gradient axis in front.
 
   Raises:
-    ValueError: naming the leaf whose shape is wrong, or an empty tree.
+    ValueError: naming the leaf whose shape is wrong.
   """
   flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
-  if not flat and not _placeholders(tree):
-    raise ValueError(
-        "the tree of micro-gradients is empty: it has no leaf to compare. Was the"
-        " right part of the parameters differentiated?"
-    )
   _check_against_params(flat, tree, params, stacked)
   k = _leading_size(flat) if stacked and flat else None
 
@@ -99,6 +96,27 @@ def read(
 
   layout = Layout(tuple(paths), numbers, len(labels))
   return Leaves(arrays, layout, k, rebuild)
+
+
+def check_not_empty(tree: Any) -> None:
+  """Raises for a tree without a leaf and without a placeholder for one."""
+  if not jax.tree.leaves(tree) and not _placeholders(tree):
+    raise ValueError(
+        "the tree of micro-gradients is empty: it has no leaf to compare. Was the"
+        " right part of the parameters differentiated?"
+    )
+
+
+def accumulators(tree: Any) -> Any:
+  """Zeros like the leaves, wide enough to keep sums of such values."""
+
+  def zeros(leaf):
+    dtype = _dtype(leaf)
+    if jnp.issubdtype(dtype, jnp.inexact):
+      dtype = _numerics.accumulator_dtype(dtype)
+    return _zeros(leaf_shape(leaf), dtype)
+
+  return jax.tree.map(zeros, tree)
 
 
 def pick(tree: Any, layout: Layout) -> list[jax.Array]:

@@ -32,7 +32,9 @@ def power_of_two(exponent: jax.Array, dtype) -> jax.Array:
   return jnp.where(exponent < info.minexp, 0, result).astype(dtype)
 
 
-def distance(kind: str, ab, aa, bb, shift=0, cancelled=False) -> jax.Array:
+def distance(
+    kind: str, ab, aa, bb, *, tau=None, shift=0, cancelled=False
+) -> jax.Array:
   """Distance in [0, 2] of two vectors from their inner products.
 
   Args:
@@ -41,6 +43,8 @@ def distance(kind: str, ab, aa, bb, shift=0, cancelled=False) -> jax.Array:
     ab: the inner products <a, b>; any shape.
     aa: the squared norms |a|^2, broadcastable to `ab`.
     bb: the squared norms |b|^2 likewise.
+    tau: the threshold that the distances will be compared with. Those that differ
+      from it by no more than rounding are it, so that equal means accepted.
     shift: int32; the true b is `2**shift` times the b of the inner products,
       measured in the units of a. Only the Euclidean distance depends on it.
     cancelled: bool; `a` is a sum that cancelled down to its rounding errors and
@@ -59,5 +63,8 @@ def distance(kind: str, ab, aa, bb, shift=0, cancelled=False) -> jax.Array:
     inverse = power_of_two(-jnp.asarray(shift), ab.dtype)
     similarity = 2 * ab / (aa * inverse + bb * ratio)
   result = 1 - jnp.clip(jnp.where(zero, 0, similarity), -1, 1)
-  # The same vector twice is at distance 0, whatever the rounding of its norm.
-  return jnp.where(result < 8 * jnp.finfo(result.dtype).eps, 0, result)
+  if tau is None:
+    return result
+  tau = jnp.asarray(tau, result.dtype)
+  rounding = 8 * jnp.finfo(result.dtype).eps
+  return jnp.where(jnp.abs(result - tau) <= rounding, tau, result)

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import optax
 
 from gaf_optax import _leaves
-from gaf_optax import _numerics
 from gaf_optax import _threshold
 
 
@@ -112,7 +111,7 @@ def init(params, tau, anchor_decay, num_microbatches) -> GafState:
   initial = lambda: jnp.array(_threshold.value(tau, zero(), None), jnp.float32)
   anchor = anchored = distances = accepted = None
   if anchor_decay is not None:
-    anchor = jax.tree.map(_accumulator_like, params)
+    anchor = _leaves.accumulators(params)
     anchored = zero(bool)
   if num_microbatches is not None:
     distances = jnp.full((num_microbatches,), jnp.nan, jnp.float32)
@@ -134,13 +133,6 @@ def init(params, tau, anchor_decay, num_microbatches) -> GafState:
       distances=distances,
       accepted=accepted,
   )
-
-
-def _accumulator_like(param):
-  dtype = jnp.result_type(param)
-  if jnp.issubdtype(dtype, jnp.inexact):
-    dtype = _numerics.accumulator_dtype(dtype)
-  return jnp.zeros(jnp.shape(param), dtype)
 
 
 def advance(
@@ -262,7 +254,8 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
       "accept_rate": state.accept_rate,
       "cosine_distance": state.mean_distance,
       "threshold": state.threshold,
-      "agreed": state.ready,
+      # Not `ready`, which is False within a cycle of `multi_steps`.
+      "agreed": jnp.asarray(state.last_accepted) > 0,
       "skipped_steps": state.skipped_steps,
       "nonfinite": state.nonfinite,
   }

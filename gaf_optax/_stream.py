@@ -24,22 +24,23 @@ class Stream(NamedTuple):
   """What is kept of the micro-gradients of a cycle so far; m groups.
 
   Attributes:
-    means: for each leaf the weighted mean of what its group accepted.
+    means: like the parameters, the weighted mean of what each leaf's group
+      accepted.
     embedded: with `embed`, the same of the embedded leaves, else None.
-    plain: with an anchor, for each leaf the mean of all finite ones, else None.
+    plain: with an anchor, the mean of all finite ones, else None.
     total: `[m]`, the sums of the weights.
-    accepted: int32 `[m]`.
+    num_accepted: int32 `[m]`.
     distance_sum: float32 `[m]`, over the micro-gradients that were compared.
     compared: int32 `[m]`, how many those are.
     seen: int32 scalar.
     finite: int32 scalar, how many of those seen are finite.
   """
 
-  means: tuple[jax.Array, ...]
-  embedded: tuple[jax.Array, ...] | None
-  plain: tuple[jax.Array, ...] | None
+  means: Any
+  embedded: Any
+  plain: Any
   total: jax.Array
-  accepted: jax.Array
+  num_accepted: jax.Array
   distance_sum: jax.Array
   compared: jax.Array
   seen: jax.Array
@@ -54,12 +55,10 @@ class Comparison(NamedTuple):
   finite: jax.Array
 
 
-def start(leaves: _leaves.Leaves, options: _options.Options) -> Stream:
-  """An empty stream for micro-gradients like these leaves."""
-  zeros = lambda: tuple(
-      jnp.zeros(x.shape, _numerics.accumulator_dtype(x.dtype))
-      for x in leaves.arrays
-  )
+def start(params: Any, options: _options.Options) -> Stream:
+  """An empty stream for micro-gradients shaped like the parameters."""
+  leaves = _leaves.read(params, None, options.groups, stacked=False)
+  zeros = lambda: _leaves.accumulators(params)
   m = leaves.layout.num_groups
   dtype = _numerics.real_accumulator_dtype(x.dtype for x in leaves.arrays)
   with_anchor = options.anchor_decay is not None
@@ -68,7 +67,7 @@ def start(leaves: _leaves.Leaves, options: _options.Options) -> Stream:
       embedded=zeros() if options.embed and not with_anchor else None,
       plain=zeros() if with_anchor else None,
       total=jnp.zeros((m,), dtype),
-      accepted=jnp.zeros((m,), jnp.int32),
+      num_accepted=jnp.zeros((m,), jnp.int32),
       distance_sum=jnp.zeros((m,), jnp.float32),
       compared=jnp.zeros((m,), jnp.int32),
       seen=jnp.zeros((), jnp.int32),
@@ -100,7 +99,8 @@ def push(
     values = arrays
     if embed is not None:
       values = [_gram.embedded(x, embed, dtype) for x in arrays]
-    means = stream.means if embed is None else stream.embedded
+    kept = stream.means if embed is None else stream.embedded
+    means = _leaves.pick(kept, layout)
     gram, finite = _pair(means, values, layout, None, unread=arrays)
     first = stream.total == 0
     distances = _numerics.distance(
@@ -108,39 +108,45 @@ def push(
         gram.products[:, 0, 1],
         gram.products[:, 0, 0],
         gram.products[:, 1, 1],
+        tau=threshold,
         shift=gram.exponents[:, 1] - gram.exponents[:, 0],
     )
     keep, add, accepted = rule.merge(distances, threshold, first)
     distances = jnp.where(first, jnp.nan, distances)
   accepted &= finite
   distances = jnp.where(finite, distances, jnp.nan)
-  kept = jnp.where(finite, keep, 1).astype(dtype) * stream.total
+  before = jnp.where(finite, keep, 1).astype(dtype) * stream.total
   add = jnp.where(finite, add, 0).astype(dtype)
-  total = kept + add
+  total = before + add
 
   # One more slot at the end: the mean of all finite ones, which leaves of no group
   # have and which moves the anchor.
-  ones = finite.astype(dtype)[None]
-  before = stream.finite.astype(dtype)[None]
-  after = jnp.maximum(jnp.concatenate([total, before + ones]), 1e-30)
-  keeps = jnp.concatenate([kept, before]) / after
-  adds = jnp.concatenate([add, ones]) / after
+  number = stream.finite.astype(dtype)
+  after = jnp.append(total, number + finite)
+  after = jnp.where(after > 0, after, 1)
+  keeps = jnp.append(before, number) / after
+  adds = jnp.append(add, finite.astype(dtype)) / after
 
-  def taken_up(means, values, members):
-    return tuple(
+  def taken_up(tree, values, members):
+    mixed = [
         _mixed(mean, keeps[g], value, adds[g])
-        for mean, value, g in zip(means, values, members)
-    )
+        for mean, value, g in zip(_leaves.pick(tree, layout), values, members)
+    ]
+    return _leaves.put(tree, layout, mixed)
 
   members = layout.members
   all_plain = (layout.num_groups,) * len(members)
   compared = jnp.isfinite(distances)
   stream = Stream(
       means=taken_up(stream.means, arrays, members),
-      embedded=stream.embedded and taken_up(stream.embedded, values, members),
-      plain=stream.plain and taken_up(stream.plain, arrays, all_plain),
+      embedded=None
+      if stream.embedded is None
+      else taken_up(stream.embedded, values, members),
+      plain=None
+      if stream.plain is None
+      else taken_up(stream.plain, arrays, all_plain),
       total=total,
-      accepted=stream.accepted + accepted,
+      num_accepted=stream.num_accepted + accepted,
       distance_sum=stream.distance_sum
       + jnp.where(compared, distances, 0).astype(jnp.float32),
       compared=stream.compared + compared,
@@ -179,11 +185,13 @@ def finish(
 
   `least` is how many micro-gradients have to be accepted.
   """
-  agreed = stream.accepted >= least
+  agreed = stream.num_accepted >= least
   slots = jnp.append(agreed, True)
   results = [
       jnp.where(slots[g], mean, 0).astype(x.dtype)
-      for mean, x, g in zip(stream.means, arrays, layout.members)
+      for mean, x, g in zip(
+          _leaves.pick(stream.means, layout), arrays, layout.members
+      )
   ]
   return results, agreed
 
@@ -193,7 +201,8 @@ class MultiStepsState(NamedTuple):
 
   Attributes:
     mini_step: int32 scalar, micro-gradients seen in this cycle, in [0, every_k).
-    gaf_state: a `GafState`, which changes at the end of a cycle.
+    gaf_state: a `GafState` of the last finished cycle, whose `ready` is False
+      within a cycle.
     inner_state: the state of the inner transformation.
     stream: the running mean of this cycle.
     cycle_distances: float32 `[m, k]` of this cycle with `num_microbatches`, or
@@ -274,16 +283,19 @@ def multi_steps(
   inner = optax.with_extra_args_support(inner)
   target = tau if isinstance(tau, _threshold.TargetAcceptRate) else None
 
-  def fresh(leaves):
-    stream = start(leaves, checked)
+  def fresh(params):
+    stream = start(params, checked)
     if checked.num_microbatches is None:
       return stream, None, None
-    shape = (leaves.layout.num_groups, checked.num_microbatches)
-    return stream, jnp.full(shape, jnp.nan), jnp.zeros(shape, bool)
+    shape = (stream.total.shape[0], checked.num_microbatches)
+    return (
+        stream,
+        jnp.full(shape, jnp.nan, jnp.float32),
+        jnp.zeros(shape, bool),
+    )
 
   def init_fn(params):
-    leaves = _leaves.read(params, None, checked.groups, stacked=False)
-    stream, distances, accepted = fresh(leaves)
+    stream, distances, accepted = fresh(params)
     return MultiStepsState(
         mini_step=jnp.zeros((), jnp.int32),
         gaf_state=_state.init(
@@ -297,11 +309,18 @@ def multi_steps(
 
   def update_fn(micro_grad, state, params=None, **extra_args):
     gaf_state = state.gaf_state
-    like = gaf_state.anchor if params is None else params
+    _leaves.check_not_empty(micro_grad)
+    like = state.stream.means if params is None else params
     leaves = _leaves.read(micro_grad, like, checked.groups, stacked=False)
-    _check_stream(leaves, state.stream)
     if not leaves.arrays:
       return leaves.rebuild([]), state
+    if (leaves.layout.num_groups,) != state.stream.total.shape:
+      raise ValueError(
+          f"groups made {leaves.layout.num_groups} groups of the micro-gradient's"
+          f" leaves, but {state.stream.total.shape[0]} of the parameters' leaves at"
+          " init. Is a leaf missing, or does the label depend on more than path,"
+          " shape and dtype?"
+      )
     threshold = _threshold.value(tau, gaf_state.num_updates, gaf_state.steered)
     anchor = None
     if checked.anchor_decay is not None:
@@ -331,7 +350,7 @@ def multi_steps(
             gaf_state,
             leaves.layout,
             checked.anchor_decay,
-            stream.plain,
+            _leaves.pick(stream.plain, leaves.layout),
             stream.finite > 0,
         )
       new_state = _state.advance(new_state, target, threshold, step)
@@ -344,14 +363,20 @@ def multi_steps(
           extra_args,
       )
       return updates, MultiStepsState(
-          jnp.zeros((), jnp.int32), new_state, inner_state, *fresh(leaves)
+          jnp.zeros((), jnp.int32),
+          new_state,
+          inner_state,
+          jax.tree.map(jnp.zeros_like, state.stream),
+          distances,
+          accepted,
       )
 
     def within_cycle():
       updates = optax.tree.zeros_like(jax.eval_shape(end_of_cycle)[0])
       return updates, MultiStepsState(
           state.mini_step + 1,
-          gaf_state,
+          # Nothing is ready for what may follow, until the end of the cycle.
+          gaf_state._replace(ready=jnp.zeros((), bool)),
           state.inner_state,
           stream,
           distances,
@@ -377,7 +402,7 @@ def _outcome(stream, agreed, distances, accepted):
     )
   return _state.Outcome(
       jnp.any(agreed),
-      jnp.mean(jnp.where(agreed, stream.accepted, 0).astype(jnp.float32)),
+      jnp.mean(jnp.where(agreed, stream.num_accepted, 0).astype(jnp.float32)),
       _state.nanmean(mean),
       stream.seen,
       stream.seen - stream.finite,
@@ -491,7 +516,6 @@ def value_and_grad(
         if isinstance(argnums, int)
         else tuple(args[i] for i in argnums)
     )
-    like = _leaves.read(wanted, None, checked.groups, stacked=False)
     batch = [_split(args, i, k) for i in batch_args]
 
     def visit(stream, microbatch):
@@ -510,7 +534,8 @@ def value_and_grad(
       )
       return stream, (out, found)
 
-    stream, (out, found) = jax.lax.scan(visit, start(like, checked), batch)
+    like = _leaves.read(wanted, None, checked.groups, stacked=False)
+    stream, (out, found) = jax.lax.scan(visit, start(wanted, checked), batch)
     means, agreed = finish(stream, like.arrays, like.layout, 2)
     step = _outcome(stream, agreed, found.distances.T, found.accepted.T)
     values, aux = out if has_aux else (out, None)
@@ -535,19 +560,6 @@ def _streamed_options(tau, **options) -> _options.Options:
         " rules.running_average() or anchor_decay, or stack them and use gaf."
     )
   return checked
-
-
-def _check_stream(leaves, stream):
-  arrived = [x.shape for x in leaves.arrays]
-  kept = [x.shape for x in stream.means]
-  groups = leaves.layout.num_groups, stream.total.shape[0]
-  if arrived != kept or groups[0] != groups[1]:
-    raise ValueError(
-        "the micro-gradient does not fit the running mean that init made from the"
-        f" parameters: leaves of shapes {arrived} in {groups[0]} groups arrived,"
-        f" expected {kept} in {groups[1]}. Is a leaf missing, or are these"
-        " stacked micro-gradients, for which there is gaf?"
-    )
 
 
 def _positions(argnums, name):

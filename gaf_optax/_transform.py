@@ -142,6 +142,7 @@ def gaf(
 
   def update_fn(micro_grads, state, params=None, **extra_args):
     del extra_args
+    _leaves.check_not_empty(micro_grads)
     like = state.anchor if params is None else params
     leaves = _leaves.read(micro_grads, like, options.groups, stacked=True)
     if not leaves.arrays:  # Placeholders or integers: there is nothing to filter.

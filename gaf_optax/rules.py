@@ -114,6 +114,7 @@ class SequentialRule(Rule):
           s.with_rows[i] / total,
           s.norm2 / total**2,
           norm2,
+          tau=tau,
           shift=exponent - s.exponent,
           # Rounding in a sum of squares that cancelled.
           cancelled=s.norm2 <= 4 * jnp.finfo(dtype).eps * s.squares,
@@ -207,12 +208,13 @@ class _LeaveOneOut(Rule):
     )
     squares = jnp.diagonal(gram.products)
     norm2 = jnp.sum(with_rows * shares, axis=1)
-    orthogonal = jnp.sum(shares**2 * squares, axis=1)
+    orthogonal = jnp.sum(shares**2 * squares[None, :], axis=1)
     distances = _numerics.distance(
         self.distance,
         jnp.diagonal(with_rows),
         norm2,
         squares,
+        tau=tau,
         shift=gram.exponents - top,
         cancelled=norm2 <= 4 * jnp.finfo(dtype).eps * orthogonal,
     )
@@ -221,7 +223,7 @@ class _LeaveOneOut(Rule):
     return _settled(weights, self._accepts(distances, tau), distances)
 
 
-def _pairwise(kind, gram, valid):
+def _pairwise(kind, gram, valid, tau):
   """Distances of all pairs `[k, k]`: 0 to itself, NaN to an invalid one."""
   squares = jnp.diagonal(gram.products)
   distances = _numerics.distance(
@@ -229,6 +231,7 @@ def _pairwise(kind, gram, valid):
       gram.products,
       squares[:, None],
       squares[None, :],
+      tau=tau,
       shift=gram.exponents[None, :] - gram.exponents[:, None],
   )
   distances = jnp.where(jnp.eye(valid.shape[0], dtype=bool), 0, distances)
@@ -238,7 +241,7 @@ def _pairwise(kind, gram, valid):
 class _MostNeighbors(Rule):
 
   def decide(self, gram, valid, tau):
-    pairs = _pairwise(self.distance, gram, valid)
+    pairs = _pairwise(self.distance, gram, valid, tau)
     center = jnp.argmax(jnp.sum(self._accepts(pairs, tau), axis=1))
     distances = pairs[center]
     weights = jnp.where(valid, self._weights(distances, tau), 0)
@@ -262,7 +265,7 @@ class _MinNeighbors(Rule):
     k = valid.shape[0]
     # k * fraction in double precision, as the caller wrote it: 0.6 of 5 is 3.
     needed = min(max(2, math.ceil(self.fraction * k - 1e-9)), k)
-    pairs = _pairwise(self.distance, gram, valid)
+    pairs = _pairwise(self.distance, gram, valid, tau)
     # Accepted at every tau from the distance of its last needed neighbour on.
     distances = jnp.sort(pairs, axis=1)[:, needed - 1]
     accepted = self._accepts(distances, tau)
@@ -425,7 +428,7 @@ def _against_anchor(gram, valid, tau, anchored):
   """Compares with row 0; accepts all while the anchor holds nothing."""
   squares = jnp.diagonal(gram.products)
   distances = _numerics.distance(
-      "cosine", gram.products[0, 1:], squares[0], squares[1:]
+      "cosine", gram.products[0, 1:], squares[0], squares[1:], tau=tau
   )
   within = distances <= jnp.asarray(tau, distances.dtype)
   accepted = valid & (within | ~anchored)

@@ -1,0 +1,141 @@
+"""GAF in NumPy float64, written from the paper's algorithm on flat vectors.
+
+Nothing here comes from the library: no Gram matrix, no scaling, no JAX.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Result(NamedTuple):
+  gradient: list  # float64 or complex128 arrays, one for each leaf
+  agreed: bool
+  accepted: np.ndarray  # bool [k]
+  distances: np.ndarray  # [k], NaN where nothing was compared
+  finite: np.ndarray  # bool [k]
+  margin: float  # how near the closest comparison was to tau
+  # The least |sum|^2 / sum of |term|^2 of the sums that were compared: where it is
+  # small they cancelled, and rounding of the terms is magnified by its inverse.
+  condition: float
+
+
+def wide(x):
+  x = np.asarray(x)
+  return x.astype(np.complex128 if np.iscomplexobj(x) else np.float64)
+
+
+def vectors(leaves, embed=None):
+  """[k, n] float64: each micro-gradient as one real vector."""
+  parts = []
+  for leaf in leaves:
+    leaf = wide(leaf)
+    leaf = leaf if embed is None else embed(leaf)
+    flat = leaf.reshape(leaf.shape[0], -1)
+    parts += [flat.real, flat.imag] if np.iscomplexobj(flat) else [flat]
+  return np.concatenate(parts, axis=1)
+
+
+def distance(a, b, kind="cosine"):
+  length_a, length_b = np.linalg.norm(a), np.linalg.norm(b)
+  if length_a == 0 or length_b == 0:
+    return 1.0
+  if kind == "cosine":
+    return 1 - np.dot(a / length_a, b / length_b)
+  top = max(length_a, length_b)
+  a, b = a / top, b / top
+  return np.sum((a - b) ** 2) / (np.sum(a**2) + np.sum(b**2))
+
+
+def conditioning(terms):
+  squares = np.sum([np.sum(t**2) for t in terms])
+  return np.sum(np.sum(terms, axis=0) ** 2) / squares if squares else 1.0
+
+
+def soft(d, tau, softness):
+  if softness == 0:
+    return float(d <= tau)
+  return 1 / (1 + np.exp(-(tau - d) / softness))
+
+
+def decide(rule, v, finite, tau, kind="cosine", softness=0.0, fraction=None):
+  """(weights, accepted, distances, margin, condition) before the check that two agree."""
+  k = len(v)
+  weights, distances = np.zeros(k), np.full(k, np.nan)
+  accepted = np.zeros(k, bool)
+  margin, condition = np.inf, 1.0
+  if rule in ("sequential", "running_average"):
+    s, total = None, 0.0
+    for i in range(k):
+      if not finite[i]:
+        continue
+      if s is None:
+        s, total = v[i].copy(), 1.0
+        weights[i], accepted[i] = 1, True
+        continue
+      condition = min(condition, conditioning(weights[:i, None] * v[:i]))
+      d = distance(s / total, v[i], kind)
+      distances[i], accepted[i] = d, d <= tau
+      margin = min(margin, abs(d - tau))
+      if rule == "sequential":
+        w = soft(d, tau, softness)
+        s, total, weights[i] = s + w * v[i], total + w, w
+      elif accepted[i]:
+        s = (s + v[i]) / 2
+        weights /= 2
+        weights[i] = 0.5
+  elif rule == "leave_one_out":
+    for i in np.flatnonzero(finite):
+      others = [v[j] for j in np.flatnonzero(finite) if j != i]
+      if others:
+        condition = min(condition, conditioning(others))
+        d = distance(np.mean(others, axis=0), v[i], kind)
+        distances[i], accepted[i], weights[i] = d, d <= tau, soft(d, tau, softness)
+        margin = min(margin, abs(d - tau))
+  else:
+    pairs = np.full((k, k), np.inf)
+    for i in np.flatnonzero(finite):
+      for j in np.flatnonzero(finite):
+        pairs[i, j] = 0 if i == j else distance(v[i], v[j], kind)
+        if i != j:
+          margin = min(margin, abs(pairs[i, j] - tau))
+    counts = (pairs <= tau).sum(1)
+    if rule == "most_neighbors":
+      center = int(np.argmax(counts))
+      if finite[center]:
+        distances = np.where(finite, pairs[center], np.nan)
+        accepted = pairs[center] <= tau
+        weights = np.array(
+            [soft(d, tau, softness) if f else 0 for d, f in zip(pairs[center], finite)]
+        )
+        weights[center], distances[center] = 1, np.nan
+    else:
+      needed = max(2, fraction * k)
+      accepted = finite & (counts >= needed)
+      weights = accepted.astype(float)
+      nearest = np.sort(pairs, axis=1)[:, int(np.ceil(needed)) - 1]
+      distances = np.where(np.isfinite(nearest), nearest, np.nan)
+  return weights, accepted, distances, margin, condition
+
+
+def gaf(leaves, tau, rule="sequential", embed=None, **options):
+  """The filtered mean of stacked leaves `[k, *shape]`, one decision for all."""
+  leaves = [wide(x) for x in leaves]
+  k = leaves[0].shape[0]
+  finite = np.array([all(np.isfinite(x[i]).all() for x in leaves) for i in range(k)])
+  clean = [
+      np.where(finite.reshape((k,) + (1,) * (x.ndim - 1)), x, 0) for x in leaves
+  ]
+  v = vectors(clean, embed)
+  weights, accepted, distances, margin, condition = decide(rule, v, finite, tau, **options)
+  agreed = accepted.sum() > 1
+  if not agreed:
+    accepted, weights = np.zeros(k, bool), np.zeros(k)
+  share = weights / weights.sum() if agreed else weights
+  gradient = [
+      sum(w * x[i] for i, w in enumerate(share) if w) + np.zeros(x.shape[1:])
+      for x in clean
+  ]
+  return Result(
+      gradient, bool(agreed), accepted, distances, finite, margin, condition
+  )

@@ -1,0 +1,149 @@
+"""A run that is saved in the middle goes on bit for bit."""
+
+import copy
+import pickle
+
+import chex
+from flax import serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import gaf_optax
+import steps
+
+# Made anew for each run, as a process that starts again would.
+RUNS = {
+    "chain": lambda: optax.chain(
+        gaf_optax.gaf(0.9, anchor_decay=0.5, num_microbatches=steps.K),
+        optax.adamw(0.1),
+    ),
+    "steered": lambda: optax.chain(
+        gaf_optax.gaf(gaf_optax.target_accept_rate(0.3)), optax.sgd(0.1, momentum=0.9)
+    ),
+    "apply_if_agreed": lambda: gaf_optax.apply_if_agreed(
+        optax.adam(0.1), 0.9, groups="leaf"
+    ),
+    # Three of the five micro-gradients of a cycle are in when the run is saved.
+    "multi_steps": lambda: gaf_optax.multi_steps(
+        optax.adam(0.1), 5, 0.9, anchor_decay=0.5, num_microbatches=5
+    ),
+    "multi_steps_embedded": lambda: gaf_optax.multi_steps(
+        optax.sgd(0.1, momentum=0.9),
+        5,
+        gaf_optax.target_accept_rate(0.3),
+        embed=jnp.sign,
+    ),
+}
+SHAPES = {"kernel": (3, 2), "bias": (2,)}
+SAVED, END = 8, 17
+
+
+def micro_grads(number, stacked):
+  rng = np.random.default_rng(number)
+  leading = (steps.K,) if stacked else ()
+  grads = {
+      name: rng.normal(size=(*leading, *shape)) + 0.3 for name, shape in SHAPES.items()
+  }
+  # A NaN now and then, so that the counters have something to count.
+  if number % 4 == 1:
+    grads["bias"][..., 0] = np.nan
+  return {
+      "kernel": jnp.asarray(grads["kernel"], jnp.float32),
+      "bias": jnp.asarray(grads["bias"], jnp.bfloat16),
+  }
+
+
+def initial_params():
+  return {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2, jnp.bfloat16)}
+
+
+def train(name, carry, start, end):
+  """Parameters and state after steps `start` to `end`, by a program of its own."""
+  tx = RUNS[name]()
+
+  @jax.jit
+  def step(params, state, grads):
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  params, state = carry
+  for number in range(start, end):
+    grads = micro_grads(number, stacked="multi_steps" not in name)
+    params, state = step(params, state, grads)
+  return params, state
+
+
+def begin(name):
+  params = initial_params()
+  return params, RUNS[name]().init(params)
+
+
+def through_orbax(name, saved, tmp_path):
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / "run", saved)
+    checkpointer.wait_until_finished()
+  # Nothing but shapes of what is to come back.
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  target = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+      jax.eval_shape(lambda: begin(name)),
+  )
+  with ocp.StandardCheckpointer() as checkpointer:
+    return checkpointer.restore(tmp_path / "run", target)
+
+
+def through_pickle(name, saved, tmp_path):
+  return pickle.loads(pickle.dumps(saved))
+
+
+def through_flax(name, saved, tmp_path):
+  return serialization.from_bytes(begin(name), serialization.to_bytes(saved))
+
+
+def through_copy(name, saved, tmp_path):
+  return copy.deepcopy(saved)
+
+
+WAYS = {
+    "orbax": through_orbax,
+    "pickle": through_pickle,
+    "flax": through_flax,
+    "deepcopy": through_copy,
+}
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def run(request):
+  """Name, what was saved in the middle, and the end without interruption."""
+  name = request.param
+  saved = train(name, begin(name), 0, SAVED)
+  return name, saved, train(name, saved, SAVED, END)
+
+
+def test_a_restored_run_goes_on_bit_for_bit(run, tmp_path):
+  name, saved, end = run
+  start = begin(name)
+  for way, through in WAYS.items():
+    restored = through(name, saved, tmp_path)
+    assert jax.tree.structure(restored) == jax.tree.structure(start), way
+    chex.assert_trees_all_equal_shapes_and_dtypes(restored, start)
+    chex.assert_trees_all_equal(restored, saved)
+  restored = through_orbax(name, saved, tmp_path / "again")
+  chex.assert_trees_all_equal(train(name, restored, SAVED, END), end)
+  assert not np.array_equal(end[0]["kernel"], saved[0]["kernel"])
+
+
+def test_the_state_in_mid_cycle_is_in_the_checkpoint(tmp_path):
+  name = "multi_steps"
+  saved = train(name, begin(name), 0, SAVED)
+  params, state = through_orbax(name, saved, tmp_path)
+  assert int(state.mini_step) == 3
+  # Without what the cycle held the run ends elsewhere.
+  emptied = state._replace(stream=begin(name)[1].stream)
+  full, _ = train(name, (params, state), SAVED, 10)
+  lost, _ = train(name, (params, emptied), SAVED, 10)
+  assert not np.array_equal(full["kernel"], lost["kernel"])

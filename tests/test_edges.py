@@ -1,0 +1,414 @@
+"""The contract's table "Meanings at the edges", for every form that a row applies to."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import forms
+import gaf_optax
+from gaf_optax import rules
+
+every_form = pytest.mark.parametrize("form", forms.ALL.values(), ids=forms.ALL)
+
+
+def row(*values):
+  return np.asarray(values, np.float32)
+
+
+def tree(*rows):
+  """Two leaves, so that a decision has to see the whole tree."""
+  stack = np.stack(rows)
+  return {"w": jnp.asarray(stack[:, :-1]), "b": jnp.asarray(stack[:, -1])}
+
+
+@every_form
+@pytest.mark.parametrize(
+    "a, b, tau",
+    [
+        (row(1, 0, 0), row(0, 0, 2), 1.0),
+        (row(1, 2, 3), row(1, 2, 3), 0.0),
+        (row(1, 0, 2), row(-1, 0, -2), 2.0),
+        (row(1, 0, 0), row(3, 0, 4), 0.4),
+        (row(0, 3, 4), row(0, 4, 3), 0.04),
+    ],
+)
+def test_distance_equal_to_tau_is_accepted(form, a, b, tau):
+  filtered = form(tree(a, b), tau)
+  assert filtered.agreed and filtered.accepted == 2
+  np.testing.assert_allclose(filtered.gradient["w"], ((a + b) / 2)[:-1], atol=1e-7)
+
+
+@every_form
+@pytest.mark.parametrize("k", [2, 3, 5, 9])
+def test_the_same_vector_is_at_distance_0_whatever_its_rounding(form, k):
+  g = np.random.default_rng(k).standard_normal(1001).astype(np.float32)
+  filtered = form(tree(*[g] * k), 0.0)
+  assert filtered.accepted == k
+  np.testing.assert_array_equal(filtered.distances[1:], 0)
+
+
+@every_form
+def test_none_agrees(form):
+  filtered = form(tree(row(1, 0, 0), row(-1, 0, 0), row(0, 0, 1)), 0.5)
+  assert not filtered.agreed
+  assert filtered.accepted == 0
+  chex.assert_trees_all_equal(
+      filtered.gradient, {"w": jnp.zeros(2), "b": jnp.zeros(())}
+  )
+  np.testing.assert_allclose(filtered.distances, [np.nan, 2, 1], atol=1e-6)
+
+
+def test_none_agrees_counts_as_skipped_and_nothing_as_accepted():
+  tx = gaf_optax.gaf(0.5, num_microbatches=2)
+  state = tx.init(None)
+  for step in range(3):
+    _, state = tx.update(jnp.array([[1.0, 0.0], [-1.0, 0.0]]), state)
+    assert int(state.skipped_steps) == step + 1
+    assert not state.ready and not state.accepted.any()
+  _, state = tx.update(jnp.array([[1.0, 0.0], [1.0, 0.0]]), state)
+  found = gaf_optax.metrics(state)
+  assert int(found["skipped_steps"]) == 3 and bool(found["agreed"])
+  assert float(found["accept_rate"]) == pytest.approx(0.25)
+
+
+@every_form
+@pytest.mark.parametrize("tau", [0.97, 1.0])
+@pytest.mark.parametrize("zero_first", [True, False])
+def test_zero_micro_gradient_is_at_distance_1(form, tau, zero_first):
+  rows = [row(0, 0, 0), row(1, 2, 3)]
+  filtered = form(tree(*rows if zero_first else rows[::-1]), tau)
+  np.testing.assert_array_equal(filtered.distances, [np.nan, 1])
+  assert filtered.agreed == (tau == 1.0)
+
+
+@every_form
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_all_zero_does_not_agree(form, dtype):
+  zeros = jax.tree.map(lambda x: x.astype(dtype), tree(*[row(0, 0, 0)] * 3))
+  filtered = form(zeros, 0.97)
+  assert not filtered.agreed and filtered.nonfinite == 0
+
+
+@every_form
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [0, 1, 3])
+@pytest.mark.parametrize("leaf", ["w", "b"])
+def test_nonfinite_micro_gradient_is_left_out(form, bad, place, leaf):
+  rng = np.random.default_rng(0)
+  good = [row(1, 2, 3) + 0.1 * rng.standard_normal(3).astype("f4") for _ in range(4)]
+  stack = jax.tree.map(np.array, tree(*good))
+  stack[leaf][place, ...] = bad
+  stack = jax.tree.map(jnp.asarray, stack)
+  filtered = form(stack, 0.5)
+  rest = [g for i, g in enumerate(good) if i != place]
+  assert filtered.agreed and filtered.accepted == 3 and filtered.nonfinite == 1
+  assert np.isnan(filtered.distances[place])
+  # The first finite one starts the sequence.
+  assert np.isnan(filtered.distances[1 if place == 0 else 0])
+  np.testing.assert_allclose(
+      filtered.gradient["w"], np.mean(rest, axis=0)[:2], rtol=1e-6
+  )
+  np.testing.assert_allclose(
+      filtered.gradient["b"], np.mean(rest, axis=0)[2], rtol=1e-6
+  )
+
+
+@every_form
+def test_all_nonfinite(form):
+  filtered = form(tree(row(np.nan, 0, 0), row(0, np.inf, 0)), 2.0)
+  assert not filtered.agreed and filtered.nonfinite == 2
+  chex.assert_trees_all_equal(
+      filtered.gradient, {"w": jnp.zeros(2), "b": jnp.zeros(())}
+  )
+  assert np.isnan(filtered.distances).all()
+
+
+@every_form
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 5e-9, 5e-10, 1e19, 1e30])
+def test_scale_does_not_change_the_decision(form, scale):
+  rows = [row(1, 2, 3), row(3, -2, 1), row(1, 2, 2.5), row(1.5, 2.5, 3)]
+  plain = form(tree(*rows), 0.3)
+  scaled = form(tree(*[np.float32(scale) * r for r in rows]), 0.3)
+  assert 0 < plain.accepted < 4, "the case decides nothing"
+  assert scaled.accepted == plain.accepted
+  np.testing.assert_allclose(scaled.distances, plain.distances, atol=1e-6)
+  np.testing.assert_allclose(
+      np.asarray(scaled.gradient["w"], np.float64) / scale,
+      plain.gradient["w"],
+      rtol=1e-5,
+  )
+
+
+@every_form
+def test_result_is_finite_wherever_the_mean_is(form):
+  top = np.finfo(np.float32).max
+  filtered = form(tree(row(top, 0, 1), row(top, 1, 0), row(top, 0, 0)), 0.97)
+  assert filtered.accepted == 3
+  np.testing.assert_allclose(filtered.gradient["w"][0], top, rtol=1e-6)
+  opposed = form(tree(row(top, 1, 0), row(-top, 1, 0)), 2.0)
+  np.testing.assert_allclose(opposed.gradient["w"], [0, 1], rtol=1e-6)
+
+
+@every_form
+def test_float16_means_whose_sum_overflows(form):
+  filtered = form({"w": jnp.full((3, 2), 6e4, jnp.float16)}, 0.97)
+  assert filtered.gradient["w"].dtype == jnp.float16
+  np.testing.assert_array_equal(filtered.gradient["w"], np.float16(6e4))
+
+
+@every_form
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_accumulates_in_float32(form, dtype):
+  # 4,096 ones: a sum of squares kept in these dtypes stops at 2,048 or 256.
+  size = 4096
+  sign = np.where(np.arange(size) < 1024, -1, 1)
+  stack = {"w": jnp.asarray(np.stack([np.ones(size), sign])).astype(dtype)}
+  filtered = form(stack, 0.5)
+  assert filtered.gradient["w"].dtype == dtype
+  np.testing.assert_allclose(filtered.distances[1], 0.5, atol=1e-6)
+  # 1 and 1 + 2**-7 (or 2**-10) five times over: the mean is not a sum's rounding.
+  step = 2.0**-7 if dtype == "bfloat16" else 2.0**-10
+  near = jnp.asarray(np.full((5, 8), 1 + step)).astype(dtype)
+  np.testing.assert_array_equal(
+      np.asarray(form({"w": near}, 0.97).gradient["w"], np.float64), 1 + step
+  )
+
+
+@every_form
+def test_float64_leaves_accumulate_in_float64(form, x64):
+  a = np.array([1.0, 0.0])
+  b = np.array([1.0, 1e-5])  # cosine distance 5e-11, invisible in float32
+  filtered = form({"w": jnp.asarray(np.stack([a, b]))}, 1e-12)
+  assert not filtered.agreed
+  filtered = form({"w": jnp.asarray(np.stack([a, b]))}, 1e-10)
+  assert filtered.agreed and filtered.gradient["w"].dtype == jnp.float64
+  np.testing.assert_allclose(filtered.gradient["w"], (a + b) / 2, rtol=1e-15)
+  # Mixed with float32 leaves.
+  mixed = {"w": jnp.asarray(np.stack([a, b])), "v": jnp.zeros((2, 1), jnp.float32)}
+  assert not form(mixed, 1e-12).agreed and form(mixed, 1e-10).agreed
+
+
+@pytest.mark.parametrize("form", [forms.stacked, forms.streamed])
+def test_complex_leaves_use_the_real_part_of_the_hermitian_product(form):
+  a = np.array([1 + 2j, 3 - 1j], np.complex64)
+  b = np.array([2 - 1j, 1 + 1j], np.complex64)
+  want = 1 - np.vdot(a, b).real / np.linalg.norm(a) / np.linalg.norm(b)
+  filtered = form({"w": jnp.asarray(np.stack([a, b]))}, 2.0)
+  np.testing.assert_allclose(filtered.distances[1], want, atol=1e-6)
+  np.testing.assert_allclose(filtered.gradient["w"], (a + b) / 2, rtol=1e-6)
+  assert filtered.gradient["w"].dtype == jnp.complex64
+  # i g is orthogonal to g.
+  filtered = form({"w": jnp.asarray(np.stack([a, 1j * a]))}, 0.97)
+  np.testing.assert_allclose(filtered.distances[1], 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", [forms.stacked, forms.streamed])
+def test_none_and_masked_nodes_pass_through(form):
+  stack = {"w": jnp.ones((2, 3)), "n": None, "m": optax.MaskedNode()}
+  filtered = form(stack, 0.97)
+  assert filtered.gradient["n"] is None
+  assert filtered.gradient["m"] == optax.MaskedNode()
+  np.testing.assert_array_equal(filtered.gradient["w"], np.ones(3))
+
+
+def test_a_tree_of_placeholders_is_no_step():
+  tx = gaf_optax.gaf()
+  for nothing in ({"a": None}, {"a": optax.MaskedNode(), "b": None}):
+    state = tx.init(nothing)
+    gradient, new_state = tx.update(nothing, state, nothing)
+    assert gradient == nothing
+    chex.assert_trees_all_equal(state, new_state)
+
+
+def test_integer_and_float0_leaves_take_no_part():
+  params = {"w": jnp.zeros(2), "i": jnp.arange(3), "f": jnp.arange(2)}
+  stack = {
+      "w": jnp.array([[1.0, 0.0], [1.0, 0.1]]),
+      "i": jnp.array([[9, 9, 9], [-9, -9, -9]], jnp.int32),
+      "f": np.zeros((2, 2), jax.dtypes.float0),
+  }
+  tx = gaf_optax.gaf(0.97, num_microbatches=2)
+  gradient, state = tx.update(stack, tx.init(params), params)
+  np.testing.assert_allclose(state.distances[1], 0.0049628, rtol=1e-4)
+  np.testing.assert_allclose(gradient["w"], [1, 0.05])
+  assert gradient["i"].dtype == jnp.int32 and gradient["i"].shape == (3,)
+  assert not gradient["i"].any()
+  assert gradient["f"].dtype == jax.dtypes.float0 and gradient["f"].shape == (2,)
+  for leaf in ("i", "f"):  # and in the streamed form
+    tx = gaf_optax.multi_steps(optax.identity(), 2)
+    part = {"w": params["w"], leaf: params[leaf]}
+    state = tx.init(part)
+    for n in range(2):
+      one = {"w": stack["w"][n], leaf: stack[leaf][n]}
+      gradient, state = tx.update(one, state, part)
+    np.testing.assert_allclose(gradient["w"], [1, 0.05])
+    assert gradient[leaf].shape == params[leaf].shape
+
+
+def test_gradients_of_integer_parameters_as_jax_gives_them():
+  params = {"w": jnp.ones(3), "i": jnp.arange(3)}
+  loss = lambda p, x: jnp.sum(p["w"] * p["i"] * x)
+  grad = jax.grad(loss, allow_int=True)
+  stack = jax.vmap(lambda x: grad(params, x))(jnp.ones((2, 3)))
+  tx = gaf_optax.gaf()
+  gradient, _ = tx.update(stack, tx.init(params), params)
+  np.testing.assert_array_equal(gradient["w"], [0, 1, 2])
+  assert gradient["i"].dtype == jax.dtypes.float0
+
+
+class TestErrors:
+
+  def update(self, stack, params=None, **options):
+    tx = gaf_optax.gaf(0.97, **options)
+    return jax.jit(tx.update)(stack, tx.init(params), params)
+
+  def test_one_micro_gradient(self):
+    with pytest.raises(ValueError, match=r"k = 1.*nothing to compare"):
+      self.update({"w": jnp.ones((1, 3))})
+    with pytest.raises(ValueError, match="every_k must be at least 2, got 1"):
+      gaf_optax.multi_steps(optax.sgd(1.0), 1)
+    with pytest.raises(ValueError, match="num_microbatches must be at least 2"):
+      gaf_optax.value_and_grad(lambda p, b: 0.0, 1)
+    self.update({"w": jnp.ones((1, 3))}, {"w": jnp.ones(3)}, anchor_decay=0.9)
+    gaf_optax.multi_steps(optax.sgd(1.0), 1, anchor_decay=0.9)
+
+  def test_different_leading_sizes(self):
+    with pytest.raises(ValueError) as caught:
+      self.update({"b": jnp.ones((4,)), "w": jnp.ones((3, 4))})
+    for part in ("['b']", "['w']", "(4,)", "(3, 4)", "vmap"):
+      assert part in str(caught.value)
+
+  def test_plain_gradients(self):
+    params = {"w": jnp.ones((3, 2)), "b": jnp.ones(3)}  # a batch of three?
+    with pytest.raises(ValueError) as caught:
+      self.update(params, params)
+    for part in ("['b']", "shape (3,)", "vmap", "multi_steps"):
+      assert part in str(caught.value)
+
+  def test_scalar_leaf(self):
+    with pytest.raises(ValueError, match=r"\['b'\] has shape \(\).*vmap"):
+      self.update({"w": jnp.ones((2, 3)), "b": jnp.ones(())})
+    with pytest.raises(ValueError, match="whole tree"):
+      self.update(jnp.ones(()))
+
+  def test_wrong_shape(self):
+    with pytest.raises(ValueError) as caught:
+      self.update({"w": jnp.ones((2, 4))}, {"w": jnp.ones(3)})
+    for part in ("['w']", "(2, 4)", "(3,)"):
+      assert part in str(caught.value)
+
+  def test_axis_in_the_wrong_place(self):
+    with pytest.raises(ValueError, match="comes first"):
+      self.update({"w": jnp.ones((3, 5, 2))}, {"w": jnp.ones((3, 5))})
+
+  def test_leaf_without_parameter_and_parameter_without_leaf(self):
+    with pytest.raises(ValueError, match=r"\['v'\].*no counterpart.*\['w'\]"):
+      self.update({"v": jnp.ones((2, 3))}, {"w": jnp.ones(3)})
+    with pytest.raises(ValueError, match=r"parameter \['v'\].*has no"):
+      self.update({"w": jnp.ones((2, 3))}, {"w": jnp.ones(3), "v": jnp.ones(3)})
+    # unless it is masked
+    self.update(
+        {"w": jnp.ones((2, 3)), "v": None, "u": optax.MaskedNode()},
+        {"w": jnp.ones(3), "v": {"x": jnp.ones(3)}, "u": jnp.ones(2)},
+    )
+
+  @pytest.mark.parametrize("empty", [{}, [], ()])
+  def test_empty_tree(self, empty):
+    with pytest.raises(ValueError, match="empty"):
+      self.update(empty, empty)
+
+  def test_no_micro_gradients(self):
+    with pytest.raises(ValueError, match=r"\(0, 3\).*no micro-gradients"):
+      self.update({"w": jnp.ones((0, 3))})
+
+  @pytest.mark.parametrize(
+      "tau", [-0.1, 2.1, float("nan"), float("inf"), np.float32(3), jnp.array(-1.0)]
+  )
+  def test_tau_outside_its_range(self, tau):
+    for make in (
+        lambda: gaf_optax.gaf(tau),
+        lambda: gaf_optax.apply_if_agreed(optax.sgd(1.0), tau),
+        lambda: gaf_optax.multi_steps(optax.sgd(1.0), 2, tau),
+        lambda: gaf_optax.value_and_grad(lambda p, b: 0.0, 2, tau),
+    ):
+      with pytest.raises(ValueError, match=r"tau must be in \[0, 2\], got") as caught:
+        make()
+      assert str(float(tau)) in str(caught.value)
+
+  @pytest.mark.parametrize("tau", ["0.97", None, True, [0.97], jnp.ones(2), 1j])
+  def test_tau_of_a_wrong_kind(self, tau):
+    with pytest.raises(ValueError, match="tau must be a number"):
+      gaf_optax.gaf(tau)
+
+  def test_schedule_outside_the_range(self):
+    with pytest.raises(ValueError, match=r"3\.0.*schedule"):
+      gaf_optax.gaf(lambda step: 3.0).init(None)
+
+  def test_num_microbatches(self):
+    with pytest.raises(ValueError, match="num_microbatches is 3, but 2"):
+      self.update({"w": jnp.ones((2, 3))}, num_microbatches=3)
+    for wrong in (0, 1, 2.5, "2", True):
+      with pytest.raises(ValueError, match="num_microbatches"):
+        gaf_optax.gaf(num_microbatches=wrong)
+    with pytest.raises(ValueError, match="num_microbatches is 3, but every_k is 2"):
+      gaf_optax.multi_steps(optax.sgd(1.0), 2, num_microbatches=3)
+
+  def test_options(self):
+    for options, words in [
+        (dict(anchor_decay=0.9, rule=rules.sequential()), "exclude each other"),
+        (dict(anchor_decay=1.0), r"anchor_decay must be in \[0, 1\), got 1.0"),
+        (dict(anchor_decay=-0.1), "anchor_decay"),
+        (dict(rule="sequential"), "rule must be callable"),
+        (dict(rule=rules.most_neighbors), "call"),
+        (dict(embed="sign"), "embed must be callable"),
+        (dict(groups="layer"), "groups must be callable.*'leaf'"),
+    ]:
+      with pytest.raises(ValueError, match=words):
+        gaf_optax.gaf(0.97, **options)
+    with pytest.raises(ValueError, match="every leaf the label None"):
+      self.update({"w": jnp.ones((2, 3))}, groups=lambda path, leaf: None)
+    with pytest.raises(ValueError, match=r"hashable label.*\['w'\]"):
+      self.update({"w": jnp.ones((2, 3))}, groups=lambda path, leaf: [1])
+    with pytest.raises(ValueError, match="elementwise"):
+      self.update({"w": jnp.ones((2, 3))}, embed=lambda x: x.sum())
+    with pytest.raises(TypeError):
+      gaf_optax.apply_if_agreed(optax.sgd(1.0), 0.97, no_such_option=1)
+
+  @pytest.mark.parametrize(
+      "option", [dict(axis_name="i"), dict(param_axes=("i",)), dict(stacked=True)]
+  )
+  def test_across_devices_is_not_there_yet(self, option):
+    with pytest.raises(NotImplementedError, match=next(iter(option))):
+      gaf_optax.gaf(**option)
+
+  @pytest.mark.parametrize(
+      "rule", [rules.leave_one_out(), rules.most_neighbors(), rules.min_neighbors(0.5)]
+  )
+  def test_streamed_forms_know_the_sequential_rules_only(self, rule):
+    with pytest.raises(ValueError, match="sequential"):
+      gaf_optax.multi_steps(optax.sgd(1.0), 2, rule=rule)
+    with pytest.raises(ValueError, match="sequential"):
+      gaf_optax.value_and_grad(lambda p, b: 0.0, 2, rule=rule)
+
+  def test_target_accept_rate(self):
+    for wrong in (
+        dict(rate=1.1),
+        dict(rate=-0.1),
+        dict(rate=0.1, initial=2.5),
+        dict(rate=0.1, step_size=0.0),
+        dict(rate=0.1, minimum=0.5, maximum=0.4),
+        dict(rate=0.1, initial=0.97, maximum=0.9),
+        dict(rate=0.1, minimum=-1.0),
+    ):
+      with pytest.raises(ValueError):
+        gaf_optax.target_accept_rate(**wrong)
+
+  def test_metrics(self):
+    with pytest.raises(ValueError, match="no GafState"):
+      gaf_optax.metrics(optax.adam(1.0).init(jnp.ones(2)))
+    two = optax.chain(gaf_optax.gaf(), gaf_optax.gaf()).init(jnp.ones(2))
+    with pytest.raises(ValueError, match=r"2 GafStates.*\[0\].*\[1\]"):
+      gaf_optax.metrics(two)

@@ -1,0 +1,123 @@
+"""The filter in Flax's two ways to hold an optimizer."""
+
+import chex
+from flax import linen as nn
+from flax import nnx
+from flax.training import train_state
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import gaf_optax
+
+TAU = 0.9
+K, ROWS, FEATURES = 3, 4, 5
+
+
+def batches(seed):
+  """Inputs `[K, ROWS, FEATURES]` and targets; the last microbatch's are wrong.
+
+  What a linear model without bias makes of them is known in NumPy.
+  """
+  rng = np.random.default_rng(seed)
+  x = rng.normal(size=(K, ROWS, FEATURES))
+  y = x @ np.linspace(1, 2, FEATURES)[:, None]
+  y[-1] *= -1
+  return x.astype(np.float32), y.astype(np.float32)
+
+
+def filtered_gradient(kernel, x, y):
+  """The mean over the microbatches that are within TAU, from the definition."""
+  kernel, x, y = (np.asarray(a, np.float64) for a in (kernel, x, y))
+  rows = [2 / ROWS * a.T @ (a @ kernel - b) for a, b in zip(x, y)]
+  total, number = rows[0], 1
+  for row in rows[1:]:
+    cosine = np.sum(total * row) / np.linalg.norm(total) / np.linalg.norm(row)
+    if 1 - cosine <= TAU:
+      total, number = total + row, number + 1
+  return (total / number if number > 1 else 0 * total), number
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_nnx_optimizer_trains_on_stacked_gradients(wrapped):
+  inner = optax.sgd(0.05)
+  tx = (
+      gaf_optax.apply_if_agreed(inner, TAU)
+      if wrapped
+      else optax.chain(gaf_optax.gaf(TAU), inner)
+  )
+  model = nnx.Linear(FEATURES, 1, use_bias=False, rngs=nnx.Rngs(0))
+  optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+  @nnx.jit
+  def train_step(model, optimizer, x, y):
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(params, x, y):
+      # A copy: the model's own variables belong to the trace outside of vmap.
+      prediction = nnx.merge(graph, params, rest, copy=True)(x)
+      return jnp.mean((prediction - y) ** 2)
+
+    grads = jax.vmap(jax.grad(loss), (None, 0, 0))(params, x, y)
+    optimizer.update(model, grads)
+    return gaf_optax.metrics(optimizer.opt_state)
+
+  expected = np.asarray(model.kernel[...])
+  for seed in range(3):
+    x, y = batches(seed)
+    gradient, number = filtered_gradient(expected, x, y)
+    found = train_step(model, optimizer, x, y)
+    expected = expected - 0.05 * gradient
+    assert float(found["accepted"]) == (number if number > 1 else 0)
+    np.testing.assert_allclose(model.kernel[...], expected, rtol=1e-4, atol=1e-5)
+  assert float(gaf_optax.metrics(optimizer.opt_state)["accepted"]) == number == 2
+  assert model.kernel[...].shape == (FEATURES, 1)
+
+
+def test_linen_train_state_trains_on_stacked_gradients():
+  model = nn.Dense(1, use_bias=False)
+  params = model.init(jax.random.key(0), jnp.zeros((1, FEATURES)))["params"]
+  state = train_state.TrainState.create(
+      apply_fn=model.apply,
+      params=params,
+      tx=optax.chain(gaf_optax.gaf(TAU), optax.sgd(0.05)),
+  )
+
+  @jax.jit
+  def train_step(state, x, y):
+    def loss(params, x, y):
+      return jnp.mean((state.apply_fn({"params": params}, x) - y) ** 2)
+
+    grads = jax.vmap(jax.grad(loss), (None, 0, 0))(state.params, x, y)
+    return state.apply_gradients(grads=grads)
+
+  expected = np.asarray(params["kernel"])
+  for seed in range(3):
+    x, y = batches(seed)
+    gradient, _ = filtered_gradient(expected, x, y)
+    state = train_step(state, x, y)
+    expected = expected - 0.05 * gradient
+    np.testing.assert_allclose(
+        state.params["kernel"], expected, rtol=1e-4, atol=1e-5
+    )
+  chex.assert_trees_all_equal_shapes_and_dtypes(state.params, params)
+  assert int(state.step) == 3
+  assert float(gaf_optax.metrics(state.opt_state)["accepted"]) == 2
+
+
+def test_linen_train_state_takes_one_micro_gradient_a_call_with_multi_steps():
+  params = {"kernel": jnp.zeros((FEATURES, 1))}
+  state = train_state.TrainState.create(
+      apply_fn=None, params=params, tx=gaf_optax.multi_steps(optax.sgd(0.05), K, TAU)
+  )
+  x, y = batches(0)
+  gradient, _ = filtered_gradient(params["kernel"], x, y)
+  for a, b in zip(x, y):
+    assert not np.any(state.params["kernel"])
+    row = 2 / ROWS * a.T @ (a @ params["kernel"] - b)
+    state = state.apply_gradients(grads={"kernel": row})
+  np.testing.assert_allclose(
+      state.params["kernel"], -0.05 * gradient, rtol=1e-4, atol=1e-6
+  )

@@ -1,0 +1,294 @@
+"""Groups, the anchor, the threshold's forms, and the counts of the state."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import forms
+import gaf_optax
+import oracle
+
+both_forms = pytest.mark.parametrize("form", [forms.stacked, forms.streamed])
+every_form = pytest.mark.parametrize("form", forms.ALL.values(), ids=forms.ALL)
+
+
+def case(seed=0, k=4):
+  rng = np.random.default_rng(seed)
+  draw = lambda *shape: jnp.asarray(
+      rng.standard_normal((k, *shape)) + rng.standard_normal(shape), jnp.float32
+  )
+  return {"a": draw(5), "b": draw(2, 3), "c": draw()}
+
+
+def alone(tree, names, tau):
+  """The oracle's result for some of the leaves."""
+  return oracle.gaf([tree[n] for n in names], tau)
+
+
+@every_form
+@pytest.mark.parametrize("seed", range(3))
+def test_leaf_groups_are_decisions_of_their_own(form, seed):
+  tree = case(seed)
+  filtered = form(tree, 0.6, groups="leaf")
+  parts = {n: alone(tree, [n], 0.6) for n in tree}
+  for n, part in parts.items():
+    np.testing.assert_allclose(filtered.gradient[n], part.gradient[0], atol=1e-6)
+  assert filtered.agreed == any(p.agreed for p in parts.values())
+  counts = [p.accepted.sum() for p in parts.values()]
+  assert filtered.accepted == pytest.approx(np.mean(counts))
+  np.testing.assert_allclose(
+      filtered.distances,
+      # Whose first has nothing to compare with.
+      [np.nan, *np.mean([p.distances[1:] for p in parts.values()], axis=0)],
+      atol=1e-5,
+  )
+
+
+@every_form
+def test_labels_join_leaves_and_none_excludes(form):
+  tree = case(1)
+  labels = {"a": "x", "b": None, "c": "x"}
+  seen = {}
+
+  def groups(path, leaf):
+    seen[path[0].key] = (leaf.shape, leaf.dtype)
+    return labels[path[0].key]
+
+  filtered = form(tree, 0.4, groups=groups)
+  part = alone(tree, ["a", "c"], 0.4)
+  assert filtered.agreed == part.agreed
+  np.testing.assert_allclose(filtered.gradient["a"], part.gradient[0], atol=1e-6)
+  np.testing.assert_allclose(filtered.gradient["c"], part.gradient[1], atol=1e-6)
+  np.testing.assert_allclose(filtered.gradient["b"], tree["b"].mean(0), atol=1e-6)
+  # The same in every form: the parameter's shape.
+  assert seen["b"] == ((2, 3), jnp.float32)
+
+
+@every_form
+def test_excluded_leaves_are_averaged_even_without_agreement(form):
+  tree = {"w": jnp.array([[1.0, 0], [-1, 0]]), "free": jnp.array([1.0, 3.0])}
+  filtered = form(
+      tree, 0.5, groups=lambda path, leaf: None if path[0].key == "free" else 0
+  )
+  assert not filtered.agreed
+  np.testing.assert_array_equal(filtered.gradient["w"], [0, 0])
+  # multi_steps emits nothing at all on a cycle without agreement.
+  want = 0 if form is forms.streamed else 2
+  np.testing.assert_allclose(filtered.gradient["free"], want)
+
+
+@every_form
+def test_nan_in_one_group_or_an_excluded_leaf_rejects_the_micro_gradient(form):
+  tree = {
+      "w": jnp.ones((3, 2)),
+      "v": jnp.ones((3, 2)).at[1, 0].set(jnp.nan),
+      "free": jnp.array([1.0, 2.0, jnp.inf]),
+  }
+  filtered = form(
+      tree,
+      0.97,
+      groups=lambda path, leaf: {"w": 0, "v": 1, "free": None}[path[0].key],
+  )
+  assert filtered.nonfinite == 2 and not filtered.agreed  # one finite one is left
+  want = 0 if form is forms.streamed else 1
+  np.testing.assert_array_equal(filtered.gradient["free"], want)
+  tree = jax.tree.map(lambda x: jnp.concatenate([x, x[:1]]), tree)
+  filtered = form(tree, 0.97, groups=lambda path, leaf: path[0].key)
+  assert filtered.agreed and filtered.accepted == 2
+  np.testing.assert_allclose(filtered.gradient["v"], [1, 1], rtol=1e-6)
+
+
+@every_form
+def test_groups_of_very_different_scales_decide_each_for_itself(form):
+  tree = case(2)
+  scaled = {"a": tree["a"] * 1e-28, "b": tree["b"] * 1e25, "c": tree["c"]}
+  plain, filtered = (form(t, 0.6, groups="leaf") for t in (tree, scaled))
+  assert filtered.accepted == plain.accepted
+  np.testing.assert_allclose(filtered.distances, plain.distances, atol=1e-6)
+
+
+class TestAnchor:
+
+  def run(self, steps, tau, decay, **options):
+    tx = gaf_optax.gaf(tau, anchor_decay=decay, **options)
+    state, results = tx.init(jnp.zeros(steps[0].shape[1:])), []
+    for stack in steps:
+      gradient, state = tx.update(stack, state)
+      results.append((np.asarray(gradient), state))
+    return results
+
+  @pytest.mark.parametrize("decay", [0.0, 0.5, 0.99])
+  @pytest.mark.parametrize("k", [1, 3])
+  def test_against_numpy(self, decay, k):
+    rng = np.random.default_rng(7)
+    steps = [rng.standard_normal((k, 6)) + 0.5 for _ in range(12)]
+    steps[4][0] = np.nan  # in one step
+    steps[0] = steps[0] * np.nan  # a first step with nothing finite in it
+    anchor, total, counts = np.zeros(6), 0, []
+    results = self.run(
+        [jnp.asarray(s, jnp.float32) for s in steps], 0.7, decay, num_microbatches=k
+    )
+    for s, (gradient, state) in zip(steps, results):
+      finite = np.isfinite(s).all(1)
+      d = np.array([oracle.distance(anchor, g) for g in np.nan_to_num(s)])
+      accepted = finite & ((d <= 0.7) | (total == 0))
+      want = s[accepted].mean(0) if accepted.any() else np.zeros(6)
+      np.testing.assert_allclose(gradient, want, atol=1e-6)
+      np.testing.assert_array_equal(state.accepted, accepted)
+      np.testing.assert_allclose(
+          state.distances,
+          np.where(finite & (total > 0), d, np.nan),
+          atol=1e-5,
+      )
+      assert bool(state.ready) == accepted.any()
+      counts.append(accepted.sum())
+      if finite.any():
+        anchor = decay * anchor + (1 - decay) * s[finite].mean(0)
+        total += 1
+    assert 0 in counts[1:] and k in counts
+
+  def test_cannot_get_stuck(self):
+    """The average follows what arrives even while all of it is rejected."""
+    one = jnp.array([[1.0, 0.0]])
+    ready = [bool(s.ready) for _, s in self.run([one] + [-one] * 6, 0.9, 0.5)]
+    assert ready == [True, False] + [True] * 5
+
+  def test_streamed_and_stacked_are_the_same(self):
+    k, params = 3, jnp.zeros(5)
+    options = dict(anchor_decay=0.8, num_microbatches=k, embed=jnp.tanh)
+    streamed = gaf_optax.multi_steps(optax.sgd(1.0), k, 0.6, **options)
+    stacked = gaf_optax.apply_if_agreed(optax.sgd(1.0), 0.6, **options)
+    a, b = streamed.init(params), stacked.init(params)
+    rng = np.random.default_rng(3)
+    update = jax.jit(streamed.update)
+    for step in range(6):
+      stack = jnp.asarray(rng.standard_normal((k, 5)) + 0.3, jnp.float32)
+      if step == 2:
+        stack = stack.at[1].set(jnp.inf)
+      for g in stack:
+        emitted, a = update(g, a)
+      updates, b = stacked.update(stack, b)
+      np.testing.assert_allclose(emitted, updates, atol=1e-6)
+      chex.assert_trees_all_close(a.gaf_state, b.gaf_state, atol=1e-6)
+
+  def test_is_kept_in_float32_for_bfloat16(self):
+    tx = gaf_optax.gaf(anchor_decay=0.9)
+    assert tx.init(jnp.zeros(3, jnp.bfloat16)).anchor.dtype == jnp.float32
+
+
+class TestThreshold:
+
+  def test_schedule_is_called_with_the_number_of_updates_seen(self):
+    tx = gaf_optax.gaf(lambda n: 0.1 * n)
+    state = tx.init(jnp.zeros(2))
+    for n in range(4):
+      _, state = tx.update(jnp.ones((2, 2)), state)
+      np.testing.assert_allclose(state.threshold, 0.1 * n, rtol=1e-6)
+
+  def test_target_accept_rate_by_hand(self):
+    tau = gaf_optax.target_accept_rate(
+        0.25, initial=1.0, step_size=0.1, minimum=0.9, maximum=1.05
+    )
+    tx = gaf_optax.gaf(tau)
+    state = tx.init(jnp.zeros(2))
+    np.testing.assert_allclose(gaf_optax.metrics(state)["threshold"], 1.0)
+    agree = jnp.array([[1.0, 0], [1, 0]])
+    oppose = jnp.array([[1.0, 0], [-1, 0]])
+    nothing = jnp.full((2, 2), jnp.nan)
+    one_of_two = jnp.array([[1.0, 0], [1, 0], [-1, 0], [jnp.nan, 0]])
+    used = []
+    for stack in (agree, agree, nothing, oppose, one_of_two, oppose, oppose, agree):
+      _, state = tx.update(stack, state)
+      used.append(float(gaf_optax.metrics(state)["threshold"]))
+    want, t = [], 1.0
+    for share in (1, 1, None, 0, 2 / 3, 0, 0, 1):
+      want.append(t)
+      if share is not None:
+        t = np.clip(t + 0.1 * (0.25 - share), 0.9, 1.05)
+    np.testing.assert_allclose(used, want, rtol=1e-6)
+
+  def test_finds_the_threshold_that_accepts_the_wanted_share(self):
+    rng = np.random.default_rng(0)
+    tau = gaf_optax.target_accept_rate(0.3, initial=0.5, step_size=0.02)
+    tx = gaf_optax.gaf(tau, rule=gaf_optax.rules.leave_one_out())
+    stacks = jnp.asarray(rng.standard_normal((1500, 4, 20)) + 0.2, jnp.float32)
+    step = lambda s, g: (tx.update(g, s)[1],) * 2
+    _, states = jax.lax.scan(step, tx.init(jnp.zeros(20)), stacks)
+    late = np.asarray(states.last_accepted)[500:].mean() / 4
+    assert late == pytest.approx(0.3, abs=0.03)
+
+  def test_tau_may_be_a_numpy_or_jax_scalar(self):
+    for tau in (np.float64(0.5), np.array(0.5), jnp.array(0.5), 1):
+      gaf_optax.gaf(tau).update(jnp.ones((2, 2)), gaf_optax.gaf(tau).init(None))
+
+
+class TestMetrics:
+
+  def test_counts_over_a_run(self):
+    tx = optax.named_chain(
+        ("filter", gaf_optax.gaf(0.5)), ("step", optax.adam(0.1))
+    )
+    state = tx.init(jnp.zeros(2))
+    agree = jnp.array([[1.0, 0], [1, 0], [0, 1]])
+    oppose = jnp.array([[1.0, 0], [-1, 0], [0, 1]])
+    broken = jnp.array([[1.0, jnp.inf], [1, 0], [1, 0]])
+    for stack in (agree, oppose, broken, oppose):
+      _, state = tx.update(stack, state)
+    found = gaf_optax.metrics(state)
+    assert {n: v.shape for n, v in found.items()} == dict.fromkeys(found, ())
+    assert float(found["accepted"]) == 0
+    assert int(found["microbatches"]) == 3
+    assert float(found["accept_rate"]) == pytest.approx(4 / 12)
+    assert float(found["cosine_distance"]) == pytest.approx(1.5)
+    assert float(found["threshold"]) == pytest.approx(0.5)
+    assert not found["agreed"]
+    assert int(found["skipped_steps"]) == 2
+    assert int(found["nonfinite"]) == 1
+
+  def test_accept_rate_of_a_long_run_does_not_drift(self):
+    """A float32 count of what was accepted would stop at 2**24."""
+    tx = gaf_optax.gaf(0.5)
+    state = tx.init(jnp.zeros(1))
+    big = jnp.float32(3e9)
+    state = state._replace(total_microbatches=big, accept_rate=jnp.float32(0.5))
+    for _ in range(20):
+      _, state = tx.update(jnp.ones((4, 1)), state)
+    assert float(state.accept_rate) == pytest.approx(0.5, abs=1e-6)
+    counts = state._replace(
+        nonfinite=jnp.int32(2**31 - 1), skipped_steps=jnp.int32(2**31 - 1)
+    )
+    _, state = tx.update(jnp.full((4, 1), jnp.nan), counts)
+    assert int(state.nonfinite) == int(state.skipped_steps) == 2**31 - 1
+
+
+class TestCosineDistance:
+
+  @pytest.mark.parametrize("scale", [1e-30, 5e-10, 1.0, 1e19, 1e30])
+  def test_against_numpy(self, scale):
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((2, 50))
+    tree = lambda v: {"x": jnp.asarray(scale * v[:20], jnp.float32),
+                      "y": jnp.asarray(v[20:].reshape(3, 10) * scale, jnp.float32)}
+    got = gaf_optax.cosine_distance(tree(a), tree(b))
+    assert got.dtype == jnp.float32 and got.shape == ()
+    np.testing.assert_allclose(got, oracle.distance(a, b), atol=1e-6)
+    assert float(gaf_optax.cosine_distance(tree(a), tree(a))) == 0
+    np.testing.assert_allclose(
+        gaf_optax.cosine_distance(tree(a), tree(-a)), 2, atol=1e-6
+    )
+
+  def test_edges(self):
+    d = gaf_optax.cosine_distance
+    assert float(d(jnp.zeros(3), jnp.ones(3))) == 1
+    assert float(d(jnp.zeros(3), jnp.zeros(3))) == 1
+    assert np.isnan(d(jnp.array([jnp.nan, 1]), jnp.ones(2)))
+    assert float(d({"a": 1.0, "i": 3}, {"a": 2.0, "i": 4})) == 0
+    with pytest.raises(ValueError, match="one structure"):
+      d({"a": jnp.ones(2)}, {"b": jnp.ones(2)})
+    with pytest.raises(ValueError, match=r"\(2,\) and \(3,\) at leaf \['a'\]"):
+      d({"a": jnp.ones(2)}, {"a": jnp.ones(3)})
+    with pytest.raises(ValueError, match="no floating"):
+      d({"a": jnp.arange(2)}, {"a": jnp.arange(2)})

@@ -1,0 +1,165 @@
+"""Parity with the two PyTorch implementations, on cases recorded by running them.
+
+`parity/make_cases.py` made `parity/cases.json`, and says with which versions.
+"""
+
+import json
+import pathlib
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import gaf_optax
+from gaf_optax import rules
+
+CASES = json.loads(
+    pathlib.Path(__file__).with_name("parity").joinpath("cases.json").read_text()
+)
+# What parity/make_cases.py builds from torch.optim under the same names.
+OPTIMIZERS = {
+    "sgd": optax.sgd(0.1),
+    # torch adds the decay to the gradient, before the momentum.
+    "momentum_decay": optax.chain(
+        optax.add_decayed_weights(0.05), optax.sgd(0.1, momentum=0.9)
+    ),
+    "nesterov": optax.sgd(0.1, momentum=0.9, nesterov=True),
+    "adam": optax.adam(0.1, b1=0.8, b2=0.95, eps=0.1),
+    "adamw": optax.adamw(0.1, b1=0.8, b2=0.95, eps=1e-3, weight_decay=0.05),
+}
+STRATEGIES = {
+    "accept_max_neighbors": lambda fraction: rules.most_neighbors(),
+    "accept_min_neighbors": rules.min_neighbors,
+}
+
+
+def as_tree(flat):
+  """The last axis of an array as the parameters of the recorded model."""
+  flat = np.asarray(flat, np.float32)
+  sizes = np.cumsum([np.prod(shape) for shape in CASES["shapes"].values()])
+  pieces = np.split(flat, sizes[:-1], axis=-1)
+  return {
+      name: jnp.asarray(piece.reshape(*flat.shape[:-1], *shape))
+      for (name, shape), piece in zip(CASES["shapes"].items(), pieces)
+  }
+
+
+def assert_weights(params, recorded, atol=2e-6):
+  expected = as_tree(recorded)
+  chex.assert_trees_all_equal_shapes_and_dtypes(params, expected)
+  chex.assert_trees_all_close(params, expected, rtol=1e-5, atol=atol)
+
+
+def filtered_mean(rule, case):
+  """What `gaf` makes of a case, and which micro-gradients it accepts."""
+  micro_grads = as_tree(case["micro_grads"])
+  k = len(case["micro_grads"])
+  tx = gaf_optax.gaf(case["threshold"], rule=rule, num_microbatches=k)
+  params = jax.tree.map(lambda x: x[0], micro_grads)
+  mean, state = tx.update(micro_grads, tx.init(params), params)
+  return mean, state.accepted.tolist()
+
+
+def case_id(case):
+  if "optimizer" in case:
+    return f"{case['optimizer']}-{len(case['micro_grads'][0])}-{case['tau']}"
+  return (
+      f"{case['kind']}-{len(case['micro_grads'])}-{case['strategy'][7:10]}"
+      f"-{case['fraction']}-{case['threshold']}"
+  )
+
+
+@pytest.mark.parametrize("case", CASES["authors"], ids=case_id)
+def test_running_average_gives_the_weights_of_step_gaf(case):
+  tx = gaf_optax.apply_if_agreed(
+      OPTIMIZERS[case["optimizer"]], case["tau"], rule=rules.running_average()
+  )
+  params = as_tree(case["initial"])
+  state = tx.init(params)
+  update = jax.jit(tx.update)
+  for rows, agreed, weights in zip(
+      case["micro_grads"], case["agreed_count"], case["weights"]
+  ):
+    before, inner_before = params, state.inner_state
+    updates, state = update(as_tree(rows), state, params)
+    params = optax.apply_updates(params, updates)
+    assert_weights(params, weights)
+    found = gaf_optax.metrics(state)
+    # Theirs counts the micro-gradients that joined the first.
+    assert float(found["accepted"]) == (agreed + 1 if agreed else 0)
+    if not agreed:
+      chex.assert_trees_all_equal(params, before)
+      chex.assert_trees_all_equal(state.inner_state, inner_before)
+  if case["optimizer"].startswith("adam"):
+    taken = sum(agreed > 0 for agreed in case["agreed_count"])
+    assert int(optax.tree.get(state, "count")) == taken
+
+
+@pytest.mark.parametrize("case", CASES["authors"][2:9:3], ids=case_id)
+def test_multi_steps_gives_the_weights_of_step_gaf(case):
+  k = len(case["micro_grads"][0])
+  tx = gaf_optax.multi_steps(
+      OPTIMIZERS[case["optimizer"]], k, case["tau"], rule=rules.running_average()
+  )
+
+  @jax.jit
+  def cycle(params, state, rows):
+    def one(carry, micro_grad):
+      params, state = carry
+      updates, state = tx.update(micro_grad, state, params)
+      return (optax.apply_updates(params, updates), state), None
+
+    return jax.lax.scan(one, (params, state), rows)[0]
+
+  params = as_tree(case["initial"])
+  state = tx.init(params)
+  for rows, weights in zip(case["micro_grads"], case["weights"]):
+    params, state = cycle(params, state, as_tree(rows))
+    assert_weights(params, weights)
+
+
+@pytest.mark.parametrize(
+    "case", CASES["authors_equality"], ids=lambda case: str(case["tau"])
+)
+def test_a_distance_equal_to_tau_is_accepted_as_by_step_gaf(case):
+  assert case["agreed_count"] == 1
+  tx = gaf_optax.apply_if_agreed(
+      OPTIMIZERS["sgd"], case["tau"], rule=rules.running_average()
+  )
+  params = as_tree(case["initial"])
+  updates, state = tx.update(
+      as_tree(case["micro_grads"]), tx.init(params), params
+  )
+  assert float(gaf_optax.metrics(state)["accepted"]) == 2
+  assert_weights(optax.apply_updates(params, updates), case["weights"])
+
+
+def test_four_accepted_weigh_an_eighth_an_eighth_a_quarter_and_a_half():
+  # The package's own pairwise average of the four unit vectors.
+  assert CASES["authors_shares"] == [1 / 8, 1 / 8, 1 / 4, 1 / 2]
+  tx = gaf_optax.gaf(2.0, rule=rules.running_average())
+  mean, _ = tx.update(jnp.eye(4), tx.init(jnp.zeros(4)))
+  np.testing.assert_array_equal(mean, CASES["authors_shares"])
+
+
+@pytest.mark.parametrize("case", CASES["samples"], ids=case_id)
+def test_neighbour_rules_accept_what_the_per_sample_package_accepts(case):
+  rule = STRATEGIES[case["strategy"]](case["fraction"])
+  mean, accepted = filtered_mean(rule, case)
+  assert accepted == case["accepted"]
+  # Theirs stretches what it keeps by batch / accepted, so that the mean over the
+  # batch, which is recorded, is the mean of those accepted.
+  longest = np.max(np.linalg.norm(case["micro_grads"], axis=1))
+  assert_weights(mean, case["mean"], atol=1e-6 * longest)
+
+
+def test_equality_is_accepted_where_the_per_sample_package_compares_with_less():
+  case = CASES["samples_equality"]
+  # The first two are at distance 1, which is the threshold, from all others.
+  assert case["accepted"] == [False, False, True, True]
+  mean, accepted = filtered_mean(rules.most_neighbors(), case)
+  assert accepted == [True] * 4
+  assert_weights(mean, np.mean(case["micro_grads"], axis=0))

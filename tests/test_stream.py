@@ -1,0 +1,255 @@
+"""The streamed forms: cycles, memory, the batch's split, and what stays as it was."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import forms
+import gaf_optax
+from gaf_optax import rules
+
+
+def draw(seed, k, *shape):
+  rng = np.random.default_rng(seed)
+  return jnp.asarray(rng.standard_normal((k, *shape)) + 0.4, jnp.float32)
+
+
+def feed(tx, state, micro_grads, params=None):
+  """Updates of a streamed transformation for one micro-gradient after another."""
+  update = jax.jit(tx.update)
+  emitted = []
+  for g in micro_grads:
+    updates, state = update(g, state, params)
+    emitted.append(np.asarray(updates))
+  return emitted, state
+
+
+class TestMultiSteps:
+
+  def test_is_apply_if_agreed_on_the_stack(self):
+    """Over cycles with and without agreement, weights and inner state are the same."""
+    k, params = 3, jnp.ones(4)
+    inner = optax.adamw(0.1)
+    streamed = gaf_optax.multi_steps(inner, k, 0.6, num_microbatches=k)
+    stacked = gaf_optax.apply_if_agreed(inner, 0.6, num_microbatches=k)
+    a, b = streamed.init(params), stacked.init(params)
+    agreed = []
+    for cycle in range(8):
+      stack = draw(cycle, k, 4)
+      emitted, a = feed(streamed, a, stack, params)
+      updates, b = stacked.update(stack, b, params)
+      np.testing.assert_allclose(emitted[-1], updates, rtol=1e-5, atol=1e-7)
+      assert not np.any(emitted[:-1])
+      agreed.append(bool(b.gaf_state.ready))
+      chex.assert_trees_all_close(a.inner_state, b.inner_state, rtol=1e-5)
+      chex.assert_trees_all_close(a.gaf_state, b.gaf_state, atol=1e-5)
+      chex.assert_trees_all_equal_shapes_and_dtypes(a.gaf_state, b.gaf_state)
+    assert 0 < sum(agreed) < 8, "the cases decide nothing"
+
+  def test_rejected_ones_use_up_their_slots(self):
+    tx = gaf_optax.multi_steps(optax.sgd(1.0), 3, 0.5)
+    e = np.eye(2, dtype=np.float32)
+    emitted, state = feed(tx, tx.init(jnp.zeros(2)), [e[0], e[1], e[0], e[1], e[1], e[0]])
+    np.testing.assert_array_equal(
+        emitted, [[0, 0], [0, 0], [-1, 0], [0, 0], [0, 0], [0, -1]]
+    )
+    assert int(state.gaf_state.num_updates) == 2
+
+  def test_mini_step_and_metrics_speak_of_the_last_finished_cycle(self):
+    tx = gaf_optax.multi_steps(optax.sgd(1.0), 2, 0.5)
+    state = tx.init(jnp.zeros(2))
+    one = jnp.array([1.0, 0.0])
+    _, state = feed(tx, state, [one])
+    assert int(state.mini_step) == 1
+    assert int(gaf_optax.metrics(state)["microbatches"]) == 0
+    _, state = feed(tx, state, [one])
+    assert int(state.mini_step) == 0
+    assert int(gaf_optax.metrics(state)["microbatches"]) == 2
+    assert bool(gaf_optax.metrics(state)["agreed"])
+    _, state = feed(tx, state, [-one])
+    assert bool(gaf_optax.metrics(state)["agreed"])
+
+  def test_every_k_as_a_function_of_the_cycle(self):
+    tx = gaf_optax.multi_steps(optax.sgd(1.0), lambda cycle: 2 + cycle, 0.97)
+    emitted, state = feed(tx, tx.init(jnp.zeros(1)), jnp.ones((9, 1)))
+    assert [bool(e.any()) for e in emitted] == [
+        n in (1, 4, 8) for n in range(9)
+    ]
+    with pytest.raises(ValueError, match="fixed every_k"):
+      gaf_optax.multi_steps(optax.sgd(1.0), lambda c: 2, num_microbatches=2)
+
+  def test_schedule_counts_cycles(self):
+    tx = gaf_optax.multi_steps(
+        optax.sgd(1.0), 2, optax.piecewise_constant_schedule(0.1, {2: 10.0})
+    )
+    state, seen = tx.init(jnp.zeros(1)), []
+    for _ in range(6):
+      _, state = feed(tx, state, jnp.ones((1, 1)))
+      seen.append(float(gaf_optax.metrics(state)["threshold"]))
+    np.testing.assert_allclose(seen, [0.1, 0.1, 0.1, 0.1, 0.1, 1.0])
+
+  def test_stacked_micro_gradients_are_refused(self):
+    tx = gaf_optax.multi_steps(optax.sgd(1.0), 2)
+    params = {"w": jnp.zeros(3)}
+    for known in (params, None):
+      with pytest.raises(ValueError, match=r"\['w'\].*\(2, 3\).*stack"):
+        tx.update({"w": jnp.ones((2, 3))}, tx.init(params), known)
+
+  @pytest.mark.parametrize("size", ["small", "large"])
+  def test_dtypes_of_updates_are_those_of_the_inner_transformation(self, size):
+    params = {"a": jnp.zeros(3, jnp.bfloat16), "b": jnp.zeros(2)}
+    tx = gaf_optax.multi_steps(optax.sgd(0.1, momentum=0.9), 2)
+    state = tx.init(params)
+    scale = 1.0 if size == "small" else 1e30
+    for _ in range(2):
+      grads = jax.tree.map(lambda p: jnp.full_like(p, scale), params)
+      updates, new_state = tx.update(grads, state, params)
+      chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+      chex.assert_trees_all_equal_shapes_and_dtypes(state, new_state)
+      state = new_state
+
+
+class TestValueAndGrad:
+
+  @staticmethod
+  def loss(params, x, y, scale=1.0):
+    hidden = jnp.tanh(x @ params["w"])
+    return scale * jnp.mean((hidden @ params["v"] - y) ** 2)
+
+  def case(self, n=12):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((n, 3)), jnp.float32)
+    y = jnp.asarray(rng.standard_normal(n), jnp.float32)
+    params = {
+        "w": jnp.asarray(rng.standard_normal((3, 5)), jnp.float32),
+        "v": jnp.asarray(rng.standard_normal(5), jnp.float32),
+    }
+    return params, x, y
+
+  @pytest.mark.parametrize("rule", [rules.sequential(), rules.running_average()])
+  def test_is_gaf_of_vmapped_gradients_of_consecutive_rows(self, rule):
+    params, x, y = self.case()
+    split = lambda a: a.reshape(4, 3, *a.shape[1:])
+    micro = jax.vmap(jax.value_and_grad(self.loss), (None, 0, 0))
+    values, grads = micro(params, split(x), split(y))
+    tx = gaf_optax.gaf(0.9, rule=rule, num_microbatches=4)
+    want, state = tx.update(grads, tx.init(params), params)
+    filtered = gaf_optax.value_and_grad(
+        self.loss, 4, 0.9, batch_argnums=(1, 2), rule=rule
+    )
+    value, got, agreement = jax.jit(filtered)(params, x, y)
+    np.testing.assert_allclose(value, values.mean(), rtol=1e-6)
+    chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-7)
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, params)
+    assert 2 <= int(agreement.accepted) < 4, "the case decides nothing"
+    assert float(agreement.accepted) == state.accepted.sum()
+    np.testing.assert_allclose(agreement.distances, state.distances, atol=1e-6)
+
+  def test_aux_keywords_and_tuples_of_arguments(self):
+    params, x, y = self.case()
+
+    def loss(w, batch, v, *, scale):
+      x, y = batch
+      value = self.loss({"w": w, "v": v}, x, y, scale)
+      return value, {"rows": x.shape[0], "first": y[0]}
+
+    filtered = gaf_optax.value_and_grad(
+        loss, 2, 2.0, argnums=(0, 2), batch_argnums=1, has_aux=True
+    )
+    (value, aux), (dw, dv), agreement = filtered(
+        params["w"], (x, y), params["v"], scale=3.0
+    )
+    whole = jax.value_and_grad(functools.partial(self.loss, scale=3.0))
+    want_value, want = whole(params, x, y)
+    np.testing.assert_allclose(value, want_value, rtol=1e-5)
+    np.testing.assert_allclose(dw, want["w"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(dv, want["v"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(aux["first"], [y[0], y[6]])
+    assert aux["rows"].shape == (2,)
+    assert agreement.distances.shape == (2,) and bool(agreement.agreed)
+
+  def test_traced_tau(self):
+    params, x, y = self.case()
+
+    @jax.jit
+    def accepted(tau):
+      filtered = gaf_optax.value_and_grad(self.loss, 4, tau, batch_argnums=(1, 2))
+      return filtered(params, x, y)[2].accepted
+
+    assert float(accepted(2.0)) == 4
+    assert float(accepted(1e-6)) == 0
+
+  def test_skipping_as_the_guide_shows(self):
+    params, x, y = self.case()
+    tx = optax.conditionally_transform(
+        optax.adam(0.1),
+        lambda step, agreed, **_: agreed,
+        forward_extra_args=True,
+    )
+    state = tx.init(params)
+    for tau, count in ((1e-6, 0), (2.0, 1), (1e-6, 1)):
+      filtered = gaf_optax.value_and_grad(self.loss, 4, tau, batch_argnums=(1, 2))
+      _, grads, agreement = filtered(params, x, y)
+      updates, state = tx.update(grads, state, params, agreed=agreement.agreed)
+      assert int(optax.tree.get(state, "count")) == count
+      assert any(np.any(u) for u in jax.tree.leaves(updates)) == bool(agreement.agreed)
+
+  def test_errors(self):
+    params, x, y = self.case()
+    filtered = gaf_optax.value_and_grad(self.loss, 5, batch_argnums=(1, 2))
+    with pytest.raises(ValueError, match=r"argument 1 has shape \(12, 3\).* 5 micro"):
+      filtered(params, x, y)
+    with pytest.raises(ValueError, match="argument 1 is named in argnums and"):
+      gaf_optax.value_and_grad(self.loss, 2, argnums=1)
+    with pytest.raises(ValueError, match="batch_argnums names argument 3"):
+      gaf_optax.value_and_grad(self.loss, 2, batch_argnums=3)(params, x, y)
+    with pytest.raises(ValueError, match="schedule"):
+      gaf_optax.value_and_grad(self.loss, 2, lambda step: 0.9)
+    with pytest.raises(ValueError, match="keeps no state"):
+      gaf_optax.value_and_grad(self.loss, 2, anchor_decay=0.9)
+    with pytest.raises(ValueError, match="batch_argnums must be an int"):
+      gaf_optax.value_and_grad(self.loss, 2, batch_argnums="x")
+
+
+class TestMemory:
+  """Read from the compiled program: one running sum, whatever k is."""
+
+  def test_value_and_grad(self):
+    params = {"a": jnp.zeros((256, 512)), "b": jnp.zeros((512, 256))}
+    loss = lambda p, x: jnp.mean((jnp.tanh(x @ p["a"]) @ p["b"]) ** 2)
+
+    def temporary(k):
+      filtered = gaf_optax.value_and_grad(loss, k)
+      compiled = jax.jit(filtered).lower(params, jnp.zeros((4 * k, 256))).compile()
+      return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(32) <= 1.25 * temporary(4)
+
+  def test_multi_steps_state_and_program_do_not_grow(self):
+    params = {"a": jnp.zeros((256, 512)), "b": jnp.zeros((512, 256))}
+
+    def sizes(k):
+      tx = gaf_optax.multi_steps(optax.sgd(0.1), k)
+      state = tx.init(params)
+      compiled = jax.jit(tx.update).lower(params, state, params).compile()
+      return (
+          compiled.memory_analysis().temp_size_in_bytes,
+          sum(x.nbytes for x in jax.tree.leaves(state)),
+      )
+
+    (temporary_32, state_32), (temporary_4, state_4) = sizes(32), sizes(4)
+    assert temporary_32 <= 1.25 * temporary_4
+    assert state_32 == state_4
+
+
+@pytest.mark.parametrize("form", [forms.stacked, forms.streamed])
+def test_bf16_running_mean_is_kept_in_float32(form):
+  """256 times 1 + 2**-7: a bfloat16 running sum would lose every small term."""
+  stack = jnp.full((64, 3), 1 + 2**-7, jnp.bfloat16)
+  gradient = form({"w": stack}, 0.97).gradient["w"]
+  np.testing.assert_array_equal(np.asarray(gradient, np.float32), 1 + 2**-7)
