@@ -2,34 +2,27 @@
 
 from gaf_optax import rules
 from gaf_optax._gram import cosine_distance
-from gaf_optax._state import GafState
-from gaf_optax._state import metrics
-from gaf_optax._stream import Agreement
-from gaf_optax._stream import MultiStepsState
-from gaf_optax._stream import multi_steps
-from gaf_optax._stream import value_and_grad
-from gaf_optax._threshold import TargetAcceptRate
-from gaf_optax._threshold import target_accept_rate
-from gaf_optax._transform import ApplyIfAgreedState
-from gaf_optax._transform import apply_if_agreed
-from gaf_optax._transform import gaf
+from gaf_optax._state import GafState, metrics
+from gaf_optax._stream import Agreement, MultiStepsState, multi_steps, value_and_grad
+from gaf_optax._threshold import TargetAcceptRate, target_accept_rate
+from gaf_optax._transform import ApplyIfAgreedState, apply_if_agreed, gaf
 from gaf_optax.rules import Decision
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Agreement",
-    "ApplyIfAgreedState",
-    "Decision",
-    "GafState",
-    "MultiStepsState",
-    "TargetAcceptRate",
-    "apply_if_agreed",
-    "cosine_distance",
-    "gaf",
-    "metrics",
-    "multi_steps",
-    "rules",
-    "target_accept_rate",
-    "value_and_grad",
+  "Agreement",
+  "ApplyIfAgreedState",
+  "Decision",
+  "GafState",
+  "MultiStepsState",
+  "TargetAcceptRate",
+  "apply_if_agreed",
+  "cosine_distance",
+  "gaf",
+  "metrics",
+  "multi_steps",
+  "rules",
+  "target_accept_rate",
+  "value_and_grad",
 ]

@@ -1,4 +1,4 @@
-"""Combine: the weighted mean of stacked micro-gradients, never touching rejected ones."""
+"""Combine: the weighted mean of stacked micro-gradients, without the rejected."""
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,7 @@ def normalized(weights: jax.Array) -> jax.Array:
   return jnp.where(total != 0, weights / jnp.where(total != 0, total, 1), 0)
 
 
-def weighted_sum(
-    leaf: jax.Array, weights: jax.Array, dtype=None
-) -> jax.Array:
+def weighted_sum(leaf: jax.Array, weights: jax.Array, dtype=None) -> jax.Array:
   """Sum of `weights[i] * leaf[i]` over the rows whose weight is not zero.
 
   Rows of weight zero are left out by selection, so that a NaN in them stays there.
@@ -50,10 +48,8 @@ def weighted_sum(
   whole = k // _UNROLL
   if whole > 1:
     total = lax.fori_loop(
-        0, whole, lambda b, t: add_terms(b * _UNROLL, _UNROLL, t), total
+      0, whole, lambda b, t: add_terms(b * _UNROLL, _UNROLL, t), total
     )
   elif whole:
     total = add_terms(0, _UNROLL, total)
-  return add_terms(whole * _UNROLL, k % _UNROLL, total).astype(
-      result_dtype
-  )
+  return add_terms(whole * _UNROLL, k % _UNROLL, total).astype(result_dtype)

@@ -1,5 +1,6 @@
 """Gram: the inner products of micro-gradients, whatever their scale and dtype."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -40,16 +41,16 @@ class Gram(NamedTuple):
     squares = jnp.diagonal(self.products, axis1=-2, axis2=-1)
     # Floor of log2 of each norm, so that the largest is found without overflow.
     magnitude = jnp.where(
-        squares > 0,
-        self.exponents + jnp.frexp(squares)[1] // 2,
-        _numerics.ZERO_EXPONENT,
+      squares > 0,
+      self.exponents + jnp.frexp(squares)[1] // 2,
+      _numerics.ZERO_EXPONENT,
     )
     top = jnp.max(magnitude, axis=-1, keepdims=True)
     unit = _numerics.power_of_two(self.exponents - top, self.products.dtype)
     matrix = self.products * unit[..., :, None] * unit[..., None, :]
-    largest = jnp.max(
-        jnp.diagonal(matrix, axis1=-2, axis2=-1), axis=-1, keepdims=True
-    )[..., None]
+    largest = jnp.max(jnp.diagonal(matrix, axis1=-2, axis2=-1), axis=-1, keepdims=True)[
+      ..., None
+    ]
     return matrix / jnp.where(largest > 0, largest, 1)
 
 
@@ -58,19 +59,17 @@ def from_matrix(matrix: jax.Array, valid: jax.Array) -> Gram:
   matrix = jnp.where(valid[:, None] & valid[None, :], matrix, 0)
   squares = jnp.diagonal(matrix)
   exponents = jnp.where(
-      squares > 0, jnp.frexp(squares)[1] // 2, _numerics.ZERO_EXPONENT
+    squares > 0, jnp.frexp(squares)[1] // 2, _numerics.ZERO_EXPONENT
   )
-  unit = _numerics.power_of_two(
-      jnp.where(squares > 0, -exponents, 0), matrix.dtype
-  )
+  unit = _numerics.power_of_two(jnp.where(squares > 0, -exponents, 0), matrix.dtype)
   return Gram(matrix * unit[:, None] * unit[None, :], exponents)
 
 
 def gram(
-    leaves: Sequence[Sequence[jax.Array]],
-    members: Sequence[int],
-    num_groups: int,
-    embed: Callable[[jax.Array], jax.Array] | None = None,
+  leaves: Sequence[Sequence[jax.Array]],
+  members: Sequence[int],
+  num_groups: int,
+  embed: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[Gram, jax.Array]:
   """Inner products of the vectors whose pieces the leaves hold, by group.
 
@@ -93,22 +92,18 @@ def gram(
   """
   k = sum(block.shape[0] for block in leaves[0])
   dtype = _numerics.real_accumulator_dtype(
-      block.dtype for blocks in leaves for block in blocks
+    block.dtype for blocks in leaves for block in blocks
   )
   in_group = [
-      (blocks, member)
-      for blocks, member in zip(leaves, members)
-      if member < num_groups
+    (blocks, member) for blocks, member in zip(leaves, members) if member < num_groups
   ]
   # What the products do not read has to be looked at for itself.
   unread = [
-      blocks
-      for blocks, member in zip(leaves, members)
-      if member == num_groups or embed is not None
+    blocks
+    for blocks, member in zip(leaves, members)
+    if member == num_groups or embed is not None
   ]
-  rows = [
-      (_rows(blocks, embed, dtype), member) for blocks, member in in_group
-  ]
+  rows = [(_rows(blocks, embed, dtype), member) for blocks, member in in_group]
 
   def products(scale=None):
     total = [jnp.zeros((k, k), dtype) for _ in range(num_groups)]
@@ -133,7 +128,7 @@ def gram(
   raw = products()
   squares = jnp.diagonal(raw, axis1=1, axis2=2)
   ordinary = jnp.all(unread_finite) & jnp.all(
-      (squares >= _ORDINARY[0]) & (squares <= _ORDINARY[1])
+    (squares >= _ORDINARY[0]) & (squares <= _ORDINARY[1])
   )
 
   def as_computed():
@@ -188,25 +183,26 @@ def cosine_distance(a: Any, b: Any) -> jax.Array:
     Chaubard et al., `Beyond Gradient Averaging in Parallel Optimization
     <https://arxiv.org/abs/2412.18052>`_, 2024, equation 1.
   """
-  if jax.tree.structure(a) != jax.tree.structure(b):
+  structures: list[Any] = [jax.tree.structure(tree) for tree in (a, b)]
+  if structures[0] != structures[1]:
     raise ValueError(
-        "cosine_distance compares two pytrees of one structure, got "
-        f"{jax.tree.structure(a)} and {jax.tree.structure(b)}."
+      "cosine_distance compares two pytrees of one structure, got "
+      f"{structures[0]} and {structures[1]}."
     )
   pairs = []
   paths = jax.tree_util.tree_flatten_with_path(a)[0]
   for (path, x), y in zip(paths, jax.tree.leaves(b)):
     if jnp.shape(x) != jnp.shape(y):
       raise ValueError(
-          "cosine_distance compares leaves of one shape, got "
-          f"{jnp.shape(x)} and {jnp.shape(y)} at leaf "
-          f"{jax.tree_util.keystr(path) or '(the whole tree)'}."
+        "cosine_distance compares leaves of one shape, got "
+        f"{jnp.shape(x)} and {jnp.shape(y)} at leaf "
+        f"{jax.tree_util.keystr(path) or '(the whole tree)'}."
       )
     if jnp.issubdtype(jnp.result_type(x), jnp.inexact):
       pairs.append((jnp.asarray(x)[None], jnp.asarray(y)[None]))
   if not pairs:
     raise ValueError(
-        "cosine_distance found no floating-point or complex leaf to compare."
+      "cosine_distance found no floating-point or complex leaf to compare."
     )
   both, valid = gram(pairs, [0] * len(pairs), 1)
   n = both.products[0]
@@ -230,8 +226,8 @@ def embedded(block, embed, dtype):
   result = jnp.asarray(embed(block))
   if result.shape != block.shape:
     raise ValueError(
-        "embed must be elementwise, that is, keep the shape of each leaf; it "
-        f"turned a leaf of shape {block.shape} into {result.shape}."
+      "embed must be elementwise, that is, keep the shape of each leaf; it "
+      f"turned a leaf of shape {block.shape} into {result.shape}."
     )
   if not jnp.issubdtype(result.dtype, jnp.inexact):
     result = result.astype(dtype)
@@ -240,9 +236,9 @@ def embedded(block, embed, dtype):
 
 def _largest(part, dtype):
   """The largest absolute value in each row `[k]`; NaN where there is a NaN."""
-  return jnp.concatenate([
-      jnp.max(jnp.abs(block), axis=1, initial=0).astype(dtype) for block in part
-  ])
+  return jnp.concatenate(
+    [jnp.max(jnp.abs(block), axis=1, initial=0).astype(dtype) for block in part]
+  )
 
 
 def _inner_products(part, dtype, scale):
@@ -254,11 +250,11 @@ def _inner_products(part, dtype, scale):
   if scale is not None:
     return _blocked(part, dtype, scale)
   return lax.platform_dependent(
-      *part,
-      # XLA's CPU products of long rows copy both operands and run far below the
-      # memory's speed; in blocks that fit in the cache they do neither.
-      cpu=lambda *part: _blocked(part, dtype, None),
-      default=lambda *part: _products(part, dtype),
+    *part,
+    # XLA's CPU products of long rows copy both operands and run far below the
+    # memory's speed; in blocks that fit in the cache they do neither.
+    cpu=lambda *part: _blocked(part, dtype, None),
+    default=lambda *part: _products(part, dtype),
   )
 
 
@@ -269,24 +265,19 @@ def _blocked(part, dtype, scale):
 
   def block_products(start, length):
     columns = [
-        lax.dynamic_slice_in_dim(x, start, length, 1).astype(dtype)
-        for x in part
+      lax.dynamic_slice_in_dim(x, start, length, 1).astype(dtype) for x in part
     ]
     if scale is not None:
-      edges = [0]
-      for x in columns:
-        edges.append(edges[-1] + x.shape[0])
-      factors = [scale[i:j, None] for i, j in zip(edges, edges[1:])]
-      columns = [
-          jnp.where(jnp.isnan(f), 0, x * f) for x, f in zip(columns, factors)
-      ]
+      ends = list(itertools.accumulate(x.shape[0] for x in columns))
+      factors = jnp.split(scale[:, None], ends[:-1])
+      columns = [jnp.where(jnp.isnan(f), 0, x * f) for x, f in zip(columns, factors)]
     return _products(columns, dtype)
 
   whole = size // width
   total = jnp.zeros((rows, rows), dtype)
   if whole:
     total = lax.fori_loop(
-        0, whole, lambda i, t: t + block_products(i * width, width), total
+      0, whole, lambda i, t: t + block_products(i * width, width), total
     )
   if size % width:
     total += block_products(whole * width, size % width)
@@ -300,14 +291,18 @@ def _products(part, dtype):
     if x.dtype != y.dtype or x.dtype.itemsize < 2 or x.dtype == jnp.float64:
       x, y = x.astype(dtype), y.astype(dtype)
     return lax.dot_general(
-        x, y, (((1,), (1,)), ((), ())),
-        precision=_HIGHEST,
-        preferred_element_type=dtype,
+      x,
+      y,
+      (((1,), (1,)), ((), ())),
+      precision=_HIGHEST,
+      preferred_element_type=dtype,
     )
 
   if len(part) == 1:
     return dot(part[0], part[0])
-  return jnp.block([
+  return jnp.block(
+    [
       [dot(x, y) if i <= j else dot(y, x).T for j, y in enumerate(part)]
       for i, x in enumerate(part)
-  ])
+    ]
+  )

@@ -1,4 +1,4 @@
-"""Leaves: reads a tree of micro-gradients, checks its shapes, sorts leaves into groups."""
+"""Leaves: takes a tree of micro-gradients apart, checks shapes, sorts into groups."""
 
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
@@ -46,11 +46,11 @@ class Leaves(NamedTuple):
 
 
 def read(
-    tree: Any,
-    params: Any,
-    groups: str | GroupsFn | None,
-    *,
-    stacked: bool,
+  tree: Any,
+  params: Any,
+  groups: str | GroupsFn | None,
+  *,
+  stacked: bool,
 ) -> Leaves:
   """Takes a tree of micro-gradients apart.
 
@@ -67,7 +67,10 @@ def read(
   _check_against_params(flat, tree, params, stacked)
   k = _leading_size(flat) if stacked and flat else None
 
-  paths, arrays, members, results = [], [], [], []
+  paths: list[Any] = []
+  arrays: list[jax.Array] = []
+  members: list[Hashable] = []
+  results: list[Any] = []
   labels: dict[Hashable, int] = {}
   for path, leaf in flat:
     shape = leaf_shape(leaf)[1:] if stacked else leaf_shape(leaf)
@@ -84,15 +87,14 @@ def read(
     arrays.append(jnp.asarray(leaf))
   if arrays and not labels:
     raise ValueError(
-        "groups gave every leaf the label None, which takes part in no decision:"
-        " there is nothing to compare. Label at least one leaf."
+      "groups gave every leaf the label None, which takes part in no decision:"
+      " there is nothing to compare. Label at least one leaf."
     )
   numbers = tuple(labels.get(label, len(labels)) for label in members)
 
   def rebuild(values):
-    return treedef.unflatten(
-        [values[r] if isinstance(r, int) else r for r in results]
-    )
+    leaves = [values[r] if isinstance(r, int) else r for r in results]
+    return jax.tree.unflatten(treedef, leaves)
 
   layout = Layout(tuple(paths), numbers, len(labels))
   return Leaves(arrays, layout, k, rebuild)
@@ -102,8 +104,8 @@ def check_not_empty(tree: Any) -> None:
   """Raises for a tree without a leaf and without a placeholder for one."""
   if not jax.tree.leaves(tree) and not _placeholders(tree):
     raise ValueError(
-        "the tree of micro-gradients is empty: it has no leaf to compare. Was the"
-        " right part of the parameters differentiated?"
+      "the tree of micro-gradients is empty: it has no leaf to compare. Was the"
+      " right part of the parameters differentiated?"
     )
 
 
@@ -129,7 +131,7 @@ def put(tree: Any, layout: Layout, values: list[jax.Array]) -> Any:
   """The tree with the leaves that are in the layout replaced."""
   replaced = dict(zip(layout.paths, values))
   return jax.tree_util.tree_map_with_path(
-      lambda path, leaf: replaced.get(path, leaf), tree
+    lambda path, leaf: replaced.get(path, leaf), tree
   )
 
 
@@ -151,8 +153,8 @@ def _label(groups, path, leaf):
     return _EXCLUDED
   if not isinstance(label, Hashable):
     raise ValueError(
-        f"groups must return a hashable label or None, got {label!r} for leaf"
-        f" {_name(path)}."
+      f"groups must return a hashable label or None, got {label!r} for leaf"
+      f" {_name(path)}."
     )
   return label
 
@@ -183,35 +185,33 @@ def _name(path):
 
 
 def _leading_size(flat):
-  sizes = [
-      (path, leaf_shape(leaf), leaf_shape(leaf)[:1]) for path, leaf in flat
-  ]
+  sizes = [(path, leaf_shape(leaf), leaf_shape(leaf)[:1]) for path, leaf in flat]
   for path, shape, leading in sizes:
     if not leading:
       raise ValueError(
-          f"micro-gradient leaf {_name(path)} has shape {shape}: a scalar has no"
-          f" micro-gradient axis in front. {_STACK}"
+        f"micro-gradient leaf {_name(path)} has shape {shape}: a scalar has no"
+        f" micro-gradient axis in front. {_STACK}"
       )
   first_path, first_shape, first = sizes[0]
   for path, shape, leading in sizes:
     if leading != first:
       raise ValueError(
-          "the leaves of stacked micro-gradients must have the same leading axis"
-          f" [k, ...], but leaf {_name(first_path)} has shape {first_shape} and"
-          f" leaf {_name(path)} has shape {shape}. {_STACK}"
+        "the leaves of stacked micro-gradients must have the same leading axis"
+        f" [k, ...], but leaf {_name(first_path)} has shape {first_shape} and"
+        f" leaf {_name(path)} has shape {shape}. {_STACK}"
       )
   if first[0] == 0:
     raise ValueError(
-        f"micro-gradient leaf {_name(first_path)} has shape {first_shape}: there"
-        " are no micro-gradients in it."
+      f"micro-gradient leaf {_name(first_path)} has shape {first_shape}: there"
+      " are no micro-gradients in it."
     )
   return first[0]
 
 
 _STACK = (
-    "Are these plain gradients, shaped like the parameters? gaf takes one gradient"
-    " for each microbatch, stacked: jax.vmap(jax.grad(loss), (None, 0))(params,"
-    " microbatches). For one micro-gradient a call there is gaf_optax.multi_steps."
+  "Are these plain gradients, shaped like the parameters? gaf takes one gradient"
+  " for each microbatch, stacked: jax.vmap(jax.grad(loss), (None, 0))(params,"
+  " microbatches). For one micro-gradient a call there is gaf_optax.multi_steps."
 )
 
 
@@ -219,26 +219,25 @@ def _check_against_params(flat, tree, params, stacked):
   if params is None:
     return
   expected = {
-      path: leaf_shape(p)
-      for path, p in jax.tree_util.tree_flatten_with_path(params)[0]
+    path: leaf_shape(p) for path, p in jax.tree_util.tree_flatten_with_path(params)[0]
   }
   for path, leaf in flat:
     shape = leaf_shape(leaf)
     if path not in expected:
       raise ValueError(
-          f"micro-gradient leaf {_name(path)} of shape {shape} has no counterpart"
-          f" among the parameters, which have {_listed(expected)}. Are params and"
-          " gradients of the same model?"
+        f"micro-gradient leaf {_name(path)} of shape {shape} has no counterpart"
+        f" among the parameters, which have {_listed(expected)}. Are params and"
+        " gradients of the same model?"
       )
     if (shape[1:] if stacked and shape else shape) == expected[path] and (
-        shape or not stacked
+      shape or not stacked
     ):
       continue
     raise ValueError(
-        f"micro-gradient leaf {_name(path)} has shape {shape}, its parameter has"
-        f" shape {expected[path]}; expected"
-        f" {('k', *expected[path]) if stacked else expected[path]}."
-        f" {_likely_mistake(shape, expected[path], stacked)}"
+      f"micro-gradient leaf {_name(path)} has shape {shape}, its parameter has"
+      f" shape {expected[path]}; expected"
+      f" {('k', *expected[path]) if stacked else expected[path]}."
+      f" {_likely_mistake(shape, expected[path], stacked)}"
     )
   present = {path for path, _ in flat}
   missing = [path for path in expected if path not in present]
@@ -247,8 +246,8 @@ def _check_against_params(flat, tree, params, stacked):
     for path in missing:
       if not any(path[: len(m)] == m for m in masked):
         raise ValueError(
-            f"parameter {_name(path)} of shape {expected[path]} has no"
-            " micro-gradient. Are params and gradients of the same model?"
+          f"parameter {_name(path)} of shape {expected[path]} has no"
+          " micro-gradient. Are params and gradients of the same model?"
         )
 
 
@@ -256,21 +255,21 @@ def _likely_mistake(shape, expected, stacked):
   if not stacked:
     if shape[1:] == expected:
       return (
-          "Are these stacked micro-gradients? The streamed form takes one"
-          " micro-gradient a call; gaf_optax.gaf takes the stack."
+        "Are these stacked micro-gradients? The streamed form takes one"
+        " micro-gradient a call; gaf_optax.gaf takes the stack."
       )
     return "Are params and gradients of the same model?"
   if shape == expected:
     if len(shape) == 1:
       return _STACK + (
-          " (optax.flatten around gaf flattens the micro-gradient axis away, too:"
-          " put it inside the chain, after gaf.)"
+        " (optax.flatten around gaf flattens the micro-gradient axis away, too:"
+        " put it inside the chain, after gaf.)"
       )
     return _STACK
   if len(shape) == len(expected) == 1:
     return (
-        "optax.flatten around gaf flattens the micro-gradient axis away: put it"
-        " inside the chain, after gaf."
+      "optax.flatten around gaf flattens the micro-gradient axis away: put it"
+      " inside the chain, after gaf."
     )
   return "The micro-gradient axis comes first, then the shape of the parameter."
 

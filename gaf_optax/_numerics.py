@@ -1,4 +1,4 @@
-"""Floating-point helpers: which dtype sums are kept in, exact powers of two, distances."""
+"""Numerics: the dtypes of sums, exact powers of two, and distances."""
 
 import jax
 import jax.numpy as jnp
@@ -27,14 +27,12 @@ def power_of_two(exponent: jax.Array, dtype) -> jax.Array:
   """2**exponent, exactly, for int32 exponents of any size (0 below the range)."""
   info = jnp.finfo(dtype)
   result = jnp.ldexp(
-      jnp.ones((), dtype), jnp.clip(exponent, info.minexp, info.maxexp - 1)
+    jnp.ones((), dtype), jnp.clip(exponent, info.minexp, info.maxexp - 1)
   )
   return jnp.where(exponent < info.minexp, 0, result).astype(dtype)
 
 
-def distance(
-    kind: str, ab, aa, bb, *, tau=None, shift=0, cancelled=False
-) -> jax.Array:
+def distance(kind: str, ab, aa, bb, *, tau=None, shift=0, cancelled=False) -> jax.Array:
   """Distance in [0, 2] of two vectors from their inner products.
 
   Args:

@@ -6,9 +6,7 @@ from typing import Any
 
 import jax
 
-from gaf_optax import _threshold
-from gaf_optax import _validate
-from gaf_optax import rules
+from gaf_optax import _threshold, _validate, rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,16 +29,16 @@ class Options:
 
 
 def checked(
-    tau,
-    *,
-    rule=None,
-    embed=None,
-    axis_name=None,
-    param_axes=(),
-    stacked=None,
-    groups=None,
-    anchor_decay=None,
-    num_microbatches=None,
+  tau,
+  *,
+  rule=None,
+  embed=None,
+  axis_name=None,
+  param_axes=(),
+  stacked=None,
+  groups=None,
+  anchor_decay=None,
+  num_microbatches=None,
 ) -> Options:
   """Checks the arguments of `gaf` as far as they can be known without data.
 
@@ -50,59 +48,58 @@ def checked(
   """
   _threshold.check(tau)
   for name, value in (
-      ("axis_name", axis_name),
-      ("param_axes", param_axes or None),
-      ("stacked", stacked),
+    ("axis_name", axis_name),
+    ("param_axes", param_axes or None),
+    ("stacked", stacked),
   ):
     if value is not None:
       raise NotImplementedError(
-          f"{name}={value!r}: filtering across devices is not implemented yet. Stack"
-          " the micro-gradients on a leading axis."
+        f"{name}={value!r}: filtering across devices is not implemented yet. Stack"
+        " the micro-gradients on a leading axis."
       )
   if anchor_decay is not None:
     if rule is not None:
       raise ValueError(
-          "anchor_decay and rule exclude each other: an anchor replaces the"
-          f" comparison among micro-gradients. Got anchor_decay={anchor_decay!r}"
-          f" and rule={rule!r}."
+        "anchor_decay and rule exclude each other: an anchor replaces the"
+        f" comparison among micro-gradients. Got anchor_decay={anchor_decay!r}"
+        f" and rule={rule!r}."
       )
     _validate.in_interval(0, 1, anchor_decay=anchor_decay, open_end=True)
   elif rule is None:
     rule = rules.sequential()
   else:
     _validate.function(
-        " Rules are made by gaf_optax.rules, for instance"
-        " rules.most_neighbors().",
-        rule=rule,
+      " Rules are made by gaf_optax.rules, for instance rules.most_neighbors().",
+      rule=rule,
     )
-    if isinstance(rule, type) or getattr(rule, "__module__", "") == rules.__name__ and (
-        getattr(rule, "__name__", "") in rules.__all__
-    ):
+    if getattr(rules, getattr(rule, "__name__", ""), None) is rule:
       raise ValueError(
-          f"rule must be a rule, not what makes one, got {rule!r}. Was the call"
-          " forgotten, as in rules.most_neighbors()?"
+        f"rule must be a rule, not what makes one, got {rule!r}. Was the call"
+        " forgotten, as in rules.most_neighbors()?"
       )
   if embed is not None:
     _validate.function(" An elementwise function such as jnp.sign.", embed=embed)
   if groups is not None and groups != "leaf":
     _validate.function(
-        " Expected None, 'leaf', or a function (path, leaf) -> label.",
-        groups=groups,
+      " Expected None, 'leaf', or a function (path, leaf) -> label.",
+      groups=groups,
     )
   if num_microbatches is not None:
     least = 1 if anchor_decay is not None else 2
     _validate.count(
-        least,
-        "" if least == 1 else " One micro-gradient alone has nothing to compare with"
-        " (anchor_decay compares it with the past).",
-        num_microbatches=num_microbatches,
+      least,
+      ""
+      if least == 1
+      else " One micro-gradient alone has nothing to compare with"
+      " (anchor_decay compares it with the past).",
+      num_microbatches=num_microbatches,
     )
   return Options(
-      _hashable(rule),
-      _hashable(embed),
-      groups,
-      anchor_decay,
-      None if num_microbatches is None else int(num_microbatches),
+    _hashable(rule),
+    _hashable(embed),
+    groups,
+    anchor_decay,
+    None if num_microbatches is None else int(num_microbatches),
   )
 
 

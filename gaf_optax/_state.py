@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gaf_optax import _leaves
-from gaf_optax import _threshold
+from gaf_optax import _leaves, _threshold
 
 
 class GafState(NamedTuple):
@@ -79,18 +78,16 @@ class Outcome(NamedTuple):
   member_accepted: jax.Array | None
 
 
-def outcome(
-    accepted: jax.Array, distances: jax.Array, finite: jax.Array
-) -> Outcome:
+def outcome(accepted: jax.Array, distances: jax.Array, finite: jax.Array) -> Outcome:
   """The outcome of a step, from `accepted` and `distances` `[m, k]` by group."""
   return Outcome(
-      agreed=jnp.any(accepted),
-      accepted=jnp.mean(jnp.sum(accepted, axis=1, dtype=jnp.float32)),
-      mean_distance=nanmean(nanmean(distances, axis=1)),
-      microbatches=jnp.full((), finite.shape[0], jnp.int32),
-      nonfinite=jnp.sum(~finite, dtype=jnp.int32),
-      member_distances=nanmean(distances, axis=0),
-      member_accepted=jnp.any(accepted, axis=0),
+    agreed=jnp.any(accepted),
+    accepted=jnp.mean(jnp.sum(accepted, axis=1, dtype=jnp.float32)),
+    mean_distance=nanmean(nanmean(distances, axis=1)),
+    microbatches=jnp.full((), finite.shape[0], jnp.int32),
+    nonfinite=jnp.sum(~finite, dtype=jnp.int32),
+    member_distances=nanmean(distances, axis=0),
+    member_accepted=jnp.any(accepted, axis=0),
   )
 
 
@@ -117,27 +114,25 @@ def init(params, tau, anchor_decay, num_microbatches) -> GafState:
     distances = jnp.full((num_microbatches,), jnp.nan, jnp.float32)
     accepted = jnp.zeros((num_microbatches,), bool)
   return GafState(
-      num_updates=zero(),
-      ready=zero(bool),
-      threshold=initial(),
-      steered=initial() if steered else None,
-      last_accepted=zero(jnp.float32),
-      last_microbatches=zero(),
-      mean_distance=jnp.full((), jnp.nan, jnp.float32),
-      accept_rate=zero(jnp.float32),
-      total_microbatches=zero(jnp.float32),
-      skipped_steps=zero(),
-      nonfinite=zero(),
-      anchor=anchor,
-      anchored=anchored,
-      distances=distances,
-      accepted=accepted,
+    num_updates=zero(),
+    ready=zero(bool),
+    threshold=initial(),
+    steered=initial() if steered else None,
+    last_accepted=zero(jnp.float32),
+    last_microbatches=zero(),
+    mean_distance=jnp.full((), jnp.nan, jnp.float32),
+    accept_rate=zero(jnp.float32),
+    total_microbatches=zero(jnp.float32),
+    skipped_steps=zero(),
+    nonfinite=zero(),
+    anchor=anchor,
+    anchored=anchored,
+    distances=distances,
+    accepted=accepted,
   )
 
 
-def advance(
-    state: GafState, tau, threshold: jax.Array, step: Outcome
-) -> GafState:
+def advance(state: GafState, tau, threshold: jax.Array, step: Outcome) -> GafState:
   """The state after a step; the anchor stays as it is.
 
   Args:
@@ -153,47 +148,45 @@ def advance(
   members = {}
   if state.distances is not None:
     members = {
-        "distances": step.member_distances,
-        "accepted": step.member_accepted,
+      "distances": step.member_distances,
+      "accepted": step.member_accepted,
     }
   threshold = threshold.astype(jnp.float32)
   return state._replace(
-      num_updates=optax.safe_increment(state.num_updates),
-      ready=step.agreed,
-      threshold=threshold,
-      steered=_threshold.steer(
-          tau, threshold, step.accepted, k - step.nonfinite
-      ),
-      last_accepted=step.accepted,
-      last_microbatches=step.microbatches,
-      mean_distance=step.mean_distance,
-      accept_rate=jnp.clip(rate, 0, 1),
-      total_microbatches=total,
-      skipped_steps=jnp.where(
-          step.agreed,
-          state.skipped_steps,
-          optax.safe_increment(state.skipped_steps),
-      ),
-      # A count that would overflow stays where it is.
-      nonfinite=jnp.maximum(state.nonfinite + step.nonfinite, state.nonfinite),
-      **members,
+    num_updates=optax.safe_increment(state.num_updates),
+    ready=step.agreed,
+    threshold=threshold,
+    steered=_threshold.steer(tau, threshold, step.accepted, k - step.nonfinite),
+    last_accepted=step.accepted,
+    last_microbatches=step.microbatches,
+    mean_distance=step.mean_distance,
+    accept_rate=jnp.clip(rate, 0, 1),
+    total_microbatches=total,
+    skipped_steps=jnp.where(
+      step.agreed,
+      state.skipped_steps,
+      optax.safe_increment(state.skipped_steps),
+    ),
+    # A count that would overflow stays where it is.
+    nonfinite=jnp.maximum(state.nonfinite + step.nonfinite, state.nonfinite),
+    **members,
   )
 
 
 def move_anchor(
-    state: GafState, layout, decay, means: list[jax.Array], any_finite: jax.Array
+  state: GafState, layout, decay, means: list[jax.Array], any_finite: jax.Array
 ) -> GafState:
   """The state with the moving average moved towards a step's plain means.
 
   Without a finite micro-gradient there is no mean, and the average stays.
   """
   anchor = [
-      jnp.where(any_finite, decay * a + (1 - decay) * mean, a).astype(a.dtype)
-      for a, mean in zip(_leaves.pick(state.anchor, layout), means)
+    jnp.where(any_finite, decay * a + (1 - decay) * mean, a).astype(a.dtype)
+    for a, mean in zip(_leaves.pick(state.anchor, layout), means)
   ]
   return state._replace(
-      anchor=_leaves.put(state.anchor, layout, anchor),
-      anchored=state.anchored | any_finite,
+    anchor=_leaves.put(state.anchor, layout, anchor),
+    anchored=jnp.asarray(state.anchored) | any_finite,
   )
 
 
@@ -236,27 +229,25 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
   found = [(path, node) for path, node in flat if is_state(node)]
   if not found:
     raise ValueError(
-        "there is no GafState in this optimizer state. Pass the whole state of a"
-        f" chain that has gaf in it; got {type(opt_state).__name__}."
+      "there is no GafState in this optimizer state. Pass the whole state of a"
+      f" chain that has gaf in it; got {type(opt_state).__name__}."
     )
   if len(found) > 1:
-    places = ", ".join(
-        jax.tree_util.keystr(path) or "(the root)" for path, _ in found
-    )
+    places = ", ".join(jax.tree_util.keystr(path) or "(the root)" for path, _ in found)
     raise ValueError(
-        f"there are {len(found)} GafStates in this optimizer state, at {places}."
-        " Pass the part of it that holds one."
+      f"there are {len(found)} GafStates in this optimizer state, at {places}."
+      " Pass the part of it that holds one."
     )
   state = found[0][1]
   values = {
-      "accepted": state.last_accepted,
-      "microbatches": state.last_microbatches,
-      "accept_rate": state.accept_rate,
-      "cosine_distance": state.mean_distance,
-      "threshold": state.threshold,
-      # Not `ready`, which is False within a cycle of `multi_steps`.
-      "agreed": jnp.asarray(state.last_accepted) > 0,
-      "skipped_steps": state.skipped_steps,
-      "nonfinite": state.nonfinite,
+    "accepted": state.last_accepted,
+    "microbatches": state.last_microbatches,
+    "accept_rate": state.accept_rate,
+    "cosine_distance": state.mean_distance,
+    "threshold": state.threshold,
+    # Not `ready`, which is False within a cycle of `multi_steps`.
+    "agreed": jnp.asarray(state.last_accepted) > 0,
+    "skipped_steps": state.skipped_steps,
+    "nonfinite": state.nonfinite,
   }
   return {name: jnp.asarray(value) for name, value in values.items()}

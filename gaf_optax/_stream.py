@@ -9,15 +9,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gaf_optax import _gram
-from gaf_optax import _leaves
-from gaf_optax import _numerics
-from gaf_optax import _options
-from gaf_optax import _state
-from gaf_optax import _threshold
-from gaf_optax import _transform
-from gaf_optax import _validate
-from gaf_optax import rules
+from gaf_optax import (
+  _gram,
+  _leaves,
+  _numerics,
+  _options,
+  _state,
+  _threshold,
+  _transform,
+  _validate,
+  rules,
+)
 
 
 class Stream(NamedTuple):
@@ -63,29 +65,29 @@ def start(params: Any, options: _options.Options) -> Stream:
   dtype = _numerics.real_accumulator_dtype(x.dtype for x in leaves.arrays)
   with_anchor = options.anchor_decay is not None
   return Stream(
-      means=zeros(),
-      embedded=zeros() if options.embed and not with_anchor else None,
-      plain=zeros() if with_anchor else None,
-      total=jnp.zeros((m,), dtype),
-      num_accepted=jnp.zeros((m,), jnp.int32),
-      distance_sum=jnp.zeros((m,), jnp.float32),
-      compared=jnp.zeros((m,), jnp.int32),
-      seen=jnp.zeros((), jnp.int32),
-      finite=jnp.zeros((), jnp.int32),
+    means=zeros(),
+    embedded=zeros() if options.embed and not with_anchor else None,
+    plain=zeros() if with_anchor else None,
+    total=jnp.zeros((m,), dtype),
+    num_accepted=jnp.zeros((m,), jnp.int32),
+    distance_sum=jnp.zeros((m,), jnp.float32),
+    compared=jnp.zeros((m,), jnp.int32),
+    seen=jnp.zeros((), jnp.int32),
+    finite=jnp.zeros((), jnp.int32),
   )
 
 
 @functools.partial(jax.jit, static_argnames=("rule", "embed", "layout"))
 def push(
-    stream: Stream,
-    arrays: Sequence[jax.Array],
-    threshold: jax.Array,
-    anchor: Sequence[jax.Array] | None = None,
-    anchored: jax.Array | None = None,
-    *,
-    rule: Any,
-    embed: Any,
-    layout: _leaves.Layout,
+  stream: Stream,
+  arrays: Sequence[jax.Array],
+  threshold: jax.Array,
+  anchor: Sequence[jax.Array] | None = None,
+  anchored: jax.Array | None = None,
+  *,
+  rule: Any,
+  embed: Any,
+  layout: _leaves.Layout,
 ) -> tuple[Stream, Comparison]:
   """Compares one micro-gradient with the stream, or the anchor, and takes it up."""
   dtype = stream.total.dtype
@@ -104,12 +106,12 @@ def push(
     gram, finite = _pair(means, values, layout, None, unread=arrays)
     first = stream.total == 0
     distances = _numerics.distance(
-        rule.distance,
-        gram.products[:, 0, 1],
-        gram.products[:, 0, 0],
-        gram.products[:, 1, 1],
-        tau=threshold,
-        shift=gram.exponents[:, 1] - gram.exponents[:, 0],
+      rule.distance,
+      gram.products[:, 0, 1],
+      gram.products[:, 0, 0],
+      gram.products[:, 1, 1],
+      tau=threshold,
+      shift=gram.exponents[:, 1] - gram.exponents[:, 0],
     )
     keep, add, accepted = rule.merge(distances, threshold, first)
     distances = jnp.where(first, jnp.nan, distances)
@@ -129,8 +131,8 @@ def push(
 
   def taken_up(tree, values, members):
     mixed = [
-        _mixed(mean, keeps[g], value, adds[g])
-        for mean, value, g in zip(_leaves.pick(tree, layout), values, members)
+      _mixed(mean, keeps[g], value, adds[g])
+      for mean, value, g in zip(_leaves.pick(tree, layout), values, members)
     ]
     return _leaves.put(tree, layout, mixed)
 
@@ -138,20 +140,18 @@ def push(
   all_plain = (layout.num_groups,) * len(members)
   compared = jnp.isfinite(distances)
   stream = Stream(
-      means=taken_up(stream.means, arrays, members),
-      embedded=None
-      if stream.embedded is None
-      else taken_up(stream.embedded, values, members),
-      plain=None
-      if stream.plain is None
-      else taken_up(stream.plain, arrays, all_plain),
-      total=total,
-      num_accepted=stream.num_accepted + accepted,
-      distance_sum=stream.distance_sum
-      + jnp.where(compared, distances, 0).astype(jnp.float32),
-      compared=stream.compared + compared,
-      seen=stream.seen + 1,
-      finite=stream.finite + finite,
+    means=taken_up(stream.means, arrays, members),
+    embedded=None
+    if stream.embedded is None
+    else taken_up(stream.embedded, values, members),
+    plain=None if stream.plain is None else taken_up(stream.plain, arrays, all_plain),
+    total=total,
+    num_accepted=stream.num_accepted + accepted,
+    distance_sum=stream.distance_sum
+    + jnp.where(compared, distances, 0).astype(jnp.float32),
+    compared=stream.compared + compared,
+    seen=stream.seen + 1,
+    finite=stream.finite + finite,
   )
   return stream, Comparison(accepted, distances.astype(jnp.float32), finite)
 
@@ -176,10 +176,10 @@ def _mixed(mean, keep, value, add):
 
 
 def finish(
-    stream: Stream,
-    arrays: Sequence[jax.Array],
-    layout: _leaves.Layout,
-    least: int,
+  stream: Stream,
+  arrays: Sequence[jax.Array],
+  layout: _leaves.Layout,
+  least: int,
 ) -> tuple[list[jax.Array], jax.Array]:
   """The result of a cycle, of the dtypes of `arrays`, and bool `[m]`: who agreed.
 
@@ -188,10 +188,8 @@ def finish(
   agreed = stream.num_accepted >= least
   slots = jnp.append(agreed, True)
   results = [
-      jnp.where(slots[g], mean, 0).astype(x.dtype)
-      for mean, x, g in zip(
-          _leaves.pick(stream.means, layout), arrays, layout.members
-      )
+    jnp.where(slots[g], mean, 0).astype(x.dtype)
+    for mean, x, g in zip(_leaves.pick(stream.means, layout), arrays, layout.members)
   ]
   return results, agreed
 
@@ -219,10 +217,10 @@ class MultiStepsState(NamedTuple):
 
 
 def multi_steps(
-    inner: optax.GradientTransformation,
-    every_k: int | Callable[[jax.Array], jax.Array],
-    tau: Any = 0.97,
-    **options: Any,
+  inner: optax.GradientTransformation,
+  every_k: int | Callable[[jax.Array], jax.Array],
+  tau: Any = 0.97,
+  **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
   """Takes one micro-gradient a call and runs `inner` on every k-th, if they agree.
 
@@ -272,13 +270,12 @@ def multi_steps(
     _validate.count(least, every_k=every_k)
     if checked.num_microbatches not in (None, every_k):
       raise ValueError(
-          f"num_microbatches is {checked.num_microbatches}, but every_k is"
-          f" {every_k}."
+        f"num_microbatches is {checked.num_microbatches}, but every_k is {every_k}."
       )
   elif checked.num_microbatches is not None:
     raise ValueError(
-        "num_microbatches needs a fixed every_k, since it sets the shape of the"
-        f" state; got the function {every_k!r}."
+      "num_microbatches needs a fixed every_k, since it sets the shape of the"
+      f" state; got the function {every_k!r}."
     )
   inner = optax.with_extra_args_support(inner)
   target = tau if isinstance(tau, _threshold.TargetAcceptRate) else None
@@ -289,22 +286,22 @@ def multi_steps(
       return stream, None, None
     shape = (stream.total.shape[0], checked.num_microbatches)
     return (
-        stream,
-        jnp.full(shape, jnp.nan, jnp.float32),
-        jnp.zeros(shape, bool),
+      stream,
+      jnp.full(shape, jnp.nan, jnp.float32),
+      jnp.zeros(shape, bool),
     )
 
   def init_fn(params):
     stream, distances, accepted = fresh(params)
     return MultiStepsState(
-        mini_step=jnp.zeros((), jnp.int32),
-        gaf_state=_state.init(
-            params, tau, checked.anchor_decay, checked.num_microbatches
-        ),
-        inner_state=inner.init(params),
-        stream=stream,
-        cycle_distances=distances,
-        cycle_accepted=accepted,
+      mini_step=jnp.zeros((), jnp.int32),
+      gaf_state=_state.init(
+        params, tau, checked.anchor_decay, checked.num_microbatches
+      ),
+      inner_state=inner.init(params),
+      stream=stream,
+      cycle_distances=distances,
+      cycle_accepted=accepted,
     )
 
   def update_fn(micro_grad, state, params=None, **extra_args):
@@ -316,24 +313,24 @@ def multi_steps(
       return leaves.rebuild([]), state
     if (leaves.layout.num_groups,) != state.stream.total.shape:
       raise ValueError(
-          f"groups made {leaves.layout.num_groups} groups of the micro-gradient's"
-          f" leaves, but {state.stream.total.shape[0]} of the parameters' leaves at"
-          " init. Is a leaf missing, or does the label depend on more than path,"
-          " shape and dtype?"
+        f"groups made {leaves.layout.num_groups} groups of the micro-gradient's"
+        f" leaves, but {state.stream.total.shape[0]} of the parameters' leaves at"
+        " init. Is a leaf missing, or does the label depend on more than path,"
+        " shape and dtype?"
       )
     threshold = _threshold.value(tau, gaf_state.num_updates, gaf_state.steered)
     anchor = None
     if checked.anchor_decay is not None:
       anchor = _leaves.pick(gaf_state.anchor, leaves.layout)
     stream, found = push(
-        state.stream,
-        leaves.arrays,
-        threshold,
-        anchor,
-        gaf_state.anchored,
-        rule=checked.rule,
-        embed=checked.embed,
-        layout=leaves.layout,
+      state.stream,
+      leaves.arrays,
+      threshold,
+      anchor,
+      gaf_state.anchored,
+      rule=checked.rule,
+      embed=checked.embed,
+      layout=leaves.layout,
     )
     distances, accepted = state.cycle_distances, state.cycle_accepted
     if distances is not None:
@@ -347,45 +344,43 @@ def multi_steps(
       new_state = gaf_state
       if checked.anchor_decay is not None:
         new_state = _state.move_anchor(
-            gaf_state,
-            leaves.layout,
-            checked.anchor_decay,
-            _leaves.pick(stream.plain, leaves.layout),
-            stream.finite > 0,
+          gaf_state,
+          leaves.layout,
+          checked.anchor_decay,
+          _leaves.pick(stream.plain, leaves.layout),
+          stream.finite > 0,
         )
       new_state = _state.advance(new_state, target, threshold, step)
       updates, inner_state = _transform.run_if(
-          step.agreed,
-          inner,
-          leaves.rebuild(means),
-          state.inner_state,
-          params,
-          extra_args,
+        step.agreed,
+        inner,
+        leaves.rebuild(means),
+        state.inner_state,
+        params,
+        extra_args,
       )
       return updates, MultiStepsState(
-          jnp.zeros((), jnp.int32),
-          new_state,
-          inner_state,
-          jax.tree.map(jnp.zeros_like, state.stream),
-          distances,
-          accepted,
+        jnp.zeros((), jnp.int32),
+        new_state,
+        inner_state,
+        jax.tree.map(jnp.zeros_like, state.stream),
+        distances,
+        accepted,
       )
 
     def within_cycle():
       updates = optax.tree.zeros_like(jax.eval_shape(end_of_cycle)[0])
       return updates, MultiStepsState(
-          state.mini_step + 1,
-          # Nothing is ready for what may follow, until the end of the cycle.
-          gaf_state._replace(ready=jnp.zeros((), bool)),
-          state.inner_state,
-          stream,
-          distances,
-          accepted,
+        state.mini_step + 1,
+        # Nothing is ready for what may follow, until the end of the cycle.
+        gaf_state._replace(ready=jnp.zeros((), bool)),
+        state.inner_state,
+        stream,
+        distances,
+        accepted,
       )
 
-    return jax.lax.cond(
-        state.mini_step + 1 >= k, end_of_cycle, within_cycle
-    )
+    return jax.lax.cond(state.mini_step + 1 >= k, end_of_cycle, within_cycle)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -394,19 +389,18 @@ def _outcome(stream, agreed, distances, accepted):
   """The outcome of a cycle; the last two `[m, k]`, or None where not kept."""
   compared = jnp.maximum(stream.compared, 1)
   mean = jnp.where(stream.compared > 0, stream.distance_sum / compared, jnp.nan)
-  members = None, None
+  member_distances = member_accepted = None
   if distances is not None:
-    members = (
-        _state.nanmean(distances, axis=0),
-        jnp.any(accepted & agreed[:, None], axis=0),
-    )
+    member_distances = _state.nanmean(distances, axis=0)
+    member_accepted = jnp.any(accepted & agreed[:, None], axis=0)
   return _state.Outcome(
-      jnp.any(agreed),
-      jnp.mean(jnp.where(agreed, stream.num_accepted, 0).astype(jnp.float32)),
-      _state.nanmean(mean),
-      stream.seen,
-      stream.seen - stream.finite,
-      *members,
+    jnp.any(agreed),
+    jnp.mean(jnp.where(agreed, stream.num_accepted, 0).astype(jnp.float32)),
+    _state.nanmean(mean),
+    stream.seen,
+    stream.seen - stream.finite,
+    member_distances,
+    member_accepted,
   )
 
 
@@ -428,14 +422,14 @@ class Agreement(NamedTuple):
 
 
 def value_and_grad(
-    fun: Callable[..., Any],
-    num_microbatches: int,
-    tau: Any = 0.97,
-    *,
-    argnums: int | Sequence[int] = 0,
-    batch_argnums: int | Sequence[int] = 1,
-    has_aux: bool = False,
-    **options: Any,
+  fun: Callable[..., Any],
+  num_microbatches: int,
+  tau: Any = 0.97,
+  *,
+  argnums: int | Sequence[int] = 0,
+  batch_argnums: int | Sequence[int] = 1,
+  has_aux: bool = False,
+  **options: Any,
 ) -> Callable[..., Any]:
   """`jax.value_and_grad` over microbatches, filtered while it goes.
 
@@ -485,36 +479,32 @@ def value_and_grad(
   """
   _validate.function(fun=fun)
   _validate.count(
-      2,
-      " One micro-gradient alone has nothing to compare with.",
-      num_microbatches=num_microbatches,
+    2,
+    " One micro-gradient alone has nothing to compare with.",
+    num_microbatches=num_microbatches,
   )
   _validate.scalar(
-      " A schedule or a target_accept_rate needs a state; pass the value itself.",
-      tau=tau,
+    " A schedule or a target_accept_rate needs a state; pass the value itself.",
+    tau=tau,
   )
   if options.get("anchor_decay") is not None:
     raise ValueError(
-        "value_and_grad keeps no state from one call to the next, so anchor_decay"
-        f"={options['anchor_decay']!r} has nowhere to keep its average. Use"
-        " multi_steps or gaf."
+      "value_and_grad keeps no state from one call to the next, so anchor_decay"
+      f"={options['anchor_decay']!r} has nowhere to keep its average. Use"
+      " multi_steps or gaf."
     )
   checked = _streamed_options(tau, **options)
   batch_args = _positions(batch_argnums, "batch_argnums")
   both = set(batch_args) & set(_positions(argnums, "argnums"))
   if both:
-    raise ValueError(
-        f"argument {min(both)} is named in argnums and in batch_argnums."
-    )
+    raise ValueError(f"argument {min(both)} is named in argnums and in batch_argnums.")
   differentiate = jax.value_and_grad(fun, argnums, has_aux=has_aux)
   k = int(num_microbatches)
 
   def filtered(*args, **kwargs):
     threshold = jnp.asarray(tau, float)
     wanted = (
-        args[argnums]
-        if isinstance(argnums, int)
-        else tuple(args[i] for i in argnums)
+      args[argnums] if isinstance(argnums, int) else tuple(args[i] for i in argnums)
     )
     batch = [_split(args, i, k) for i in batch_args]
 
@@ -525,12 +515,12 @@ def value_and_grad(
       out, grads = differentiate(*own, **kwargs)
       leaves = _leaves.read(grads, wanted, checked.groups, stacked=False)
       stream, found = push(
-          stream,
-          leaves.arrays,
-          threshold,
-          rule=checked.rule,
-          embed=checked.embed,
-          layout=leaves.layout,
+        stream,
+        leaves.arrays,
+        threshold,
+        rule=checked.rule,
+        embed=checked.embed,
+        layout=leaves.layout,
       )
       return stream, (out, found)
 
@@ -541,7 +531,7 @@ def value_and_grad(
     values, aux = out if has_aux else (out, None)
     value = jnp.mean(values, axis=0)
     agreement = Agreement(
-        step.agreed, step.accepted, step.member_distances, step.nonfinite
+      step.agreed, step.accepted, step.member_distances, step.nonfinite
     )
     return (value, aux) if has_aux else value, like.rebuild(means), agreement
 
@@ -552,12 +542,12 @@ def _streamed_options(tau, **options) -> _options.Options:
   """Checked options, without the rules that need all micro-gradients at once."""
   checked = _options.checked(tau, **options)
   if checked.anchor_decay is None and not isinstance(
-      checked.rule, rules.SequentialRule
+    checked.rule, rules.SequentialRule
   ):
     raise ValueError(
-        f"rule {checked.rule!r} has to see all micro-gradients at once. Streamed"
-        " micro-gradients are compared with a running sum: use rules.sequential(),"
-        " rules.running_average() or anchor_decay, or stack them and use gaf."
+      f"rule {checked.rule!r} has to see all micro-gradients at once. Streamed"
+      " micro-gradients are compared with a running sum: use rules.sequential(),"
+      " rules.running_average() or anchor_decay, or stack them and use gaf."
     )
   return checked
 
@@ -571,7 +561,7 @@ def _positions(argnums, name):
     return tuple(operator.index(i) for i in argnums)
   except TypeError:
     raise ValueError(
-        f"{name} must be an int or a sequence of ints, got {argnums!r}."
+      f"{name} must be an int or a sequence of ints, got {argnums!r}."
     ) from None
 
 
@@ -579,17 +569,17 @@ def _split(args, position, k):
   """The batch argument with its leading axis split in `[k, batch // k]`."""
   if not -len(args) <= position < len(args):
     raise ValueError(
-        f"batch_argnums names argument {position}, but there are {len(args)}"
-        " positional arguments. Batch arguments are passed by position."
+      f"batch_argnums names argument {position}, but there are {len(args)}"
+      " positional arguments. Batch arguments are passed by position."
     )
 
   def split(path, leaf):
     shape = _leaves.leaf_shape(leaf)
     if not shape or shape[0] % k or not shape[0]:
       raise ValueError(
-          f"batch argument {position}{jax.tree_util.keystr(path)} has shape"
-          f" {shape}: its leading axis does not split into {k} microbatches of"
-          " equal size."
+        f"batch argument {position}{jax.tree_util.keystr(path)} has shape"
+        f" {shape}: its leading axis does not split into {k} microbatches of"
+        " equal size."
       )
     return jnp.reshape(leaf, (k, shape[0] // k, *shape[1:]))
 

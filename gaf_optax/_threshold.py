@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from gaf_optax import _validate
 
 _HINT = (
-    " It is a cosine distance: 0 is the same direction, 1 orthogonal, 2 opposite;"
-    " 0.92 to 1.0 is the useful range for most models."
+  " It is a cosine distance: 0 is the same direction, 1 orthogonal, 2 opposite;"
+  " 0.92 to 1.0 is the useful range for most models."
 )
 
 
@@ -25,12 +25,12 @@ class TargetAcceptRate:
 
 
 def target_accept_rate(
-    rate: float,
-    *,
-    initial: float = 0.97,
-    step_size: float = 0.01,
-    minimum: float = 0.0,
-    maximum: float = 2.0,
+  rate: float,
+  *,
+  initial: float = 0.97,
+  step_size: float = 0.01,
+  minimum: float = 0.0,
+  maximum: float = 2.0,
 ) -> TargetAcceptRate:
   r"""A tau that is steered to accept a given share of the micro-gradients.
 
@@ -69,12 +69,10 @@ def target_accept_rate(
   low, high = float(minimum), float(maximum)
   if low > high:
     raise ValueError(
-        f"minimum must be at most maximum, got minimum {low} and maximum {high}."
+      f"minimum must be at most maximum, got minimum {low} and maximum {high}."
     )
   _validate.in_interval(low, high, _HINT, initial=initial)
-  return TargetAcceptRate(
-      float(rate), float(initial), float(step_size), low, high
-  )
+  return TargetAcceptRate(float(rate), float(initial), float(step_size), low, high)
 
 
 def check(tau) -> None:
@@ -95,9 +93,7 @@ def value(tau, num_updates, steered) -> jax.Array:
     tau = tau.initial if steered is None else steered
   elif callable(tau):
     tau = tau(num_updates)
-    _validate.in_interval(
-        0, 2, " It is what the schedule gave." + _HINT, tau=tau
-    )
+    _validate.in_interval(0, 2, " It is what the schedule gave." + _HINT, tau=tau)
   return jnp.asarray(tau, float)
 
 

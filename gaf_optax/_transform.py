@@ -7,26 +7,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gaf_optax import _combine
-from gaf_optax import _gram
-from gaf_optax import _leaves
-from gaf_optax import _options
-from gaf_optax import _state
-from gaf_optax import _threshold
-from gaf_optax import rules
+from gaf_optax import _combine, _gram, _leaves, _options, _state, _threshold, rules
 
 
 def gaf(
-    tau: Any = 0.97,
-    *,
-    rule: Any = None,
-    embed: Any = None,
-    axis_name: Any = None,
-    param_axes: Any = (),
-    stacked: Any = None,
-    groups: Any = None,
-    anchor_decay: Any = None,
-    num_microbatches: int | None = None,
+  tau: Any = 0.97,
+  *,
+  rule: Any = None,
+  embed: Any = None,
+  axis_name: Any = None,
+  param_axes: Any = (),
+  stacked: Any = None,
+  groups: Any = None,
+  anchor_decay: Any = None,
+  num_microbatches: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Gradient Agreement Filtering: averages the micro-gradients that agree.
 
@@ -124,21 +118,19 @@ def gaf(
     <https://arxiv.org/abs/2412.18052>`_, 2024.
   """
   options = _options.checked(
-      tau,
-      rule=rule,
-      embed=embed,
-      axis_name=axis_name,
-      param_axes=param_axes,
-      stacked=stacked,
-      groups=groups,
-      anchor_decay=anchor_decay,
-      num_microbatches=num_microbatches,
+    tau,
+    rule=rule,
+    embed=embed,
+    axis_name=axis_name,
+    param_axes=param_axes,
+    stacked=stacked,
+    groups=groups,
+    anchor_decay=anchor_decay,
+    num_microbatches=num_microbatches,
   )
 
   def init_fn(params):
-    return _state.init(
-        params, tau, options.anchor_decay, options.num_microbatches
-    )
+    return _state.init(params, tau, options.anchor_decay, options.num_microbatches)
 
   def update_fn(micro_grads, state, params=None, **extra_args):
     del extra_args
@@ -149,14 +141,14 @@ def gaf(
       return leaves.rebuild([]), state
     _check_number(leaves.k, options)
     means, state = _step(
-        leaves.arrays,
-        state,
-        _threshold.value(tau, state.num_updates, state.steered),
-        options.anchor_decay,
-        tau=tau if isinstance(tau, _threshold.TargetAcceptRate) else None,
-        rule=options.rule,
-        embed=options.embed,
-        layout=leaves.layout,
+      leaves.arrays,
+      state,
+      _threshold.value(tau, state.num_updates, state.steered),
+      options.anchor_decay,
+      tau=tau if isinstance(tau, _threshold.TargetAcceptRate) else None,
+      rule=options.rule,
+      embed=options.embed,
+      layout=leaves.layout,
     )
     return leaves.rebuild(means), state
 
@@ -176,7 +168,7 @@ class ApplyIfAgreedState(NamedTuple):
 
 
 def apply_if_agreed(
-    inner: optax.GradientTransformation, tau: Any = 0.97, **gaf_options: Any
+  inner: optax.GradientTransformation, tau: Any = 0.97, **gaf_options: Any
 ) -> optax.GradientTransformationExtraArgs:
   """`gaf` followed by `inner`, which is left out on steps without agreement.
 
@@ -228,7 +220,7 @@ def apply_if_agreed(
   def update_fn(micro_grads, state, params=None, **extra_args):
     grads, gaf_state = outer.update(micro_grads, state.gaf_state, params)
     updates, inner_state = run_if(
-        gaf_state.ready, inner, grads, state.inner_state, params, extra_args
+      gaf_state.ready, inner, grads, state.inner_state, params, extra_args
     )
     return updates, ApplyIfAgreedState(gaf_state, inner_state)
 
@@ -250,14 +242,14 @@ def run_if(condition, inner, grads, inner_state, params, extra_args):
 def _check_number(k, options):
   if k == 1 and options.anchor_decay is None:
     raise ValueError(
-        "there is one micro-gradient (k = 1) and nothing to compare it with. Split"
-        " the batch into at least two microbatches, or give anchor_decay to compare"
-        " with past steps."
+      "there is one micro-gradient (k = 1) and nothing to compare it with. Split"
+      " the batch into at least two microbatches, or give anchor_decay to compare"
+      " with past steps."
     )
   if options.num_microbatches not in (None, k):
     raise ValueError(
-        f"num_microbatches is {options.num_microbatches}, but {k} micro-gradients"
-        " arrived."
+      f"num_microbatches is {options.num_microbatches}, but {k} micro-gradients"
+      " arrived."
     )
 
 
@@ -268,7 +260,7 @@ def _step(arrays, state, threshold, decay, *, tau, rule, embed, layout):
   Compiled as one, so that a call outside `jit` costs no more than it has to.
   """
   k = arrays[0].shape[0]
-  blocks = [(x,) for x in arrays]
+  blocks: list[tuple[jax.Array, ...]] = [(x,) for x in arrays]
   if decay is not None:
     anchor = _leaves.pick(state.anchor, layout)
     blocks = [(a[None], x) for a, x in zip(anchor, arrays)]
@@ -279,18 +271,17 @@ def _step(arrays, state, threshold, decay, *, tau, rule, embed, layout):
   plain = finite.astype(decision.weights.dtype)[None]
   weights = _combine.normalized(jnp.concatenate([decision.weights, plain]))
   means = [
-      _combine.weighted_sum(x, weights[member])
-      for x, member in zip(arrays, layout.members)
+    _combine.weighted_sum(x, weights[member])
+    for x, member in zip(arrays, layout.members)
   ]
 
   if decay is not None:
     state = _state.move_anchor(
-        state,
-        layout,
-        decay,
-        [_combine.weighted_sum(x, weights[-1], a.dtype)
-         for x, a in zip(arrays, anchor)],
-        jnp.any(finite),
+      state,
+      layout,
+      decay,
+      [_combine.weighted_sum(x, weights[-1], a.dtype) for x, a in zip(arrays, anchor)],
+      jnp.any(finite),
     )
   step = _state.outcome(decision.accepted, decision.distances, finite)
   return means, _state.advance(state, tau, threshold, step)

@@ -18,17 +18,17 @@ def scalar(hint: str = "", **arguments: Any) -> None:
   for name, value in arguments.items():
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     is_array = (
-        isinstance(value, (np.ndarray, np.generic, jax.Array))
-        and value.shape == ()
-        and jax.numpy.issubdtype(value.dtype, np.number)
-        and not jax.numpy.issubdtype(value.dtype, np.complexfloating)
+      isinstance(value, (np.ndarray, np.generic, jax.Array))
+      and value.shape == ()
+      and jax.numpy.issubdtype(value.dtype, np.number)
+      and not jax.numpy.issubdtype(value.dtype, np.complexfloating)
     )
     if not (is_number or is_array):
       raise ValueError(f"{name} must be a number, got {value!r}.{hint}")
 
 
 def in_interval(
-    low: float, high: float, hint: str = "", *, open_end: bool = False, **arguments
+  low: float, high: float, hint: str = "", *, open_end: bool = False, **arguments
 ) -> None:
   """Raises unless each concrete argument is in [low, high], or [low, high)."""
   for name, value in arguments.items():
@@ -57,7 +57,7 @@ def one_of(choices: tuple[str, ...], **arguments: Any) -> None:
   for name, value in arguments.items():
     if not (isinstance(value, str) and value in choices):
       raise ValueError(
-          f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}."
+        f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}."
       )
 
 
@@ -72,8 +72,8 @@ def count(minimum: int, hint: str = "", **arguments: Any) -> None:
   for name, value in arguments.items():
     if isinstance(value, jax.Array):
       raise ValueError(
-          f"{name} must be a Python int, since it sets shapes, got an array. Under"
-          f" optax.inject_hyperparams, name it in static_args."
+        f"{name} must be a Python int, since it sets shapes, got an array. Under"
+        f" optax.inject_hyperparams, name it in static_args."
       )
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
       raise ValueError(f"{name} must be an int, got {value!r}.{hint}")

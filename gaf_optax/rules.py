@@ -11,17 +11,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gaf_optax import _gram
-from gaf_optax import _numerics
-from gaf_optax import _validate
+from gaf_optax import _gram, _numerics, _validate
 
 __all__ = [
-    "Decision",
-    "leave_one_out",
-    "min_neighbors",
-    "most_neighbors",
-    "running_average",
-    "sequential",
+  "Decision",
+  "leave_one_out",
+  "min_neighbors",
+  "most_neighbors",
+  "running_average",
+  "sequential",
 ]
 
 
@@ -66,8 +64,8 @@ class Rule:
     valid = jnp.asarray(valid, bool)
     if gram.ndim != 2 or gram.shape != valid.shape * 2:
       raise ValueError(
-          "a rule takes a Gram matrix [k, k] and valid [k], got shapes "
-          f"{gram.shape} and {valid.shape}."
+        "a rule takes a Gram matrix [k, k] and valid [k], got shapes "
+        f"{gram.shape} and {valid.shape}."
       )
     return self.decide(_gram.from_matrix(gram, valid), valid, tau)
 
@@ -110,14 +108,14 @@ class SequentialRule(Rule):
       first = s.total == 0
       total = jnp.where(first, 1, s.total)
       distance = _numerics.distance(
-          self.distance,
-          s.with_rows[i] / total,
-          s.norm2 / total**2,
-          norm2,
-          tau=tau,
-          shift=exponent - s.exponent,
-          # Rounding in a sum of squares that cancelled.
-          cancelled=s.norm2 <= 4 * jnp.finfo(dtype).eps * s.squares,
+        self.distance,
+        s.with_rows[i] / total,
+        s.norm2 / total**2,
+        norm2,
+        tau=tau,
+        shift=exponent - s.exponent,
+        # Rounding in a sum of squares that cancelled.
+        cancelled=s.norm2 <= 4 * jnp.finfo(dtype).eps * s.squares,
       )
       keep, add, accepted = self.merge(distance, tau, first)
       keep = jnp.where(valid[i], keep, 1).astype(dtype)
@@ -126,26 +124,26 @@ class SequentialRule(Rule):
       a = keep * power(s.exponent - top)
       b = add * power(exponent - top)
       merged = _Running(
-          exponent=top,
-          total=keep * s.total + add,
-          weights=(keep * s.weights).at[i].set(add),
-          with_rows=a * s.with_rows + b * row,
-          norm2=a * a * s.norm2 + 2 * a * b * s.with_rows[i] + b * b * norm2,
-          squares=a * a * s.squares + b * b * norm2,
+        exponent=top,
+        total=keep * s.total + add,
+        weights=(keep * s.weights).at[i].set(add),
+        with_rows=a * s.with_rows + b * row,
+        norm2=a * a * s.norm2 + 2 * a * b * s.with_rows[i] + b * b * norm2,
+        squares=a * a * s.squares + b * b * norm2,
       )
       compared = valid[i] & ~first
       return merged, (accepted & valid[i], jnp.where(compared, distance, jnp.nan))
 
     nothing = _Running(
-        exponent=jnp.full((), _numerics.ZERO_EXPONENT, jnp.int32),
-        total=jnp.zeros((), dtype),
-        weights=jnp.zeros((k,), dtype),
-        with_rows=jnp.zeros((k,), dtype),
-        norm2=jnp.zeros((), dtype),
-        squares=jnp.zeros((), dtype),
+      exponent=jnp.full((), _numerics.ZERO_EXPONENT, jnp.int32),
+      total=jnp.zeros((), dtype),
+      weights=jnp.zeros((k,), dtype),
+      with_rows=jnp.zeros((k,), dtype),
+      norm2=jnp.zeros((), dtype),
+      squares=jnp.zeros((), dtype),
     )
     last, (accepted, distances) = jax.lax.scan(
-        visit, nothing, jnp.arange(k), unroll=k <= 8
+      visit, nothing, jnp.arange(k), unroll=k <= 8
     )
     return _settled(last.weights, accepted, distances)
 
@@ -167,20 +165,16 @@ class _Running(NamedTuple):
 def _settled(weights, accepted, distances):
   """The decision with nothing accepted where no two agree."""
   agreed = jnp.sum(accepted) > 1
-  return Decision(
-      jnp.where(agreed, weights, 0), accepted & agreed, distances
-  )
+  return Decision(jnp.where(agreed, weights, 0), accepted & agreed, distances)
 
 
 class _Sequential(SequentialRule):
-
   def merge(self, distance, tau, first):
     weight = jnp.where(first, 1, self._weights(distance, tau))
     return 1, weight, first | self._accepts(distance, tau)
 
 
 class _RunningAverage(SequentialRule):
-
   def merge(self, distance, tau, first):
     accepted = first | self._accepts(distance, tau)
     half = jnp.where(accepted, 0.5, 0)
@@ -188,35 +182,32 @@ class _RunningAverage(SequentialRule):
 
 
 class _LeaveOneOut(Rule):
-
   def decide(self, gram, valid, tau):
     dtype = gram.products.dtype
     others = valid[None, :] & ~jnp.eye(valid.shape[0], dtype=bool)
     # The units of each sum of others: its largest term.
     top = jnp.max(
-        jnp.where(others, gram.exponents[None, :], _numerics.ZERO_EXPONENT), axis=1
+      jnp.where(others, gram.exponents[None, :], _numerics.ZERO_EXPONENT), axis=1
     )
     shares = jnp.where(
-        others,
-        _numerics.power_of_two(gram.exponents[None, :] - top[:, None], dtype),
-        0,
+      others,
+      _numerics.power_of_two(gram.exponents[None, :] - top[:, None], dtype),
+      0,
     )
     number = jnp.sum(others, axis=1)
     shares /= jnp.maximum(number, 1)[:, None].astype(dtype)
-    with_rows = jnp.matmul(
-        shares, gram.products, precision=jax.lax.Precision.HIGHEST
-    )
+    with_rows = jnp.matmul(shares, gram.products, precision=jax.lax.Precision.HIGHEST)
     squares = jnp.diagonal(gram.products)
     norm2 = jnp.sum(with_rows * shares, axis=1)
     orthogonal = jnp.sum(shares**2 * squares[None, :], axis=1)
     distances = _numerics.distance(
-        self.distance,
-        jnp.diagonal(with_rows),
-        norm2,
-        squares,
-        tau=tau,
-        shift=gram.exponents - top,
-        cancelled=norm2 <= 4 * jnp.finfo(dtype).eps * orthogonal,
+      self.distance,
+      jnp.diagonal(with_rows),
+      norm2,
+      squares,
+      tau=tau,
+      shift=gram.exponents - top,
+      cancelled=norm2 <= 4 * jnp.finfo(dtype).eps * orthogonal,
     )
     distances = jnp.where(valid & (number > 0), distances, jnp.nan)
     weights = jnp.where(valid, self._weights(distances, tau), 0)
@@ -227,19 +218,18 @@ def _pairwise(kind, gram, valid, tau):
   """Distances of all pairs `[k, k]`: 0 to itself, NaN to an invalid one."""
   squares = jnp.diagonal(gram.products)
   distances = _numerics.distance(
-      kind,
-      gram.products,
-      squares[:, None],
-      squares[None, :],
-      tau=tau,
-      shift=gram.exponents[None, :] - gram.exponents[:, None],
+    kind,
+    gram.products,
+    squares[:, None],
+    squares[None, :],
+    tau=tau,
+    shift=gram.exponents[None, :] - gram.exponents[:, None],
   )
   distances = jnp.where(jnp.eye(valid.shape[0], dtype=bool), 0, distances)
   return jnp.where(valid[:, None] & valid[None, :], distances, jnp.nan)
 
 
 class _MostNeighbors(Rule):
-
   def decide(self, gram, valid, tau):
     pairs = _pairwise(self.distance, gram, valid, tau)
     center = jnp.argmax(jnp.sum(self._accepts(pairs, tau), axis=1))
@@ -247,9 +237,9 @@ class _MostNeighbors(Rule):
     weights = jnp.where(valid, self._weights(distances, tau), 0)
     is_center = jnp.arange(valid.shape[0]) == center
     return _settled(
-        jnp.where(is_center & valid, 1, weights),
-        self._accepts(distances, tau),
-        jnp.where(is_center, jnp.nan, distances),
+      jnp.where(is_center & valid, 1, weights),
+      self._accepts(distances, tau),
+      jnp.where(is_center, jnp.nan, distances),
     )
 
 
@@ -428,14 +418,14 @@ def _against_anchor(gram, valid, tau, anchored):
   """Compares with row 0; accepts all while the anchor holds nothing."""
   squares = jnp.diagonal(gram.products)
   distances = _numerics.distance(
-      "cosine", gram.products[0, 1:], squares[0], squares[1:], tau=tau
+    "cosine", gram.products[0, 1:], squares[0], squares[1:], tau=tau
   )
   within = distances <= jnp.asarray(tau, distances.dtype)
   accepted = valid & (within | ~anchored)
   return Decision(
-      accepted.astype(distances.dtype),
-      accepted,
-      jnp.where(valid & anchored, distances, jnp.nan),
+    accepted.astype(distances.dtype),
+    accepted,
+    jnp.where(valid & anchored, distances, jnp.nan),
   )
 
 
@@ -445,18 +435,18 @@ def _checked(rule, decision, valid):
     weights, accepted, distances = decision
   except (TypeError, ValueError):
     raise ValueError(
-        f"rule {rule!r} must return a Decision(weights, accepted, distances), got"
-        f" {decision!r}."
+      f"rule {rule!r} must return a Decision(weights, accepted, distances), got"
+      f" {decision!r}."
     ) from None
   arrays = {"weights": weights, "accepted": accepted, "distances": distances}
   for name, array in arrays.items():
     if jnp.shape(array) != valid.shape:
       raise ValueError(
-          f"rule {rule!r} returned {name} of shape {jnp.shape(array)} for"
-          f" {valid.shape[0]} micro-gradients, expected {valid.shape}."
+        f"rule {rule!r} returned {name} of shape {jnp.shape(array)} for"
+        f" {valid.shape[0]} micro-gradients, expected {valid.shape}."
       )
   return Decision(
-      jnp.where(valid, jnp.asarray(weights, float), 0),
-      jnp.asarray(accepted, bool) & valid,
-      jnp.asarray(distances, float),
+    jnp.where(valid, jnp.asarray(weights, float), 0),
+    jnp.asarray(accepted, bool) & valid,
+    jnp.asarray(distances, float),
   )

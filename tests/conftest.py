@@ -23,7 +23,8 @@ def x64():
 
 # The same examples each time, so that a red test is a changed program. To look for
 # new ones: HYPOTHESIS_PROFILE=explore python -m pytest
-settings.register_profile("fixed", deadline=None, derandomize=True,
-                          phases=[Phase.explicit, Phase.generate])
+settings.register_profile(
+  "fixed", deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate]
+)
 settings.register_profile("explore", deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))

@@ -1,4 +1,4 @@
-"""The forms of the filter, called in one way, so that tests hold them to one another."""
+"""The forms of the filter, called in one way, to hold them to one another."""
 
 import functools
 from typing import Any, NamedTuple
@@ -30,18 +30,16 @@ def like_params(tree):
 def read(gradient, state):
   found = gaf_optax.metrics(state)
   gaf_state = [
-      s
-      for s in jax.tree.leaves(
-          state, is_leaf=lambda n: isinstance(n, gaf_optax.GafState)
-      )
-      if isinstance(s, gaf_optax.GafState)
+    s
+    for s in jax.tree.leaves(state, is_leaf=lambda n: isinstance(n, gaf_optax.GafState))
+    if isinstance(s, gaf_optax.GafState)
   ][0]
   return Filtered(
-      gradient,
-      bool(found["agreed"]),
-      float(found["accepted"]),
-      np.asarray(gaf_state.distances),
-      int(found["nonfinite"]),
+    gradient,
+    bool(found["agreed"]),
+    float(found["accepted"]),
+    np.asarray(gaf_state.distances),
+    int(found["nonfinite"]),
   )
 
 
@@ -57,7 +55,7 @@ def _streamed(k, options):
   @jax.jit
   def run(tau, tree):
     tx = gaf_optax.multi_steps(
-        optax.identity(), k, tau, num_microbatches=k, **dict(options)
+      optax.identity(), k, tau, num_microbatches=k, **dict(options)
     )
     params = like_params(tree)
 
@@ -83,7 +81,7 @@ def _scanned(k, options):
 
   def loss(params, batch):
     terms = jax.tree.map(
-        lambda p, b: jnp.sum(p * b[0]).astype(jnp.float32), params, batch
+      lambda p, b: jnp.sum(p * b[0]).astype(jnp.float32), params, batch
     )
     return sum(jax.tree.leaves(terms))
 
@@ -100,11 +98,11 @@ def scanned(tree, tau, **options):
   run = _scanned(size(tree), tuple(sorted(options.items())))
   _, gradient, agreement = run(tau, tree)
   return Filtered(
-      gradient,
-      bool(agreement.agreed),
-      float(agreement.accepted),
-      np.asarray(agreement.distances),
-      int(agreement.nonfinite),
+    gradient,
+    bool(agreement.agreed),
+    float(agreement.accepted),
+    np.asarray(agreement.distances),
+    int(agreement.nonfinite),
   )
 
 

@@ -59,7 +59,7 @@ def soft(d, tau, softness):
 
 
 def decide(rule, v, finite, tau, kind="cosine", softness=0.0, fraction=None):
-  """(weights, accepted, distances, margin, condition) before the check that two agree."""
+  """(weights, accepted, distances, margin, condition), before two have to agree."""
   k = len(v)
   weights, distances = np.zeros(k), np.full(k, np.nan)
   accepted = np.zeros(k, bool)
@@ -106,7 +106,7 @@ def decide(rule, v, finite, tau, kind="cosine", softness=0.0, fraction=None):
         distances = np.where(finite, pairs[center], np.nan)
         accepted = pairs[center] <= tau
         weights = np.array(
-            [soft(d, tau, softness) if f else 0 for d, f in zip(pairs[center], finite)]
+          [soft(d, tau, softness) if f else 0 for d, f in zip(pairs[center], finite)]
         )
         weights[center], distances[center] = 1, np.nan
     else:
@@ -123,19 +123,17 @@ def gaf(leaves, tau, rule="sequential", embed=None, **options):
   leaves = [wide(x) for x in leaves]
   k = leaves[0].shape[0]
   finite = np.array([all(np.isfinite(x[i]).all() for x in leaves) for i in range(k)])
-  clean = [
-      np.where(finite.reshape((k,) + (1,) * (x.ndim - 1)), x, 0) for x in leaves
-  ]
+  clean = [np.where(finite.reshape((k,) + (1,) * (x.ndim - 1)), x, 0) for x in leaves]
   v = vectors(clean, embed)
-  weights, accepted, distances, margin, condition = decide(rule, v, finite, tau, **options)
+  weights, accepted, distances, margin, condition = decide(
+    rule, v, finite, tau, **options
+  )
   agreed = accepted.sum() > 1
   if not agreed:
     accepted, weights = np.zeros(k, bool), np.zeros(k)
   share = weights / weights.sum() if agreed else weights
   gradient = [
-      sum(w * x[i] for i, w in enumerate(share) if w) + np.zeros(x.shape[1:])
-      for x in clean
+    sum(w * x[i] for i, w in enumerate(share) if w) + np.zeros(x.shape[1:])
+    for x in clean
   ]
-  return Result(
-      gradient, bool(agreed), accepted, distances, finite, margin, condition
-  )
+  return Result(gradient, bool(agreed), accepted, distances, finite, margin, condition)

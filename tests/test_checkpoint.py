@@ -4,16 +4,16 @@ import copy
 import pickle
 
 import chex
-from flax import serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+import steps
+from flax import serialization
 
 import gaf_optax
-import steps
 
 # Made anew for each run, as a process that starts again would.
 RUNS = {
@@ -61,8 +61,8 @@ def initial_params():
   return {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2, jnp.bfloat16)}
 
 
-def train(name, carry, start, end):
-  """Parameters and state after steps `start` to `end`, by a program of its own."""
+def train(name, carry, start):
+  """Parameters and state at SAVED and at END, by a program compiled anew."""
   tx = RUNS[name]()
 
   @jax.jit
@@ -71,10 +71,13 @@ def train(name, carry, start, end):
     return optax.apply_updates(params, updates), state
 
   params, state = carry
-  for number in range(start, end):
+  saved = None
+  for number in range(start, END):
+    if number == SAVED:
+      saved = params, state
     grads = micro_grads(number, stacked="multi_steps" not in name)
     params, state = step(params, state, grads)
-  return params, state
+  return saved, (params, state)
 
 
 def begin(name):
@@ -120,8 +123,7 @@ WAYS = {
 def run(request):
   """Name, what was saved in the middle, and the end without interruption."""
   name = request.param
-  saved = train(name, begin(name), 0, SAVED)
-  return name, saved, train(name, saved, SAVED, END)
+  return name, *train(name, begin(name), 0)
 
 
 def test_a_restored_run_goes_on_bit_for_bit(run, tmp_path):
@@ -133,17 +135,7 @@ def test_a_restored_run_goes_on_bit_for_bit(run, tmp_path):
     chex.assert_trees_all_equal_shapes_and_dtypes(restored, start)
     chex.assert_trees_all_equal(restored, saved)
   restored = through_orbax(name, saved, tmp_path / "again")
-  chex.assert_trees_all_equal(train(name, restored, SAVED, END), end)
+  chex.assert_trees_all_equal(train(name, restored, SAVED)[1], end)
+  if "multi_steps" in name:
+    assert int(restored[1].mini_step) == 3
   assert not np.array_equal(end[0]["kernel"], saved[0]["kernel"])
-
-
-def test_the_state_in_mid_cycle_is_in_the_checkpoint(tmp_path):
-  name = "multi_steps"
-  saved = train(name, begin(name), 0, SAVED)
-  params, state = through_orbax(name, saved, tmp_path)
-  assert int(state.mini_step) == 3
-  # Without what the cycle held the run ends elsewhere.
-  emptied = state._replace(stream=begin(name)[1].stream)
-  full, _ = train(name, (params, state), SAVED, 10)
-  lost, _ = train(name, (params, emptied), SAVED, 10)
-  assert not np.array_equal(full["kernel"], lost["kernel"])

@@ -1,4 +1,4 @@
-"""The contract's table "Meanings at the edges", for every form that a row applies to."""
+"""The contract's table "Meanings at the edges", for every form it applies to."""
 
 import chex
 import jax
@@ -26,14 +26,14 @@ def tree(*rows):
 
 @every_form
 @pytest.mark.parametrize(
-    "a, b, tau",
-    [
-        (row(1, 0, 0), row(0, 0, 2), 1.0),
-        (row(1, 2, 3), row(1, 2, 3), 0.0),
-        (row(1, 0, 2), row(-1, 0, -2), 2.0),
-        (row(1, 0, 0), row(3, 0, 4), 0.4),
-        (row(0, 3, 4), row(0, 4, 3), 0.04),
-    ],
+  "a, b, tau",
+  [
+    (row(1, 0, 0), row(0, 0, 2), 1.0),
+    (row(1, 2, 3), row(1, 2, 3), 0.0),
+    (row(1, 0, 2), row(-1, 0, -2), 2.0),
+    (row(1, 0, 0), row(3, 0, 4), 0.4),
+    (row(0, 3, 4), row(0, 4, 3), 0.04),
+  ],
 )
 def test_distance_equal_to_tau_is_accepted(form, a, b, tau):
   filtered = form(tree(a, b), tau)
@@ -56,7 +56,7 @@ def test_none_agrees(form):
   assert not filtered.agreed
   assert filtered.accepted == 0
   chex.assert_trees_all_equal(
-      filtered.gradient, {"w": jnp.zeros(2), "b": jnp.zeros(())}
+    filtered.gradient, {"w": jnp.zeros(2), "b": jnp.zeros(())}
   )
   np.testing.assert_allclose(filtered.distances, [np.nan, 2, 1], atol=1e-6)
 
@@ -109,10 +109,10 @@ def test_nonfinite_micro_gradient_is_left_out(form, bad, place, leaf):
   # The first finite one starts the sequence.
   assert np.isnan(filtered.distances[1 if place == 0 else 0])
   np.testing.assert_allclose(
-      filtered.gradient["w"], np.mean(rest, axis=0)[:2], rtol=1e-6
+    filtered.gradient["w"], np.mean(rest, axis=0)[:2], rtol=1e-6
   )
   np.testing.assert_allclose(
-      filtered.gradient["b"], np.mean(rest, axis=0)[2], rtol=1e-6
+    filtered.gradient["b"], np.mean(rest, axis=0)[2], rtol=1e-6
   )
 
 
@@ -121,7 +121,7 @@ def test_all_nonfinite(form):
   filtered = form(tree(row(np.nan, 0, 0), row(0, np.inf, 0)), 2.0)
   assert not filtered.agreed and filtered.nonfinite == 2
   chex.assert_trees_all_equal(
-      filtered.gradient, {"w": jnp.zeros(2), "b": jnp.zeros(())}
+    filtered.gradient, {"w": jnp.zeros(2), "b": jnp.zeros(())}
   )
   assert np.isnan(filtered.distances).all()
 
@@ -136,9 +136,9 @@ def test_scale_does_not_change_the_decision(form, scale):
   assert scaled.accepted == plain.accepted
   np.testing.assert_allclose(scaled.distances, plain.distances, atol=1e-6)
   np.testing.assert_allclose(
-      np.asarray(scaled.gradient["w"], np.float64) / scale,
-      plain.gradient["w"],
-      rtol=1e-5,
+    np.asarray(scaled.gradient["w"], np.float64) / scale,
+    plain.gradient["w"],
+    rtol=1e-5,
   )
 
 
@@ -173,7 +173,7 @@ def test_half_precision_accumulates_in_float32(form, dtype):
   step = 2.0**-7 if dtype == "bfloat16" else 2.0**-10
   near = jnp.asarray(np.full((5, 8), 1 + step)).astype(dtype)
   np.testing.assert_array_equal(
-      np.asarray(form({"w": near}, 0.97).gradient["w"], np.float64), 1 + step
+    np.asarray(form({"w": near}, 0.97).gradient["w"], np.float64), 1 + step
   )
 
 
@@ -226,9 +226,9 @@ def test_a_tree_of_placeholders_is_no_step():
 def test_integer_and_float0_leaves_take_no_part():
   params = {"w": jnp.zeros(2), "i": jnp.arange(3), "f": jnp.arange(2)}
   stack = {
-      "w": jnp.array([[1.0, 0.0], [1.0, 0.1]]),
-      "i": jnp.array([[9, 9, 9], [-9, -9, -9]], jnp.int32),
-      "f": np.zeros((2, 2), jax.dtypes.float0),
+    "w": jnp.array([[1.0, 0.0], [1.0, 0.1]]),
+    "i": jnp.array([[9, 9, 9], [-9, -9, -9]], jnp.int32),
+    "f": np.zeros((2, 2), jax.dtypes.float0),
   }
   tx = gaf_optax.gaf(0.97, num_microbatches=2)
   gradient, state = tx.update(stack, tx.init(params), params)
@@ -260,7 +260,6 @@ def test_gradients_of_integer_parameters_as_jax_gives_them():
 
 
 class TestErrors:
-
   def update(self, stack, params=None, **options):
     tx = gaf_optax.gaf(0.97, **options)
     return jax.jit(tx.update)(stack, tx.init(params), params)
@@ -311,8 +310,8 @@ class TestErrors:
       self.update({"w": jnp.ones((2, 3))}, {"w": jnp.ones(3), "v": jnp.ones(3)})
     # unless it is masked
     self.update(
-        {"w": jnp.ones((2, 3)), "v": None, "u": optax.MaskedNode()},
-        {"w": jnp.ones(3), "v": {"x": jnp.ones(3)}, "u": jnp.ones(2)},
+      {"w": jnp.ones((2, 3)), "v": None, "u": optax.MaskedNode()},
+      {"w": jnp.ones(3), "v": {"x": jnp.ones(3)}, "u": jnp.ones(2)},
     )
 
   @pytest.mark.parametrize("empty", [{}, [], ()])
@@ -325,14 +324,14 @@ class TestErrors:
       self.update({"w": jnp.ones((0, 3))})
 
   @pytest.mark.parametrize(
-      "tau", [-0.1, 2.1, float("nan"), float("inf"), np.float32(3), jnp.array(-1.0)]
+    "tau", [-0.1, 2.1, float("nan"), float("inf"), np.float32(3), jnp.array(-1.0)]
   )
   def test_tau_outside_its_range(self, tau):
     for make in (
-        lambda: gaf_optax.gaf(tau),
-        lambda: gaf_optax.apply_if_agreed(optax.sgd(1.0), tau),
-        lambda: gaf_optax.multi_steps(optax.sgd(1.0), 2, tau),
-        lambda: gaf_optax.value_and_grad(lambda p, b: 0.0, 2, tau),
+      lambda: gaf_optax.gaf(tau),
+      lambda: gaf_optax.apply_if_agreed(optax.sgd(1.0), tau),
+      lambda: gaf_optax.multi_steps(optax.sgd(1.0), 2, tau),
+      lambda: gaf_optax.value_and_grad(lambda p, b: 0.0, 2, tau),
     ):
       with pytest.raises(ValueError, match=r"tau must be in \[0, 2\], got") as caught:
         make()
@@ -358,13 +357,13 @@ class TestErrors:
 
   def test_options(self):
     for options, words in [
-        (dict(anchor_decay=0.9, rule=rules.sequential()), "exclude each other"),
-        (dict(anchor_decay=1.0), r"anchor_decay must be in \[0, 1\), got 1.0"),
-        (dict(anchor_decay=-0.1), "anchor_decay"),
-        (dict(rule="sequential"), "rule must be callable"),
-        (dict(rule=rules.most_neighbors), "call"),
-        (dict(embed="sign"), "embed must be callable"),
-        (dict(groups="layer"), "groups must be callable.*'leaf'"),
+      (dict(anchor_decay=0.9, rule=rules.sequential()), "exclude each other"),
+      (dict(anchor_decay=1.0), r"anchor_decay must be in \[0, 1\), got 1.0"),
+      (dict(anchor_decay=-0.1), "anchor_decay"),
+      (dict(rule="sequential"), "rule must be callable"),
+      (dict(rule=rules.most_neighbors), "call"),
+      (dict(embed="sign"), "embed must be callable"),
+      (dict(groups="layer"), "groups must be callable.*'leaf'"),
     ]:
       with pytest.raises(ValueError, match=words):
         gaf_optax.gaf(0.97, **options)
@@ -378,14 +377,14 @@ class TestErrors:
       gaf_optax.apply_if_agreed(optax.sgd(1.0), 0.97, no_such_option=1)
 
   @pytest.mark.parametrize(
-      "option", [dict(axis_name="i"), dict(param_axes=("i",)), dict(stacked=True)]
+    "option", [dict(axis_name="i"), dict(param_axes=("i",)), dict(stacked=True)]
   )
   def test_across_devices_is_not_there_yet(self, option):
     with pytest.raises(NotImplementedError, match=next(iter(option))):
       gaf_optax.gaf(**option)
 
   @pytest.mark.parametrize(
-      "rule", [rules.leave_one_out(), rules.most_neighbors(), rules.min_neighbors(0.5)]
+    "rule", [rules.leave_one_out(), rules.most_neighbors(), rules.min_neighbors(0.5)]
   )
   def test_streamed_forms_know_the_sequential_rules_only(self, rule):
     with pytest.raises(ValueError, match="sequential"):
@@ -395,13 +394,13 @@ class TestErrors:
 
   def test_target_accept_rate(self):
     for wrong in (
-        dict(rate=1.1),
-        dict(rate=-0.1),
-        dict(rate=0.1, initial=2.5),
-        dict(rate=0.1, step_size=0.0),
-        dict(rate=0.1, minimum=0.5, maximum=0.4),
-        dict(rate=0.1, initial=0.97, maximum=0.9),
-        dict(rate=0.1, minimum=-1.0),
+      dict(rate=1.1),
+      dict(rate=-0.1),
+      dict(rate=0.1, initial=2.5),
+      dict(rate=0.1, step_size=0.0),
+      dict(rate=0.1, minimum=0.5, maximum=0.4),
+      dict(rate=0.1, initial=0.97, maximum=0.9),
+      dict(rate=0.1, minimum=-1.0),
     ):
       with pytest.raises(ValueError):
         gaf_optax.target_accept_rate(**wrong)

@@ -18,7 +18,7 @@ every_form = pytest.mark.parametrize("form", forms.ALL.values(), ids=forms.ALL)
 def case(seed=0, k=4):
   rng = np.random.default_rng(seed)
   draw = lambda *shape: jnp.asarray(
-      rng.standard_normal((k, *shape)) + rng.standard_normal(shape), jnp.float32
+    rng.standard_normal((k, *shape)) + rng.standard_normal(shape), jnp.float32
   )
   return {"a": draw(5), "b": draw(2, 3), "c": draw()}
 
@@ -40,10 +40,10 @@ def test_leaf_groups_are_decisions_of_their_own(form, seed):
   counts = [p.accepted.sum() for p in parts.values()]
   assert filtered.accepted == pytest.approx(np.mean(counts))
   np.testing.assert_allclose(
-      filtered.distances,
-      # Whose first has nothing to compare with.
-      [np.nan, *np.mean([p.distances[1:] for p in parts.values()], axis=0)],
-      atol=1e-5,
+    filtered.distances,
+    # Whose first has nothing to compare with.
+    [np.nan, *np.mean([p.distances[1:] for p in parts.values()], axis=0)],
+    atol=1e-5,
   )
 
 
@@ -71,7 +71,7 @@ def test_labels_join_leaves_and_none_excludes(form):
 def test_excluded_leaves_are_averaged_even_without_agreement(form):
   tree = {"w": jnp.array([[1.0, 0], [-1, 0]]), "free": jnp.array([1.0, 3.0])}
   filtered = form(
-      tree, 0.5, groups=lambda path, leaf: None if path[0].key == "free" else 0
+    tree, 0.5, groups=lambda path, leaf: None if path[0].key == "free" else 0
   )
   assert not filtered.agreed
   np.testing.assert_array_equal(filtered.gradient["w"], [0, 0])
@@ -83,14 +83,14 @@ def test_excluded_leaves_are_averaged_even_without_agreement(form):
 @every_form
 def test_nan_in_one_group_or_an_excluded_leaf_rejects_the_micro_gradient(form):
   tree = {
-      "w": jnp.ones((3, 2)),
-      "v": jnp.ones((3, 2)).at[1, 0].set(jnp.nan),
-      "free": jnp.array([1.0, 2.0, jnp.inf]),
+    "w": jnp.ones((3, 2)),
+    "v": jnp.ones((3, 2)).at[1, 0].set(jnp.nan),
+    "free": jnp.array([1.0, 2.0, jnp.inf]),
   }
   filtered = form(
-      tree,
-      0.97,
-      groups=lambda path, leaf: {"w": 0, "v": 1, "free": None}[path[0].key],
+    tree,
+    0.97,
+    groups=lambda path, leaf: {"w": 0, "v": 1, "free": None}[path[0].key],
   )
   assert filtered.nonfinite == 2 and not filtered.agreed  # one finite one is left
   want = 0 if form is forms.streamed else 1
@@ -111,7 +111,6 @@ def test_groups_of_very_different_scales_decide_each_for_itself(form):
 
 
 class TestAnchor:
-
   def run(self, steps, tau, decay, **options):
     tx = gaf_optax.gaf(tau, anchor_decay=decay, **options)
     state, results = tx.init(jnp.zeros(steps[0].shape[1:])), []
@@ -129,7 +128,7 @@ class TestAnchor:
     steps[0] = steps[0] * np.nan  # a first step with nothing finite in it
     anchor, total, counts = np.zeros(6), 0, []
     results = self.run(
-        [jnp.asarray(s, jnp.float32) for s in steps], 0.7, decay, num_microbatches=k
+      [jnp.asarray(s, jnp.float32) for s in steps], 0.7, decay, num_microbatches=k
     )
     for s, (gradient, state) in zip(steps, results):
       finite = np.isfinite(s).all(1)
@@ -139,9 +138,9 @@ class TestAnchor:
       np.testing.assert_allclose(gradient, want, atol=1e-6)
       np.testing.assert_array_equal(state.accepted, accepted)
       np.testing.assert_allclose(
-          state.distances,
-          np.where(finite & (total > 0), d, np.nan),
-          atol=1e-5,
+        state.distances,
+        np.where(finite & (total > 0), d, np.nan),
+        atol=1e-5,
       )
       assert bool(state.ready) == accepted.any()
       counts.append(accepted.sum())
@@ -180,7 +179,6 @@ class TestAnchor:
 
 
 class TestThreshold:
-
   def test_schedule_is_called_with_the_number_of_updates_seen(self):
     tx = gaf_optax.gaf(lambda n: 0.1 * n)
     state = tx.init(jnp.zeros(2))
@@ -190,7 +188,7 @@ class TestThreshold:
 
   def test_target_accept_rate_by_hand(self):
     tau = gaf_optax.target_accept_rate(
-        0.25, initial=1.0, step_size=0.1, minimum=0.9, maximum=1.05
+      0.25, initial=1.0, step_size=0.1, minimum=0.9, maximum=1.05
     )
     tx = gaf_optax.gaf(tau)
     state = tx.init(jnp.zeros(2))
@@ -226,11 +224,8 @@ class TestThreshold:
 
 
 class TestMetrics:
-
   def test_counts_over_a_run(self):
-    tx = optax.named_chain(
-        ("filter", gaf_optax.gaf(0.5)), ("step", optax.adam(0.1))
-    )
+    tx = optax.named_chain(("filter", gaf_optax.gaf(0.5)), ("step", optax.adam(0.1)))
     state = tx.init(jnp.zeros(2))
     agree = jnp.array([[1.0, 0], [1, 0], [0, 1]])
     oppose = jnp.array([[1.0, 0], [-1, 0], [0, 1]])
@@ -258,26 +253,27 @@ class TestMetrics:
       _, state = tx.update(jnp.ones((4, 1)), state)
     assert float(state.accept_rate) == pytest.approx(0.5, abs=1e-6)
     counts = state._replace(
-        nonfinite=jnp.int32(2**31 - 1), skipped_steps=jnp.int32(2**31 - 1)
+      nonfinite=jnp.int32(2**31 - 1), skipped_steps=jnp.int32(2**31 - 1)
     )
     _, state = tx.update(jnp.full((4, 1), jnp.nan), counts)
     assert int(state.nonfinite) == int(state.skipped_steps) == 2**31 - 1
 
 
 class TestCosineDistance:
-
   @pytest.mark.parametrize("scale", [1e-30, 5e-10, 1.0, 1e19, 1e30])
   def test_against_numpy(self, scale):
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((2, 50))
-    tree = lambda v: {"x": jnp.asarray(scale * v[:20], jnp.float32),
-                      "y": jnp.asarray(v[20:].reshape(3, 10) * scale, jnp.float32)}
+    tree = lambda v: {
+      "x": jnp.asarray(scale * v[:20], jnp.float32),
+      "y": jnp.asarray(v[20:].reshape(3, 10) * scale, jnp.float32),
+    }
     got = gaf_optax.cosine_distance(tree(a), tree(b))
     assert got.dtype == jnp.float32 and got.shape == ()
     np.testing.assert_allclose(got, oracle.distance(a, b), atol=1e-6)
     assert float(gaf_optax.cosine_distance(tree(a), tree(a))) == 0
     np.testing.assert_allclose(
-        gaf_optax.cosine_distance(tree(a), tree(-a)), 2, atol=1e-6
+      gaf_optax.cosine_distance(tree(a), tree(-a)), 2, atol=1e-6
     )
 
   def test_edges(self):

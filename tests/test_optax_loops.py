@@ -6,12 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
-import gaf_optax
 import steps
 
+import gaf_optax
+
 OPTIONS = {
-    "plain": {},
     "anchor": {
         "anchor_decay": 0.5,
         "num_microbatches": steps.K,
@@ -28,6 +27,12 @@ OPTIONS = {
 
 @pytest.fixture(params=steps.FORMS)
 def form(request):
+  return steps.FORMS[request.param]
+
+
+# For questions to the filter itself, which two of the forms share.
+@pytest.fixture(params=["chain", "multi_steps"])
+def filter_form(request):
   return steps.FORMS[request.param]
 
 
@@ -116,12 +121,12 @@ def test_params_are_not_needed(form, decay):
   )
 
 
-def test_under_vmap_each_replica_decides_for_itself(form):
-  tx = form.make(optax.sgd(1.0))
+def test_under_vmap_each_replica_decides_for_itself(filter_form):
+  tx = filter_form.make(optax.sgd(1.0))
   ones = [steps.make(kind, i) for i, kind in enumerate(("all", "none", "half"))]
   stacked = jax.tree.map(lambda *x: jnp.stack(x), *(one.micro_grads for one in ones))
   state = tx.init(steps.params())
-  feed = jax.jit(jax.vmap(lambda g: form.feed(tx, g, state)))
+  feed = jax.jit(jax.vmap(lambda g: filter_form.feed(tx, g, state)))
   updates, states = feed(stacked)
   assert steps.gaf_state(states).ready.tolist() == [True, False, True]
   for i, one in enumerate(ones):
@@ -135,15 +140,15 @@ def test_under_vmap_each_replica_decides_for_itself(form):
 # tau as a schedule.
 
 
-def test_a_schedule_is_called_with_the_number_of_updates_seen(form):
+def test_a_schedule_is_called_with_the_number_of_updates_seen(filter_form):
   cosine = 0.25
   rows = np.zeros((steps.K, 2))
   rows[:, 0], rows[1:, 0], rows[1:, 1] = 1, cosine, np.sqrt(1 - cosine**2)
   micro_grads = jnp.asarray(rows)  # The first at distance 0.75 from the others.
   # Another value for each count, exact in float32.
-  tx = form.make(optax.sgd(1.0), tau=lambda count: 0.5 + count / 8)
+  tx = filter_form.make(optax.sgd(1.0), tau=lambda count: 0.5 + count / 8)
   state = tx.init(jnp.zeros(2))
-  feed = jax.jit(lambda g, s: form.feed(tx, g, s))
+  feed = jax.jit(lambda g, s: filter_form.feed(tx, g, s))
   # init already says what the first step will use.
   used, agreed = [float(gaf_optax.metrics(state)["threshold"])], []
   for _ in range(4):
@@ -158,13 +163,13 @@ def test_a_schedule_is_called_with_the_number_of_updates_seen(form):
 # tau steered to a share of accepted micro-gradients.
 
 
-def test_a_steered_tau_follows_its_equation_in_its_bounds(form):
+def test_a_steered_tau_follows_its_equation_in_its_bounds(filter_form):
   target = gaf_optax.target_accept_rate(
       0.5, initial=0.75, step_size=0.3, minimum=0.5, maximum=1.0
   )
-  tx = form.make(optax.sgd(1.0), tau=target)
+  tx = filter_form.make(optax.sgd(1.0), tau=target)
   state = tx.init(steps.params())
-  feed = jax.jit(lambda g, s: form.feed(tx, g, s))
+  feed = jax.jit(lambda g, s: filter_form.feed(tx, g, s))
   # The share of the finite ones that each step accepts, None where none is finite.
   shares = {"all": 1.0, "none": 0.0, "half": 0.5, "bad": 2 / 3, "lost": None}
   kinds = ["lost", "half", "all", "all", "bad", "lost"] + ["none"] * 4 + ["bad"]

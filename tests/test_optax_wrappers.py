@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import steps
 
 import gaf_optax
-import steps
 
 FORMS = pytest.mark.parametrize("form", steps.FORMS)
 
@@ -211,13 +211,11 @@ def test_process_skips_its_postprocessor_within_a_cycle():
 def test_unknown_extra_args_are_ignored(form):
   kind = steps.FORMS[form]
   params, step = steps.params(), steps.make("half", 1)
-  for inner in (optax.sgd(1.0), optax.adam(0.1)):
-    tx = kind.make(inner)
-    expected, _ = kind.feed(tx, step.micro_grads, tx.init(params), params)
-    updates, _ = kind.feed(
-        tx, step.micro_grads, tx.init(params), params, nobody_knows=1, loss=None
-    )
-    chex.assert_trees_all_equal(updates, expected)
+  tx = kind.make(optax.sgd(1.0))
+  updates, _ = kind.feed(
+      tx, step.micro_grads, tx.init(params), params, nobody_knows=1, loss=None
+  )
+  chex.assert_trees_all_equal(updates, jax.tree.map(lambda x: -x, step.mean))
 
 
 def test_gaf_alone_takes_unknown_extra_args():

@@ -11,9 +11,9 @@ import oracle
 from gaf_optax import rules
 
 SHAPES = {
-    "vector": [(3,)],
-    "net": [(4, 5), (5,), ()],
-    "odd": [(1,), (7, 3, 2), (0, 2), (17,)],
+  "vector": [(3,)],
+  "net": [(4, 5), (5,), ()],
+  "odd": [(1,), (7, 3, 2), (0, 2), (17,)],
 }
 # Relative rounding of a stored value, and of a distance computed from such values.
 EPS = {"float32": 3e-6, "bfloat16": 1e-2, "float16": 2e-3, "complex64": 3e-6}
@@ -43,11 +43,11 @@ def stack(draw, k, shapes, dtype):
   else:
     scales = 10.0 ** rng.integers(-span, span + 1, k)
   fates = draw(
-      st.lists(
-          st.sampled_from(["good"] * 6 + ["nan", "inf", "zero", "copy", "opposed"]),
-          min_size=k,
-          max_size=k,
-      )
+    st.lists(
+      st.sampled_from(["good"] * 6 + ["nan", "inf", "zero", "copy", "opposed"]),
+      min_size=k,
+      max_size=k,
+    )
   )
   leaves = []
   for number, shape in enumerate(shapes):
@@ -80,7 +80,7 @@ def check(filtered, expected, leaves):
   assert filtered.accepted == expected.accepted.sum()
   assert filtered.nonfinite == (~expected.finite).sum()
   np.testing.assert_allclose(
-      filtered.distances, expected.distances, rtol=0, atol=min(error, 2)
+    filtered.distances, expected.distances, rtol=0, atol=min(error, 2)
   )
   kept = expected.finite
   for got, want, leaf in zip(filtered.gradient, expected.gradient, leaves):
@@ -89,20 +89,25 @@ def check(filtered, expected, leaves):
     # Terms that cancel leave rounding of the size of the largest of them.
     largest = np.abs(oracle.wide(leaf)[kept]).max(initial=0)
     np.testing.assert_allclose(
-        oracle.wide(got), want, rtol=0, atol=EPS[dtype] * largest + 1e-37
+      oracle.wide(got), want, rtol=0, atol=EPS[dtype] * largest + 1e-37
     )
 
 
 @settings(max_examples=40)
 @given(
-    stacks(),
-    taus,
-    kinds,
-    softnesses,
-    st.sampled_from(
-        ["sequential", "running_average", "leave_one_out", "most_neighbors",
-         "min_neighbors"]
-    ),
+  stacks(),
+  taus,
+  kinds,
+  softnesses,
+  st.sampled_from(
+    [
+      "sequential",
+      "running_average",
+      "leave_one_out",
+      "most_neighbors",
+      "min_neighbors",
+    ]
+  ),
 )
 def test_stacked_form_is_the_oracles(drawn, tau, kind, softness, name):
   event(name)
@@ -117,19 +122,19 @@ def test_stacked_form_is_the_oracles(drawn, tau, kind, softness, name):
   rule = getattr(rules, name)(**arguments)
   for leaves in drawn:
     expected = oracle.gaf(
-        leaves, tau, name, kind=kind, softness=softness, fraction=fraction
+      leaves, tau, name, kind=kind, softness=softness, fraction=fraction
     )
     check(forms.stacked(leaves, tau, rule=rule), expected, leaves)
 
 
 @settings(max_examples=24)
 @given(
-    stacks(dtypes=("float32", "bfloat16")),
-    taus,
-    kinds,
-    softnesses,
-    st.sampled_from(["sequential", "running_average"]),
-    st.sampled_from(["streamed", "scanned"]),
+  stacks(dtypes=("float32", "bfloat16")),
+  taus,
+  kinds,
+  softnesses,
+  st.sampled_from(["sequential", "running_average"]),
+  st.sampled_from(["streamed", "scanned"]),
 )
 def test_streamed_forms_are_the_oracles(drawn, tau, kind, softness, name, form):
   event(form)
@@ -167,5 +172,5 @@ def test_tau_2_is_the_mean_of_the_finite_ones(form, drawn):
         want = oracle.wide(leaf)[finite].mean(0)
       largest = np.abs(oracle.wide(leaf)[finite]).max(initial=0)
       np.testing.assert_allclose(
-          np.asarray(got), want, rtol=0, atol=3e-6 * largest + 1e-37
+        np.asarray(got), want, rtol=0, atol=3e-6 * largest + 1e-37
       )

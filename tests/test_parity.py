@@ -98,7 +98,7 @@ def test_running_average_gives_the_weights_of_step_gaf(case):
     assert int(optax.tree.get(state, "count")) == taken
 
 
-@pytest.mark.parametrize("case", CASES["authors"][2:9:3], ids=case_id)
+@pytest.mark.parametrize("case", CASES["authors"][3:8:4], ids=case_id)
 def test_multi_steps_gives_the_weights_of_step_gaf(case):
   k = len(case["micro_grads"][0])
   tx = gaf_optax.multi_steps(

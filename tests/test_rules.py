@@ -10,11 +10,11 @@ import oracle
 from gaf_optax import rules
 
 EVERY = {
-    "sequential": rules.sequential(),
-    "running_average": rules.running_average(),
-    "leave_one_out": rules.leave_one_out(),
-    "most_neighbors": rules.most_neighbors(),
-    "min_neighbors": rules.min_neighbors(0.5),
+  "sequential": rules.sequential(),
+  "running_average": rules.running_average(),
+  "leave_one_out": rules.leave_one_out(),
+  "most_neighbors": rules.most_neighbors(),
+  "min_neighbors": rules.min_neighbors(0.5),
 }
 
 
@@ -33,7 +33,7 @@ def test_a_rule_of_a_plain_gram_matrix_is_the_oracles(name, scale, seed):
   matrix = gram_of(np.where(valid[:, None], v, 0))
   fraction = 0.5 if name == "min_neighbors" else None
   weights, accepted, distances, margin, _ = oracle.decide(
-      name, v, valid, 0.6, fraction=fraction
+    name, v, valid, 0.6, fraction=fraction
   )
   assert margin > 1e-3, "the case is a tie"
   decision = EVERY[name](matrix, jnp.asarray(valid), 0.6)
@@ -54,7 +54,7 @@ def test_sequential_compares_with_the_sum_so_far():
   decision = EVERY["sequential"](gram_of(v), jnp.ones(3, bool), 0.5)
   s = np.add(v[0], v[1])
   np.testing.assert_allclose(
-      decision.distances, [np.nan, 0.5, oracle.distance(s, np.array(v[2]))], atol=1e-6
+    decision.distances, [np.nan, 0.5, oracle.distance(s, np.array(v[2]))], atol=1e-6
   )
 
 
@@ -79,7 +79,7 @@ def test_most_neighbors_survives_a_bad_first_one():
 
 
 @pytest.mark.parametrize(
-    "fraction, needed", [(0.0, 2), (0.5, 3), (0.6, 3), (0.61, 4), (1.0, 5)]
+  "fraction, needed", [(0.0, 2), (0.5, 3), (0.6, 3), (0.61, 4), (1.0, 5)]
 )
 def test_min_neighbors_counts_itself(fraction, needed):
   # Five vectors on a star: the first is near all others, they are near it alone.
@@ -123,11 +123,11 @@ def test_softness_goes_to_the_hard_threshold():
 
 def test_bad_arguments():
   for make in (
-      lambda: rules.sequential("manhattan"),
-      lambda: rules.leave_one_out(softness=-0.1),
-      lambda: rules.most_neighbors(softness=float("nan")),
-      lambda: rules.min_neighbors(1.5),
-      lambda: rules.min_neighbors("half"),
+    lambda: rules.sequential("manhattan"),
+    lambda: rules.leave_one_out(softness=-0.1),
+    lambda: rules.most_neighbors(softness=float("nan")),
+    lambda: rules.min_neighbors(1.5),
+    lambda: rules.min_neighbors("half"),
   ):
     with pytest.raises(ValueError):
       make()
@@ -143,7 +143,7 @@ class TestOwnRule:
 
     def rule(gram, valid, tau):
       jax.debug.callback(
-          lambda g, v, t: seen.update(gram=g, valid=v, tau=t), gram, valid, tau
+        lambda g, v, t: seen.update(gram=g, valid=v, tau=t), gram, valid, tau
       )
       k = valid.shape[0]
       return rules.Decision(jnp.ones(k), jnp.arange(k) > 0, jnp.zeros(k))
@@ -188,8 +188,8 @@ class TestOwnRule:
 
   def test_that_returns_something_else(self):
     for rule, words in (
-        (lambda g, v, t: v, "Decision"),
-        (lambda g, v, t: (v[:1], v, v), r"weights of shape \(1,\)"),
+      (lambda g, v, t: v, "Decision"),
+      (lambda g, v, t: (v[:1], v, v), r"weights of shape \(1,\)"),
     ):
       with pytest.raises(ValueError, match=words):
         gaf_optax.gaf(rule=rule).update(jnp.ones((2, 3)), gaf_optax.gaf().init(None))

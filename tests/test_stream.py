@@ -30,7 +30,6 @@ def feed(tx, state, micro_grads, params=None):
 
 
 class TestMultiSteps:
-
   def test_is_apply_if_agreed_on_the_stack(self):
     """Over cycles with and without agreement, weights and inner state are the same."""
     k, params = 3, jnp.ones(4)
@@ -54,9 +53,11 @@ class TestMultiSteps:
   def test_rejected_ones_use_up_their_slots(self):
     tx = gaf_optax.multi_steps(optax.sgd(1.0), 3, 0.5)
     e = np.eye(2, dtype=np.float32)
-    emitted, state = feed(tx, tx.init(jnp.zeros(2)), [e[0], e[1], e[0], e[1], e[1], e[0]])
+    emitted, state = feed(
+      tx, tx.init(jnp.zeros(2)), [e[0], e[1], e[0], e[1], e[1], e[0]]
+    )
     np.testing.assert_array_equal(
-        emitted, [[0, 0], [0, 0], [-1, 0], [0, 0], [0, 0], [0, -1]]
+      emitted, [[0, 0], [0, 0], [-1, 0], [0, 0], [0, 0], [0, -1]]
     )
     assert int(state.gaf_state.num_updates) == 2
 
@@ -77,15 +78,13 @@ class TestMultiSteps:
   def test_every_k_as_a_function_of_the_cycle(self):
     tx = gaf_optax.multi_steps(optax.sgd(1.0), lambda cycle: 2 + cycle, 0.97)
     emitted, state = feed(tx, tx.init(jnp.zeros(1)), jnp.ones((9, 1)))
-    assert [bool(e.any()) for e in emitted] == [
-        n in (1, 4, 8) for n in range(9)
-    ]
+    assert [bool(e.any()) for e in emitted] == [n in (1, 4, 8) for n in range(9)]
     with pytest.raises(ValueError, match="fixed every_k"):
       gaf_optax.multi_steps(optax.sgd(1.0), lambda c: 2, num_microbatches=2)
 
   def test_schedule_counts_cycles(self):
     tx = gaf_optax.multi_steps(
-        optax.sgd(1.0), 2, optax.piecewise_constant_schedule(0.1, {2: 10.0})
+      optax.sgd(1.0), 2, optax.piecewise_constant_schedule(0.1, {2: 10.0})
     )
     state, seen = tx.init(jnp.zeros(1)), []
     for _ in range(6):
@@ -115,7 +114,6 @@ class TestMultiSteps:
 
 
 class TestValueAndGrad:
-
   @staticmethod
   def loss(params, x, y, scale=1.0):
     hidden = jnp.tanh(x @ params["w"])
@@ -126,8 +124,8 @@ class TestValueAndGrad:
     x = jnp.asarray(rng.standard_normal((n, 3)), jnp.float32)
     y = jnp.asarray(rng.standard_normal(n), jnp.float32)
     params = {
-        "w": jnp.asarray(rng.standard_normal((3, 5)), jnp.float32),
-        "v": jnp.asarray(rng.standard_normal(5), jnp.float32),
+      "w": jnp.asarray(rng.standard_normal((3, 5)), jnp.float32),
+      "v": jnp.asarray(rng.standard_normal(5), jnp.float32),
     }
     return params, x, y
 
@@ -140,7 +138,7 @@ class TestValueAndGrad:
     tx = gaf_optax.gaf(0.9, rule=rule, num_microbatches=4)
     want, state = tx.update(grads, tx.init(params), params)
     filtered = gaf_optax.value_and_grad(
-        self.loss, 4, 0.9, batch_argnums=(1, 2), rule=rule
+      self.loss, 4, 0.9, batch_argnums=(1, 2), rule=rule
     )
     value, got, agreement = jax.jit(filtered)(params, x, y)
     np.testing.assert_allclose(value, values.mean(), rtol=1e-6)
@@ -159,10 +157,10 @@ class TestValueAndGrad:
       return value, {"rows": x.shape[0], "first": y[0]}
 
     filtered = gaf_optax.value_and_grad(
-        loss, 2, 2.0, argnums=(0, 2), batch_argnums=1, has_aux=True
+      loss, 2, 2.0, argnums=(0, 2), batch_argnums=1, has_aux=True
     )
     (value, aux), (dw, dv), agreement = filtered(
-        params["w"], (x, y), params["v"], scale=3.0
+      params["w"], (x, y), params["v"], scale=3.0
     )
     whole = jax.value_and_grad(functools.partial(self.loss, scale=3.0))
     want_value, want = whole(params, x, y)
@@ -187,9 +185,9 @@ class TestValueAndGrad:
   def test_skipping_as_the_guide_shows(self):
     params, x, y = self.case()
     tx = optax.conditionally_transform(
-        optax.adam(0.1),
-        lambda step, agreed, **_: agreed,
-        forward_extra_args=True,
+      optax.adam(0.1),
+      lambda step, agreed, **_: agreed,
+      forward_extra_args=True,
     )
     state = tx.init(params)
     for tau, count in ((1e-6, 0), (2.0, 1), (1e-6, 1)):
@@ -238,8 +236,8 @@ class TestMemory:
       state = tx.init(params)
       compiled = jax.jit(tx.update).lower(params, state, params).compile()
       return (
-          compiled.memory_analysis().temp_size_in_bytes,
-          sum(x.nbytes for x in jax.tree.leaves(state)),
+        compiled.memory_analysis().temp_size_in_bytes,
+        sum(x.nbytes for x in jax.tree.leaves(state)),
       )
 
     (temporary_32, state_32), (temporary_4, state_4) = sizes(32), sizes(4)
