@@ -17,14 +17,14 @@ def normalized(weights: jax.Array) -> jax.Array:
   return jnp.where(total != 0, weights / jnp.where(total != 0, total, 1), 0)
 
 
-def weighted_sum(leaf: jax.Array, weights: jax.Array, dtype=None) -> jax.Array:
+def weighted_mean(leaf: jax.Array, weights: jax.Array, dtype=None) -> jax.Array:
   """Sum of `weights[i] * leaf[i]` over the rows whose weight is not zero.
 
   Rows of weight zero are left out by selection, so that a NaN in them stays there.
 
   Args:
     leaf: `[k, *shape]`, floating point or complex.
-    weights: float `[k]`.
+    weights: float `[k]`, of sum 1 or all zero.
     dtype: of the result; that of the leaf if None.
 
   Returns:
@@ -52,4 +52,5 @@ def weighted_sum(leaf: jax.Array, weights: jax.Array, dtype=None) -> jax.Array:
     )
   elif whole:
     total = add_terms(0, _UNROLL, total)
-  return add_terms(whole * _UNROLL, k % _UNROLL, total).astype(result_dtype)
+  total = add_terms(whole * _UNROLL, k % _UNROLL, total)
+  return _numerics.without_overflow(total).astype(result_dtype)

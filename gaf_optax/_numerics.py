@@ -32,6 +32,14 @@ def power_of_two(exponent: jax.Array, dtype) -> jax.Array:
   return jnp.where(exponent < info.minexp, 0, result).astype(dtype)
 
 
+def without_overflow(mean: jax.Array) -> jax.Array:
+  """A mean of finite values, which rounding alone can have carried to infinity."""
+  if jnp.iscomplexobj(mean):
+    return jax.lax.complex(without_overflow(mean.real), without_overflow(mean.imag))
+  top = jnp.finfo(mean.dtype).max
+  return jnp.clip(mean, -top, top)
+
+
 def distance(kind: str, ab, aa, bb, *, tau=None, shift=0, cancelled=False) -> jax.Array:
   """Distance in [0, 2] of two vectors from their inner products.
 

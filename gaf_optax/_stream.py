@@ -172,7 +172,8 @@ def _mixed(mean, keep, value, add):
   """`keep * mean + add * value`, without a value that is not taken up."""
   real = jnp.finfo(mean.dtype).dtype
   value = jnp.where(add != 0, value.astype(mean.dtype), 0)
-  return keep.astype(real) * mean + add.astype(real) * value
+  mixed = keep.astype(real) * mean + add.astype(real) * value
+  return _numerics.without_overflow(mixed)
 
 
 def finish(

@@ -271,7 +271,7 @@ def _step(arrays, state, threshold, decay, *, tau, rule, embed, layout):
   plain = finite.astype(decision.weights.dtype)[None]
   weights = _combine.normalized(jnp.concatenate([decision.weights, plain]))
   means = [
-    _combine.weighted_sum(x, weights[member])
+    _combine.weighted_mean(x, weights[member])
     for x, member in zip(arrays, layout.members)
   ]
 
@@ -280,7 +280,7 @@ def _step(arrays, state, threshold, decay, *, tau, rule, embed, layout):
       state,
       layout,
       decay,
-      [_combine.weighted_sum(x, weights[-1], a.dtype) for x, a in zip(arrays, anchor)],
+      [_combine.weighted_mean(x, weights[-1], a.dtype) for x, a in zip(arrays, anchor)],
       jnp.any(finite),
     )
   step = _state.outcome(decision.accepted, decision.distances, finite)
