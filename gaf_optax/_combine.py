@@ -44,7 +44,8 @@ def weighted_mean(leaf: jax.Array, weights: jax.Array, dtype=None) -> jax.Array:
       total += term(start + i)
     return total
 
-  total = jnp.zeros(leaf.shape[1:], dtype)
+  zero = _numerics.typed_zero((leaf, weights))
+  total = _numerics.typed(jnp.zeros(leaf.shape[1:], dtype), zero)
   whole = k // _UNROLL
   if whole > 1:
     total = lax.fori_loop(

@@ -133,7 +133,8 @@ def gram(
 
   def as_computed():
     exponents = jnp.zeros((num_groups, k), jnp.int32)
-    return Gram(raw, exponents), jnp.ones((k,), bool)
+    result = Gram(raw, exponents), jnp.ones((k,), bool)
+    return _numerics.typed(result, _numerics.typed_zero(leaves))
 
   def rescaled():
     largest = largest_values()
@@ -145,7 +146,8 @@ def gram(
     scaled = products(jnp.where(valid, scale, jnp.nan))
     squares = jnp.diagonal(scaled, axis1=1, axis2=2)
     exponents = jnp.where(squares > 0, exponents, _numerics.ZERO_EXPONENT)
-    return Gram(scaled, exponents.astype(jnp.int32)), valid
+    result = Gram(scaled, exponents.astype(jnp.int32)), valid
+    return _numerics.typed(result, _numerics.typed_zero(leaves))
 
   return lax.cond(ordinary, as_computed, rescaled)
 
@@ -274,7 +276,8 @@ def _blocked(part, dtype, scale):
     return _products(columns, dtype)
 
   whole = size // width
-  total = jnp.zeros((rows, rows), dtype)
+  zero = _numerics.typed_zero((part, scale))
+  total = _numerics.typed(jnp.zeros((rows, rows), dtype), zero)
   if whole:
     total = lax.fori_loop(
       0, whole, lambda i, t: t + block_products(i * width, width), total

@@ -32,6 +32,26 @@ def power_of_two(exponent: jax.Array, dtype) -> jax.Array:
   return jnp.where(exponent < info.minexp, 0, result).astype(dtype)
 
 
+def typed_zero(tree) -> jax.Array:
+  """A float32 zero of the replication type that all leaves have together.
+
+  Under `jax.shard_map` the values that a loop or a branch starts from have to be
+  typed as varying over the mesh axes that the data varies over. Adding this zero
+  makes them so, and compiles to nothing.
+  """
+  empty = [
+    jnp.ravel(leaf)[:0].real.astype(jnp.float32) for leaf in jax.tree.leaves(tree)
+  ]
+  return sum((jnp.sum(values) for values in empty), jnp.zeros((), jnp.float32))
+
+
+def typed(tree, zero: jax.Array):
+  """The tree, each leaf with the replication type of a `typed_zero` added."""
+  return jax.tree.map(
+    lambda x: x | (zero != 0) if x.dtype == bool else x + zero.astype(x.dtype), tree
+  )
+
+
 def without_overflow(mean: jax.Array) -> jax.Array:
   """A mean of finite values, which rounding alone can have carried to infinity."""
   if jnp.iscomplexobj(mean):

@@ -526,7 +526,8 @@ def value_and_grad(
       return stream, (out, found)
 
     like = _leaves.read(wanted, None, checked.groups, stacked=False)
-    stream, (out, found) = jax.lax.scan(visit, start(wanted, checked), batch)
+    empty = _numerics.typed(start(wanted, checked), _numerics.typed_zero(wanted))
+    stream, (out, found) = jax.lax.scan(visit, empty, batch)
     means, agreed = finish(stream, like.arrays, like.layout, 2)
     step = _outcome(stream, agreed, found.distances.T, found.accepted.T)
     values, aux = out if has_aux else (out, None)

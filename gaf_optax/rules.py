@@ -142,6 +142,7 @@ class SequentialRule(Rule):
       norm2=jnp.zeros((), dtype),
       squares=jnp.zeros((), dtype),
     )
+    nothing = _numerics.typed(nothing, _numerics.typed_zero((gram, valid, tau)))
     last, (accepted, distances) = jax.lax.scan(
       visit, nothing, jnp.arange(k), unroll=k <= 8
     )

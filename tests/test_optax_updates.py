@@ -1,4 +1,4 @@
-"""The optimizers that follow the filter: what they get, and what they get on no agreement."""
+"""The optimizers after the filter: what they get, with agreement and without."""
 
 import chex
 import jax
