@@ -1,6 +1,7 @@
 """Options: the arguments that every form of the filter shares, checked once."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -101,6 +102,26 @@ def checked(
     anchor_decay,
     None if num_microbatches is None else int(num_microbatches),
   )
+
+
+def spelled_out(like):
+  """A decorator: `**options` becomes the options of `like` in the signature.
+
+  For `help`, and for `optax.inject_hyperparams`, which binds by the signature.
+  """
+
+  def decorate(function):
+    own = inspect.signature(function)
+    parameters = [p for p in own.parameters.values() if p.kind != p.VAR_KEYWORD]
+    parameters += [
+      p
+      for name, p in inspect.signature(like).parameters.items()
+      if p.kind == p.KEYWORD_ONLY and name not in own.parameters
+    ]
+    function.__signature__ = own.replace(parameters=parameters)
+    return function
+
+  return decorate
 
 
 def _hashable(function):

@@ -217,6 +217,7 @@ class MultiStepsState(NamedTuple):
   cycle_accepted: jax.Array | None
 
 
+@_options.spelled_out(_transform.gaf)
 def multi_steps(
   inner: optax.GradientTransformation,
   every_k: int | Callable[[jax.Array], jax.Array],
@@ -422,6 +423,7 @@ class Agreement(NamedTuple):
   nonfinite: jax.Array
 
 
+@_options.spelled_out(_transform.gaf)
 def value_and_grad(
   fun: Callable[..., Any],
   num_microbatches: int,

@@ -167,6 +167,7 @@ class ApplyIfAgreedState(NamedTuple):
   inner_state: Any
 
 
+@_options.spelled_out(gaf)
 def apply_if_agreed(
   inner: optax.GradientTransformation, tau: Any = 0.97, **gaf_options: Any
 ) -> optax.GradientTransformationExtraArgs:

@@ -22,11 +22,11 @@ SHAPES = {"w": (4, 3), "b": (3,)}
 # direction with a little noise, '-' against it, 'n' the common direction with a NaN.
 # After a '+' every '-' is at a distance near 2.
 KINDS = {
-    "all": "++++",
-    "half": "+-+-",
-    "none": "+---",
-    "bad": "n++-",
-    "lost": "nnnn",
+  "all": "++++",
+  "half": "+-+-",
+  "none": "+---",
+  "bad": "n++-",
+  "lost": "nnnn",
 }
 MIXED = ("all", "half", "none", "none", "bad", "lost", "half", "all")
 
@@ -65,8 +65,8 @@ def sequence(kinds=MIXED, **options):
 def params(dtype=np.float32, shapes=None):
   rng = np.random.default_rng(99)
   return {
-      name: jnp.asarray(rng.integers(-4, 5, shape) / 4, dtype)
-      for name, shape in (SHAPES if shapes is None else shapes).items()
+    name: jnp.asarray(rng.integers(-4, 5, shape) / 4, dtype)
+    for name, shape in (SHAPES if shapes is None else shapes).items()
   }
 
 
@@ -105,9 +105,9 @@ def _feed_one_by_one(tx, micro_grads, state, params=None, **extra_args):
 
 
 FORMS = {
-    "chain": Form(_chain, _feed_stack, False),
-    "apply_if_agreed": Form(_apply_if_agreed, _feed_stack, True),
-    "multi_steps": Form(_multi_steps, _feed_one_by_one, True),
+  "chain": Form(_chain, _feed_stack, False),
+  "apply_if_agreed": Form(_apply_if_agreed, _feed_stack, True),
+  "multi_steps": Form(_multi_steps, _feed_one_by_one, True),
 }
 
 
@@ -124,5 +124,5 @@ def inner_state(name, state):
 def describe(tree):
   """Shapes, dtypes and weak types, in the tree's own structure."""
   return jax.tree.map(
-      lambda x: (x.shape, x.dtype, getattr(x, "weak_type", False)), tree
+    lambda x: (x.shape, x.dtype, getattr(x, "weak_type", False)), tree
   )

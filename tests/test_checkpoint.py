@@ -10,33 +10,33 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-import steps
 from flax import serialization
 
 import gaf_optax
+import steps
 
 # Made anew for each run, as a process that starts again would.
 RUNS = {
-    "chain": lambda: optax.chain(
-        gaf_optax.gaf(0.9, anchor_decay=0.5, num_microbatches=steps.K),
-        optax.adamw(0.1),
-    ),
-    "steered": lambda: optax.chain(
-        gaf_optax.gaf(gaf_optax.target_accept_rate(0.3)), optax.sgd(0.1, momentum=0.9)
-    ),
-    "apply_if_agreed": lambda: gaf_optax.apply_if_agreed(
-        optax.adam(0.1), 0.9, groups="leaf"
-    ),
-    # Three of the five micro-gradients of a cycle are in when the run is saved.
-    "multi_steps": lambda: gaf_optax.multi_steps(
-        optax.adam(0.1), 5, 0.9, anchor_decay=0.5, num_microbatches=5
-    ),
-    "multi_steps_embedded": lambda: gaf_optax.multi_steps(
-        optax.sgd(0.1, momentum=0.9),
-        5,
-        gaf_optax.target_accept_rate(0.3),
-        embed=jnp.sign,
-    ),
+  "chain": lambda: optax.chain(
+    gaf_optax.gaf(0.9, anchor_decay=0.5, num_microbatches=steps.K),
+    optax.adamw(0.1),
+  ),
+  "steered": lambda: optax.chain(
+    gaf_optax.gaf(gaf_optax.target_accept_rate(0.3)), optax.sgd(0.1, momentum=0.9)
+  ),
+  "apply_if_agreed": lambda: gaf_optax.apply_if_agreed(
+    optax.adam(0.1), 0.9, groups="leaf"
+  ),
+  # Three of the five micro-gradients of a cycle are in when the run is saved.
+  "multi_steps": lambda: gaf_optax.multi_steps(
+    optax.adam(0.1), 5, 0.9, anchor_decay=0.5, num_microbatches=5
+  ),
+  "multi_steps_embedded": lambda: gaf_optax.multi_steps(
+    optax.sgd(0.1, momentum=0.9),
+    5,
+    gaf_optax.target_accept_rate(0.3),
+    embed=jnp.sign,
+  ),
 }
 SHAPES = {"kernel": (3, 2), "bias": (2,)}
 SAVED, END = 8, 17
@@ -46,14 +46,14 @@ def micro_grads(number, stacked):
   rng = np.random.default_rng(number)
   leading = (steps.K,) if stacked else ()
   grads = {
-      name: rng.normal(size=(*leading, *shape)) + 0.3 for name, shape in SHAPES.items()
+    name: rng.normal(size=(*leading, *shape)) + 0.3 for name, shape in SHAPES.items()
   }
   # A NaN now and then, so that the counters have something to count.
   if number % 4 == 1:
     grads["bias"][..., 0] = np.nan
   return {
-      "kernel": jnp.asarray(grads["kernel"], jnp.float32),
-      "bias": jnp.asarray(grads["bias"], jnp.bfloat16),
+    "kernel": jnp.asarray(grads["kernel"], jnp.float32),
+    "bias": jnp.asarray(grads["bias"], jnp.bfloat16),
   }
 
 
@@ -92,8 +92,8 @@ def through_orbax(name, saved, tmp_path):
   # Nothing but shapes of what is to come back.
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   target = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-      jax.eval_shape(lambda: begin(name)),
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+    jax.eval_shape(lambda: begin(name)),
   )
   with ocp.StandardCheckpointer() as checkpointer:
     return checkpointer.restore(tmp_path / "run", target)
@@ -112,10 +112,10 @@ def through_copy(name, saved, tmp_path):
 
 
 WAYS = {
-    "orbax": through_orbax,
-    "pickle": through_pickle,
-    "flax": through_flax,
-    "deepcopy": through_copy,
+  "orbax": through_orbax,
+  "pickle": through_pickle,
+  "flax": through_flax,
+  "deepcopy": through_copy,
 }
 
 

@@ -50,9 +50,9 @@ def filtered_gradient(kernel, x, y):
 def test_nnx_optimizer_trains_on_stacked_gradients(wrapped):
   inner = optax.sgd(0.05)
   tx = (
-      gaf_optax.apply_if_agreed(inner, TAU)
-      if wrapped
-      else optax.chain(gaf_optax.gaf(TAU), inner)
+    gaf_optax.apply_if_agreed(inner, TAU)
+    if wrapped
+    else optax.chain(gaf_optax.gaf(TAU), inner)
   )
   model = nnx.Linear(FEATURES, 1, use_bias=False, rngs=nnx.Rngs(0))
   optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
@@ -85,9 +85,9 @@ def test_linen_train_state_trains_on_stacked_gradients():
   model = nn.Dense(1, use_bias=False)
   params = model.init(jax.random.key(0), jnp.zeros((1, FEATURES)))["params"]
   state = train_state.TrainState.create(
-      apply_fn=model.apply,
-      params=params,
-      tx=optax.chain(gaf_optax.gaf(TAU), optax.sgd(0.05)),
+    apply_fn=model.apply,
+    params=params,
+    tx=optax.chain(gaf_optax.gaf(TAU), optax.sgd(0.05)),
   )
 
   @jax.jit
@@ -104,9 +104,7 @@ def test_linen_train_state_trains_on_stacked_gradients():
     gradient, _ = filtered_gradient(expected, x, y)
     state = train_step(state, x, y)
     expected = expected - 0.05 * gradient
-    np.testing.assert_allclose(
-        state.params["kernel"], expected, rtol=1e-4, atol=1e-5
-    )
+    np.testing.assert_allclose(state.params["kernel"], expected, rtol=1e-4, atol=1e-5)
   chex.assert_trees_all_equal_shapes_and_dtypes(state.params, params)
   assert int(state.step) == 3
   assert float(gaf_optax.metrics(state.opt_state)["accepted"]) == 2
@@ -115,7 +113,7 @@ def test_linen_train_state_trains_on_stacked_gradients():
 def test_linen_train_state_takes_one_micro_gradient_a_call_with_multi_steps():
   params = {"kernel": jnp.zeros((FEATURES, 1))}
   state = train_state.TrainState.create(
-      apply_fn=None, params=params, tx=gaf_optax.multi_steps(optax.sgd(0.05), K, TAU)
+    apply_fn=None, params=params, tx=gaf_optax.multi_steps(optax.sgd(0.05), K, TAU)
   )
   x, y = batches(0)
   gradient, _ = filtered_gradient(params["kernel"], x, y)
@@ -124,5 +122,5 @@ def test_linen_train_state_takes_one_micro_gradient_a_call_with_multi_steps():
     row = 2 / ROWS * a.T @ (a @ params["kernel"] - b)
     state = state.apply_gradients(grads={"kernel": row})
   np.testing.assert_allclose(
-      state.params["kernel"], -0.05 * gradient, rtol=1e-4, atol=1e-6
+    state.params["kernel"], -0.05 * gradient, rtol=1e-4, atol=1e-6
   )

@@ -6,22 +6,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import steps
 
 import gaf_optax
+import steps
 
 OPTIONS = {
-    "anchor": {
-        "anchor_decay": 0.5,
-        "num_microbatches": steps.K,
-        "tau": optax.linear_schedule(1.0, 0.5, 10),
-    },
-    "steered": {
-        "tau": gaf_optax.target_accept_rate(0.5),
-        "groups": "leaf",
-        "embed": jnp.sign,
-        "num_microbatches": steps.K,
-    },
+  "anchor": {
+    "anchor_decay": 0.5,
+    "num_microbatches": steps.K,
+    "tau": optax.linear_schedule(1.0, 0.5, 10),
+  },
+  "steered": {
+    "tau": gaf_optax.target_accept_rate(0.5),
+    "groups": "leaf",
+    "embed": jnp.sign,
+    "num_microbatches": steps.K,
+  },
 }
 
 
@@ -81,7 +81,7 @@ def test_a_loop_of_compiled_steps_is_a_scan(form, options):
   stacked = jax.tree.map(lambda *x: jnp.stack(x), *(s.micro_grads for s in sequence))
   start = tx.init(steps.params()), steps.params()
   scanned, _ = jax.jit(lambda c, xs: jax.lax.scan(visit, c, xs))(
-      start, (jnp.array(wanted), stacked)
+    start, (jnp.array(wanted), stacked)
   )
   assert steps.describe(scanned[0]) == first
   chex.assert_trees_all_equal_shapes_and_dtypes(scanned, (state, params))
@@ -105,9 +105,7 @@ def test_init_can_be_traced_and_its_shapes_asked_for(form, options):
   assert steps.describe(abstract) == steps.describe(state)
   # From the shapes of the parameters alone, too.
   shapes = jax.eval_shape(lambda: params)
-  chex.assert_trees_all_equal_shapes_and_dtypes(
-      jax.eval_shape(tx.init, shapes), state
-  )
+  chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(tx.init, shapes), state)
   chex.assert_trees_all_equal(jax.jit(tx.init)(params), state)
 
 
@@ -116,9 +114,7 @@ def test_params_are_not_needed(form, decay):
   tx = form.make(optax.sgd(1.0), anchor_decay=decay)
   one = steps.make("all", 1)
   updates, _ = form.feed(tx, one.micro_grads, tx.init(steps.params()))
-  chex.assert_trees_all_close(
-      updates, jax.tree.map(lambda x: -x, one.mean), rtol=1e-6
-  )
+  chex.assert_trees_all_close(updates, jax.tree.map(lambda x: -x, one.mean), rtol=1e-6)
 
 
 def test_under_vmap_each_replica_decides_for_itself(filter_form):
@@ -131,9 +127,9 @@ def test_under_vmap_each_replica_decides_for_itself(filter_form):
   assert steps.gaf_state(states).ready.tolist() == [True, False, True]
   for i, one in enumerate(ones):
     chex.assert_trees_all_close(
-        jax.tree.map(lambda x: x[i], updates),
-        jax.tree.map(lambda x: -x, one.mean),
-        rtol=1e-6,
+      jax.tree.map(lambda x: x[i], updates),
+      jax.tree.map(lambda x: -x, one.mean),
+      rtol=1e-6,
     )
 
 
@@ -165,7 +161,7 @@ def test_a_schedule_is_called_with_the_number_of_updates_seen(filter_form):
 
 def test_a_steered_tau_follows_its_equation_in_its_bounds(filter_form):
   target = gaf_optax.target_accept_rate(
-      0.5, initial=0.75, step_size=0.3, minimum=0.5, maximum=1.0
+    0.5, initial=0.75, step_size=0.3, minimum=0.5, maximum=1.0
   )
   tx = filter_form.make(optax.sgd(1.0), tau=target)
   state = tx.init(steps.params())
@@ -187,9 +183,7 @@ def test_a_steered_tau_follows_its_equation_in_its_bounds(filter_form):
 
 def test_a_steered_tau_comes_to_the_rate_that_was_asked_for():
   rng = np.random.default_rng(0)
-  tx = gaf_optax.gaf(
-      gaf_optax.target_accept_rate(0.6, initial=0.3, step_size=0.05)
-  )
+  tx = gaf_optax.gaf(gaf_optax.target_accept_rate(0.6, initial=0.3, step_size=0.05))
 
   @jax.jit
   def run(state, micro_grads):

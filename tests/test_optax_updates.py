@@ -6,21 +6,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import steps
 
 import gaf_optax
+import steps
 
 OPTIMIZERS = {
-    "sgd": lambda: optax.sgd(0.1),
-    "momentum": lambda: optax.sgd(0.1, momentum=0.9),
-    "nesterov": lambda: optax.sgd(0.1, momentum=0.9, nesterov=True),
-    "adam": lambda: optax.adam(0.1),
-    "adamw": lambda: optax.adamw(0.1, weight_decay=0.1),
-    "rmsprop": lambda: optax.rmsprop(0.1, momentum=0.5),
-    "lion": lambda: optax.lion(0.1),
-    "muon": lambda: optax.contrib.muon(0.1),
-    "schedule_free_sgd": lambda: optax.contrib.schedule_free_sgd(0.1),
-    "schedule": lambda: optax.sgd(optax.linear_schedule(1.0, 0.1, 5)),
+  "sgd": lambda: optax.sgd(0.1),
+  "momentum": lambda: optax.sgd(0.1, momentum=0.9),
+  "nesterov": lambda: optax.sgd(0.1, momentum=0.9, nesterov=True),
+  "adam": lambda: optax.adam(0.1),
+  "adamw": lambda: optax.adamw(0.1, weight_decay=0.1),
+  "rmsprop": lambda: optax.rmsprop(0.1, momentum=0.5),
+  "lion": lambda: optax.lion(0.1),
+  "muon": lambda: optax.contrib.muon(0.1),
+  "schedule_free_sgd": lambda: optax.contrib.schedule_free_sgd(0.1),
+  "schedule": lambda: optax.sgd(optax.linear_schedule(1.0, 0.1, 5)),
 }
 
 
@@ -28,12 +28,12 @@ UNLIKE = ("nesterov", "adamw", "muon", "schedule_free_sgd", "schedule")
 
 # The other two run their optimizer in one way, so that the unlike ones are enough.
 PAIRS = [
-    (form, optimizer)
-    for form in steps.FORMS
-    for optimizer in OPTIMIZERS
-    if form == "chain"
-    or optimizer == "adam"
-    or (form, optimizer) in [("apply_if_agreed", name) for name in UNLIKE]
+  (form, optimizer)
+  for form in steps.FORMS
+  for optimizer in OPTIMIZERS
+  if form == "chain"
+  or optimizer == "adam"
+  or (form, optimizer) in [("apply_if_agreed", name) for name in UNLIKE]
 ]
 
 
@@ -67,12 +67,12 @@ def test_the_optimizer_gets_the_mean_of_the_accepted(form, optimizer):
 
 
 @pytest.mark.parametrize(
-    "form, dtype",
-    [
-        ("chain", "float16"),
-        ("apply_if_agreed", "bfloat16"),
-        ("multi_steps", "bfloat16"),
-    ],
+  "form, dtype",
+  [
+    ("chain", "float16"),
+    ("apply_if_agreed", "bfloat16"),
+    ("multi_steps", "bfloat16"),
+  ],
 )
 def test_half_precision_stays_half_precision(form, dtype):
   kind = steps.FORMS[form]
@@ -108,16 +108,12 @@ def run_two_steps(tx):
 
 def test_without_agreement_momentum_coasts_in_a_chain_and_stays_otherwise():
   inner = optax.sgd(1.0, momentum=0.5)
-  (weights, _), (after, state) = run_two_steps(
-      optax.chain(gaf_optax.gaf(0.97), inner)
-  )
+  (weights, _), (after, state) = run_two_steps(optax.chain(gaf_optax.gaf(0.97), inner))
   np.testing.assert_array_equal(weights, [0.0, -4.0])  # less the mean, [1, 2]
   np.testing.assert_array_equal(after, [-0.5, -5.0])  # less half of it again
   np.testing.assert_array_equal(optax.tree.get(state, "trace"), [0.5, 1.0])
 
-  (weights, _), (after, state) = run_two_steps(
-      gaf_optax.apply_if_agreed(inner, 0.97)
-  )
+  (weights, _), (after, state) = run_two_steps(gaf_optax.apply_if_agreed(inner, 0.97))
   np.testing.assert_array_equal(weights, [0.0, -4.0])
   np.testing.assert_array_equal(after, weights)
   np.testing.assert_array_equal(optax.tree.get(state, "trace"), [1.0, 2.0])
@@ -125,13 +121,9 @@ def test_without_agreement_momentum_coasts_in_a_chain_and_stays_otherwise():
 
 def test_without_agreement_weight_decay_goes_on_in_a_chain_and_pauses_otherwise():
   inner = optax.chain(optax.add_decayed_weights(0.5), optax.sgd(1.0))
-  (weights, _), (after, _) = run_two_steps(
-      optax.chain(gaf_optax.gaf(0.97), inner)
-  )
+  (weights, _), (after, _) = run_two_steps(optax.chain(gaf_optax.gaf(0.97), inner))
   np.testing.assert_array_equal(after, 0.5 * weights)
-  (weights, _), (after, _) = run_two_steps(
-      gaf_optax.apply_if_agreed(inner, 0.97)
-  )
+  (weights, _), (after, _) = run_two_steps(gaf_optax.apply_if_agreed(inner, 0.97))
   np.testing.assert_array_equal(after, weights)
 
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import steps
 
 import gaf_optax
+import steps
 
 FORMS = pytest.mark.parametrize("form", steps.FORMS)
 
@@ -34,29 +34,27 @@ def test_partition_decides_for_each_label(form):
   """'w' agrees where 'b' does not; 'nowhere' has no leaf."""
   kind = steps.FORMS[form]
   tx = optax.partition(
-      {
-          "weights": kind.make(optax.sgd(1.0)),
-          "biases": kind.make(optax.sgd(2.0)),
-          "nowhere": kind.make(optax.sgd(3.0)),
-      },
-      {"w": "weights", "b": "biases"},
+    {
+      "weights": kind.make(optax.sgd(1.0)),
+      "biases": kind.make(optax.sgd(2.0)),
+      "nowhere": kind.make(optax.sgd(3.0)),
+    },
+    {"w": "weights", "b": "biases"},
   )
   params = steps.params()
   state = tx.init(params)
   before = steps.describe(state)
   agreeing, not_agreeing = steps.make("half", 1), steps.make("none", 2)
   micro_grads = {
-      "w": agreeing.micro_grads["w"],
-      "b": not_agreeing.micro_grads["b"],
+    "w": agreeing.micro_grads["w"],
+    "b": not_agreeing.micro_grads["b"],
   }
   updates, state = kind.feed(tx, micro_grads, state, params)
   np.testing.assert_array_equal(updates["w"], -agreeing.mean["w"])
   np.testing.assert_array_equal(updates["b"], np.zeros(3))
   chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
   assert steps.describe(state) == before
-  found = {
-      label: gaf_optax.metrics(part) for label, part in state.inner_states.items()
-  }
+  found = {label: gaf_optax.metrics(part) for label, part in state.inner_states.items()}
   assert float(found["weights"]["accepted"]) == 2
   assert bool(found["weights"]["agreed"])
   assert float(found["biases"]["accepted"]) == 0
@@ -71,9 +69,7 @@ def two_at(distance):
 
 
 def test_an_injected_tau_can_be_read_and_changed():
-  tx = optax.chain(
-      optax.inject_hyperparams(gaf_optax.gaf)(tau=0.5), optax.sgd(1.0)
-  )
+  tx = optax.chain(optax.inject_hyperparams(gaf_optax.gaf)(tau=0.5), optax.sgd(1.0))
   params = jnp.zeros(2)
   state = tx.init(params)
   assert float(optax.tree.get(state, "tau")) == 0.5
@@ -88,9 +84,7 @@ def test_an_injected_tau_can_be_read_and_changed():
 
 
 def test_an_injected_schedule_of_tau_moves():
-  tx = optax.inject_hyperparams(gaf_optax.gaf)(
-      tau=lambda count: 0.25 * (1 + count)
-  )
+  tx = optax.inject_hyperparams(gaf_optax.gaf)(tau=lambda count: 0.25 * (1 + count))
   params = jnp.zeros(2)
   state = tx.init(params)
   used = []
@@ -120,14 +114,14 @@ def test_bfloat16_parameters_and_an_injected_tau_of_its_own_dtype():
 
 def test_injected_options_that_are_no_hyperparameters_go_through_static_args():
   inject = optax.inject_hyperparams(
-      gaf_optax.gaf, static_args=("num_microbatches", "rule", "embed", "groups")
+    gaf_optax.gaf, static_args=("num_microbatches", "rule", "embed", "groups")
   )
   tx = inject(
-      tau=0.9,
-      num_microbatches=steps.K,
-      rule=gaf_optax.rules.most_neighbors(),
-      embed=jnp.sign,
-      groups=lambda path, leaf: "all",
+    tau=0.9,
+    num_microbatches=steps.K,
+    rule=gaf_optax.rules.most_neighbors(),
+    embed=jnp.sign,
+    groups=lambda path, leaf: "all",
   )
   params = steps.params()
   step = steps.make("half", 3)
@@ -168,11 +162,11 @@ def test_the_wrapping_forms_take_an_injected_tau(factory):
 
 def test_process_skips_its_postprocessor_without_agreement():
   experimental = pytest.importorskip(
-      "optax.experimental", reason="optax 0.2.6 has no experimental.aggregating"
+    "optax.experimental", reason="optax 0.2.6 has no experimental.aggregating"
   )
   inner = optax.adam(0.1)
   tx = experimental.aggregating.process(
-      optax.identity(), gaf_optax.gaf(steps.TAU), inner
+    optax.identity(), gaf_optax.gaf(steps.TAU), inner
   )
   params = steps.params()
   state, plain_state = tx.init(params), inner.init(params)
@@ -190,12 +184,12 @@ def test_process_skips_its_postprocessor_without_agreement():
 
 def test_process_skips_its_postprocessor_within_a_cycle():
   experimental = pytest.importorskip(
-      "optax.experimental", reason="optax 0.2.6 has no experimental.aggregating"
+    "optax.experimental", reason="optax 0.2.6 has no experimental.aggregating"
   )
   tx = experimental.aggregating.process(
-      optax.identity(),
-      gaf_optax.multi_steps(optax.identity(), steps.K, steps.TAU),
-      optax.adam(0.1),
+    optax.identity(),
+    gaf_optax.multi_steps(optax.identity(), steps.K, steps.TAU),
+    optax.adam(0.1),
   )
   params = steps.params()
   state = tx.init(params)
@@ -213,7 +207,7 @@ def test_unknown_extra_args_are_ignored(form):
   params, step = steps.params(), steps.make("half", 1)
   tx = kind.make(optax.sgd(1.0))
   updates, _ = kind.feed(
-      tx, step.micro_grads, tx.init(params), params, nobody_knows=1, loss=None
+    tx, step.micro_grads, tx.init(params), params, nobody_knows=1, loss=None
   )
   chex.assert_trees_all_equal(updates, jax.tree.map(lambda x: -x, step.mean))
 
@@ -222,7 +216,7 @@ def test_gaf_alone_takes_unknown_extra_args():
   tx = gaf_optax.gaf(steps.TAU)
   params, step = steps.params(), steps.make("half", 1)
   mean, _ = tx.update(
-      step.micro_grads, tx.init(params), params, value=1.0, nobody_knows=print
+    step.micro_grads, tx.init(params), params, value=1.0, nobody_knows=print
   )
   chex.assert_trees_all_equal(mean, jax.tree.map(jnp.asarray, step.mean))
 
@@ -231,12 +225,12 @@ def test_gaf_alone_takes_unknown_extra_args():
 def test_extra_args_reach_the_inner_optimizer(form):
   kind = steps.FORMS[form]
   tx = kind.make(
-      optax.chain(
-          optax.sgd(1.0),
-          optax.contrib.reduce_on_plateau(
-              factor=0.5, patience=1, cooldown=0, accumulation_size=1
-          ),
-      )
+    optax.chain(
+      optax.sgd(1.0),
+      optax.contrib.reduce_on_plateau(
+        factor=0.5, patience=1, cooldown=0, accumulation_size=1
+      ),
+    )
   )
   params = steps.params()
   state = tx.init(params)
@@ -246,7 +240,7 @@ def test_extra_args_reach_the_inner_optimizer(form):
   scale = float(optax.tree.get(state, "scale"))
   assert scale < 1
   chex.assert_trees_all_close(
-      updates, jax.tree.map(lambda x: -scale * x, step.mean), rtol=1e-6
+    updates, jax.tree.map(lambda x: -scale * x, step.mean), rtol=1e-6
   )
 
 
@@ -258,12 +252,12 @@ def test_a_function_as_extra_arg_reaches_the_inner_optimizer(form):
 
   kind = steps.FORMS[form]
   tx = kind.make(
-      optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+    optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
   )
   params, step = steps.params(), steps.make("half", 1)
-  updates, _ = jax.jit(
-      lambda g, s, p: kind.feed(tx, g, s, p, rescale=lambda x: 4 * x)
-  )(step.micro_grads, tx.init(params), params)
+  updates, _ = jax.jit(lambda g, s, p: kind.feed(tx, g, s, p, rescale=lambda x: 4 * x))(
+    step.micro_grads, tx.init(params), params
+  )
   chex.assert_trees_all_equal(updates, jax.tree.map(lambda x: 4 * x, step.mean))
 
 
@@ -273,9 +267,7 @@ def test_a_function_as_extra_arg_reaches_the_inner_optimizer(form):
 @FORMS
 def test_look_ups_by_name_find_one(form):
   kind = steps.FORMS[form]
-  tx = kind.make(
-      optax.adam(0.1), anchor_decay=0.9, num_microbatches=steps.K
-  )
+  tx = kind.make(optax.adam(0.1), anchor_decay=0.9, num_microbatches=steps.K)
   params = steps.params()
   state = tx.init(params)
   step = steps.make("half", 1)
@@ -291,12 +283,12 @@ def test_look_ups_by_name_find_one(form):
 
 
 @pytest.mark.parametrize(
-    "state",
-    [
-        gaf_optax.GafState,
-        gaf_optax.ApplyIfAgreedState,
-        gaf_optax.MultiStepsState,
-    ],
+  "state",
+  [
+    gaf_optax.GafState,
+    gaf_optax.ApplyIfAgreedState,
+    gaf_optax.MultiStepsState,
+  ],
 )
 def test_no_field_has_the_name_of_an_argument_or_of_a_counter(state):
   taken = {"count"}
@@ -313,11 +305,11 @@ def test_tree_map_params_finds_the_parts_like_the_parameters(form):
   state = tx.init(params)
   labels = {"w": "sharded", "b": "whole"}
   marked = optax.tree_map_params(
-      tx,
-      lambda _, label: label,
-      state,
-      labels,
-      transform_non_params=lambda _: "scalar",
+    tx,
+    lambda _, label: label,
+    state,
+    labels,
+    transform_non_params=lambda _: "scalar",
   )
   assert steps.gaf_state(marked).anchor == labels
   assert steps.gaf_state(marked).num_updates == "scalar"
@@ -343,7 +335,7 @@ def test_flatten_inside_the_chain_works():
 
 def test_apply_if_finite_around_the_chain_raises():
   tx = optax.apply_if_finite(
-      optax.chain(gaf_optax.gaf(), optax.sgd(1.0)), max_consecutive_errors=2
+    optax.chain(gaf_optax.gaf(), optax.sgd(1.0)), max_consecutive_errors=2
   )
   params, step = steps.params(), steps.make("all", 1)
   # Its zero update is shaped like what came in: a stack.
@@ -353,7 +345,7 @@ def test_apply_if_finite_around_the_chain_raises():
 
 def test_apply_if_finite_inside_the_chain_works():
   tx = optax.chain(
-      gaf_optax.gaf(), optax.apply_if_finite(optax.sgd(1.0), max_consecutive_errors=2)
+    gaf_optax.gaf(), optax.apply_if_finite(optax.sgd(1.0), max_consecutive_errors=2)
   )
   params, step = steps.params(), steps.make("bad", 1)
   updates, state = tx.update(step.micro_grads, tx.init(params), params)
@@ -363,7 +355,7 @@ def test_apply_if_finite_inside_the_chain_works():
 
 def test_optax_multi_steps_around_the_chain_raises():
   tx = optax.MultiSteps(
-      optax.chain(gaf_optax.gaf(), optax.sgd(1.0)), every_k_schedule=2
+    optax.chain(gaf_optax.gaf(), optax.sgd(1.0)), every_k_schedule=2
   ).gradient_transformation()
   params, step = steps.params(), steps.make("all", 1)
   with pytest.raises((TypeError, ValueError)):

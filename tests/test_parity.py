@@ -17,22 +17,22 @@ import gaf_optax
 from gaf_optax import rules
 
 CASES = json.loads(
-    pathlib.Path(__file__).with_name("parity").joinpath("cases.json").read_text()
+  pathlib.Path(__file__).with_name("parity").joinpath("cases.json").read_text()
 )
 # What parity/make_cases.py builds from torch.optim under the same names.
 OPTIMIZERS = {
-    "sgd": optax.sgd(0.1),
-    # torch adds the decay to the gradient, before the momentum.
-    "momentum_decay": optax.chain(
-        optax.add_decayed_weights(0.05), optax.sgd(0.1, momentum=0.9)
-    ),
-    "nesterov": optax.sgd(0.1, momentum=0.9, nesterov=True),
-    "adam": optax.adam(0.1, b1=0.8, b2=0.95, eps=0.1),
-    "adamw": optax.adamw(0.1, b1=0.8, b2=0.95, eps=1e-3, weight_decay=0.05),
+  "sgd": optax.sgd(0.1),
+  # torch adds the decay to the gradient, before the momentum.
+  "momentum_decay": optax.chain(
+    optax.add_decayed_weights(0.05), optax.sgd(0.1, momentum=0.9)
+  ),
+  "nesterov": optax.sgd(0.1, momentum=0.9, nesterov=True),
+  "adam": optax.adam(0.1, b1=0.8, b2=0.95, eps=0.1),
+  "adamw": optax.adamw(0.1, b1=0.8, b2=0.95, eps=1e-3, weight_decay=0.05),
 }
 STRATEGIES = {
-    "accept_max_neighbors": lambda fraction: rules.most_neighbors(),
-    "accept_min_neighbors": rules.min_neighbors,
+  "accept_max_neighbors": lambda fraction: rules.most_neighbors(),
+  "accept_min_neighbors": rules.min_neighbors,
 }
 
 
@@ -42,8 +42,8 @@ def as_tree(flat):
   sizes = np.cumsum([np.prod(shape) for shape in CASES["shapes"].values()])
   pieces = np.split(flat, sizes[:-1], axis=-1)
   return {
-      name: jnp.asarray(piece.reshape(*flat.shape[:-1], *shape))
-      for (name, shape), piece in zip(CASES["shapes"].items(), pieces)
+    name: jnp.asarray(piece.reshape(*flat.shape[:-1], *shape))
+    for (name, shape), piece in zip(CASES["shapes"].items(), pieces)
   }
 
 
@@ -67,21 +67,21 @@ def case_id(case):
   if "optimizer" in case:
     return f"{case['optimizer']}-{len(case['micro_grads'][0])}-{case['tau']}"
   return (
-      f"{case['kind']}-{len(case['micro_grads'])}-{case['strategy'][7:10]}"
-      f"-{case['fraction']}-{case['threshold']}"
+    f"{case['kind']}-{len(case['micro_grads'])}-{case['strategy'][7:10]}"
+    f"-{case['fraction']}-{case['threshold']}"
   )
 
 
 @pytest.mark.parametrize("case", CASES["authors"], ids=case_id)
 def test_running_average_gives_the_weights_of_step_gaf(case):
   tx = gaf_optax.apply_if_agreed(
-      OPTIMIZERS[case["optimizer"]], case["tau"], rule=rules.running_average()
+    OPTIMIZERS[case["optimizer"]], case["tau"], rule=rules.running_average()
   )
   params = as_tree(case["initial"])
   state = tx.init(params)
   update = jax.jit(tx.update)
   for rows, agreed, weights in zip(
-      case["micro_grads"], case["agreed_count"], case["weights"]
+    case["micro_grads"], case["agreed_count"], case["weights"]
   ):
     before, inner_before = params, state.inner_state
     updates, state = update(as_tree(rows), state, params)
@@ -102,7 +102,7 @@ def test_running_average_gives_the_weights_of_step_gaf(case):
 def test_multi_steps_gives_the_weights_of_step_gaf(case):
   k = len(case["micro_grads"][0])
   tx = gaf_optax.multi_steps(
-      OPTIMIZERS[case["optimizer"]], k, case["tau"], rule=rules.running_average()
+    OPTIMIZERS[case["optimizer"]], k, case["tau"], rule=rules.running_average()
   )
 
   @jax.jit
@@ -122,17 +122,15 @@ def test_multi_steps_gives_the_weights_of_step_gaf(case):
 
 
 @pytest.mark.parametrize(
-    "case", CASES["authors_equality"], ids=lambda case: str(case["tau"])
+  "case", CASES["authors_equality"], ids=lambda case: str(case["tau"])
 )
 def test_a_distance_equal_to_tau_is_accepted_as_by_step_gaf(case):
   assert case["agreed_count"] == 1
   tx = gaf_optax.apply_if_agreed(
-      OPTIMIZERS["sgd"], case["tau"], rule=rules.running_average()
+    OPTIMIZERS["sgd"], case["tau"], rule=rules.running_average()
   )
   params = as_tree(case["initial"])
-  updates, state = tx.update(
-      as_tree(case["micro_grads"]), tx.init(params), params
-  )
+  updates, state = tx.update(as_tree(case["micro_grads"]), tx.init(params), params)
   assert float(gaf_optax.metrics(state)["accepted"]) == 2
   assert_weights(optax.apply_updates(params, updates), case["weights"])
 
