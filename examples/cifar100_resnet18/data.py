@@ -1,0 +1,268 @@
+"""Data: the images and labels of digits, CIFAR-10 and CIFAR-100, checked."""
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+import tarfile
+import tempfile
+import urllib.request
+
+import numpy as np
+
+import safe_pickle
+from errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+  """Images as they are stored, and how to make network inputs of them.
+
+  Attributes:
+    train_images: uint8 `[n, height, width, channels]`.
+    train_labels: int32 `[n]`, in `[0, num_classes)`.
+    test_images: uint8 `[m, height, width, channels]`.
+    test_labels: int32 `[m]`.
+    num_classes: 10 or 100.
+    scale: what a pixel is divided by.
+    mean: per channel, taken off after the division.
+    std: per channel, divided by after that.
+    notes: sentences that the user should read.
+  """
+
+  train_images: np.ndarray
+  train_labels: np.ndarray
+  test_images: np.ndarray
+  test_labels: np.ndarray
+  num_classes: int
+  scale: float
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+  notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Archive:
+  """An official CIFAR python archive (https://www.cs.toronto.edu/~kriz/cifar.html).
+
+  Attributes:
+    file: name of the archive.
+    md5: its published checksum.
+    folder: the folder in it.
+    train_files: the pickles of the training images, in order.
+    test_file: the pickle of the test images.
+    label_key: the key of the labels in each pickle.
+    num_classes: how many there are.
+    mean: of the training images by channel, pixels in [0, 1].
+    std: likewise.
+  """
+
+  file: str
+  md5: str
+  folder: str
+  train_files: tuple[str, ...]
+  test_file: str
+  label_key: str
+  num_classes: int
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+
+  @property
+  def url(self) -> str:
+    return f"https://www.cs.toronto.edu/~kriz/{self.file}"
+
+
+ARCHIVES = {
+  "cifar10": Archive(
+    file="cifar-10-python.tar.gz",
+    md5="c58f30108f718f92721af3b95e74349a",
+    folder="cifar-10-batches-py",
+    train_files=tuple(f"data_batch_{i}" for i in range(1, 6)),
+    test_file="test_batch",
+    label_key="labels",
+    num_classes=10,
+    mean=(0.4914, 0.4822, 0.4465),
+    std=(0.2470, 0.2435, 0.2616),
+  ),
+  "cifar100": Archive(
+    file="cifar-100-python.tar.gz",
+    md5="eb9058c3a382ffc7106e4002c42a8d85",
+    folder="cifar-100-python",
+    train_files=("train",),
+    test_file="test",
+    label_key="fine_labels",
+    num_classes=100,
+    mean=(0.5071, 0.4866, 0.4409),
+    std=(0.2673, 0.2564, 0.2762),
+  ),
+}
+_ROWS = (50_000, 10_000)
+_DIGITS_TRAINING = 1_197
+
+
+def load(name: str, data_dir: str, download: bool = False) -> Dataset:
+  """Loads a dataset.
+
+  Args:
+    name: 'digits', which scikit-learn brings along, 'cifar10' or 'cifar100'.
+    data_dir: where the CIFAR archive, or the folder in it, lies.
+    download: fetch the archive if it is not there.
+
+  Raises:
+    UserError: if the data is not there, cannot be read, or is not what its name
+      says.
+  """
+  if name == "digits":
+    return _digits()
+  archive = ARCHIVES[name]
+  read = _reader(archive, pathlib.Path(data_dir), download)
+  train = [_images(archive, *read(file)) for file in archive.train_files]
+  train_images, train_labels = (np.concatenate(part) for part in zip(*train))
+  test_images, test_labels = _images(archive, *read(archive.test_file))
+  rows = (len(train_images), len(test_images))
+  notes = ()
+  if rows != _ROWS:
+    notes = (
+      f"{archive.folder} holds {rows[0]} training and {rows[1]} test images; the"
+      f" official archive has {_ROWS[0]} and {_ROWS[1]}, so figures do not compare"
+      " with published ones.",
+    )
+  return Dataset(
+    train_images,
+    train_labels,
+    test_images,
+    test_labels,
+    archive.num_classes,
+    255.0,
+    archive.mean,
+    archive.std,
+    notes,
+  )
+
+
+def _digits() -> Dataset:
+  from sklearn import datasets  # Slow to import, and CIFAR does not need it.
+
+  bunch = datasets.load_digits()
+  order = np.random.default_rng(0).permutation(len(bunch.target))
+  images = bunch.images.astype(np.uint8)[order, :, :, None]
+  labels = bunch.target.astype(np.int32)[order]
+  split = _DIGITS_TRAINING
+  return Dataset(
+    images[:split],
+    labels[:split],
+    images[split:],
+    labels[split:],
+    10,
+    16.0,
+    (0.0,),
+    (1.0,),
+  )
+
+
+def _reader(archive, data_dir, download):
+  """A function from a file's name to its bytes and where they come from."""
+  folder, packed = data_dir / archive.folder, data_dir / archive.file
+  if folder.is_dir():
+    return lambda name: (_read(folder / name), str(folder / name))
+  if not packed.is_file():
+    if not download:
+      raise UserError(
+        f"there is no {folder} and no {packed}; get {archive.url} and put it there,"
+        " name its folder with --data-dir, or let --download fetch it."
+      )
+    _download(archive, packed)
+  content = _read(packed)
+  digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
+  if digest != archive.md5:
+    raise UserError(
+      f"{packed} is not the official archive or not whole: its md5 is {digest},"
+      f" expected {archive.md5}; get it again from {archive.url}."
+    )
+
+  def read(name):
+    # Read in memory: a tar file can name paths outside the folder.
+    with tarfile.open(packed) as tar:
+      member = tar.extractfile(f"{archive.folder}/{name}")
+      return member.read(), f"{packed}:{archive.folder}/{name}"
+
+  return read
+
+
+def _read(path):
+  try:
+    return path.read_bytes()
+  except OSError as error:
+    raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _download(archive, packed):
+  partial = None
+  try:
+    packed.parent.mkdir(parents=True, exist_ok=True)
+    with urllib.request.urlopen(archive.url, timeout=30) as response:
+      with tempfile.NamedTemporaryFile(dir=packed.parent, delete=False) as file:
+        partial = file.name
+        while block := response.read(1 << 20):
+          file.write(block)
+    os.replace(partial, packed)
+  except OSError as error:  # URLError and timeouts are OSErrors.
+    if partial is not None:
+      os.unlink(partial)
+    raise UserError(
+      f"{archive.url} could not be fetched ({error}); get it on a machine with a"
+      f" network and put it at {packed}."
+    ) from error
+
+
+def _images(archive, content, source):
+  """Images uint8 `[n, 32, 32, 3]` and labels int32 `[n]` of one pickle."""
+  batch = safe_pickle.loads(content, source)
+  if not isinstance(batch, dict) or not {"data", archive.label_key} <= batch.keys():
+    raise UserError(
+      f"{source} is not a CIFAR batch: it must hold a dict with 'data' and"
+      f" {archive.label_key!r}."
+    )
+  pixels = batch["data"]
+  if not (
+    isinstance(pixels, np.ndarray)
+    and pixels.dtype == np.uint8
+    and pixels.ndim == 2
+    and pixels.shape[1] == 3072
+    and len(pixels)
+  ):
+    found = (
+      f"{pixels.dtype} {list(pixels.shape)}"
+      if isinstance(pixels, np.ndarray)
+      else type(pixels).__name__
+    )
+    raise UserError(f"{source}: 'data' must be uint8 [n, 3072], found {found}.")
+  labels = checked_labels(
+    batch[archive.label_key],
+    len(pixels),
+    archive.num_classes,
+    f"{source}: {archive.label_key!r}",
+  )
+  return pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1).copy(), labels
+
+
+def checked_labels(values, rows: int, num_classes: int, source: str) -> np.ndarray:
+  """Labels int32 `[rows]`.
+
+  Raises:
+    UserError: for anything but `rows` integers in `[0, num_classes)`.
+  """
+  try:
+    labels = np.asarray(values)
+  except ValueError as error:  # Ragged.
+    raise UserError(f"{source} must be {rows} integers.") from error
+  if labels.shape != (rows,) or not np.issubdtype(labels.dtype, np.integer):
+    raise UserError(
+      f"{source} must be {rows} integers, found {labels.dtype} {list(labels.shape)}."
+    )
+  low, high = labels.min(), labels.max()
+  if low < 0 or high >= num_classes:
+    raise UserError(
+      f"{source} must lie in 0 to {num_classes - 1}, found {low} to {high}."
+    )
+  return labels.astype(np.int32)

@@ -1,0 +1,191 @@
+"""Experiment: takes every arm from its last checkpoint to its last step."""
+
+import os
+import time
+from collections.abc import Callable
+from concurrent import futures
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+
+import data
+import labels
+import training
+from batches import Schedule, random_choice
+from errors import UserError
+from plan import Arm, Part
+from storage import Checkpoints, RunDirectory
+
+# Steps between two looks at whether the run shall stop, at most.
+_STRETCH = {"mlp": 100, "resnet18": 10}
+
+
+class Stopped(Exception):
+  """The run was asked to stop, and everything up to here is saved."""
+
+
+class Experiment:
+  """One part: its data, what each seed sees, and the arms' traces.
+
+  Attributes:
+    part: the setting.
+    schedules: what each seed sees.
+    traces: what happened, by name of the arm, filled by `run`.
+  """
+
+  def __init__(self, part: Part, dataset: data.Dataset):
+    rows = len(dataset.train_labels)
+    if part.microbatch_size * part.num_microbatches > rows:
+      raise UserError(
+        f"{part.num_microbatches} microbatches of {part.microbatch_size} are more"
+        f" than the {rows} training images."
+      )
+    base = dataset.train_labels
+    if part.noisy_labels:
+      base = labels.from_file(
+        part.noisy_labels, part.noisy_labels_key, base, dataset.num_classes
+      )
+    self.part = part
+    self.schedules = [Schedule(part, dataset, base, seed) for seed in range(part.seeds)]
+    self.traces: dict[str, training.Trace] = {}
+    self._trainer = training.Trainer(part, dataset)
+
+  def run(
+    self,
+    directory: RunDirectory,
+    metrics_size: int,
+    progress: tqdm.tqdm,
+    checkpoint_seconds: float,
+    stop: Callable[[], Any],
+  ) -> int:
+    """Runs the arms that are not complete and reads the traces of those that are.
+
+    Args:
+      directory: where metrics and checkpoints go.
+      metrics_size: of the metrics file before this part, in bytes.
+      progress: moves by one for each step of an arm.
+      checkpoint_seconds: time between checkpoints.
+      stop: whether to stop here; asked after each stretch of steps.
+
+    Returns:
+      The size of the metrics file after this part.
+
+    Raises:
+      Stopped: after saving, when `stop()` is true.
+    """
+    for arm in self.part.arms:
+      progress.set_description(f"{self.part.name}: {arm.name}")
+      checkpoints = directory.checkpoints(self.part.name, arm.name)
+      try:
+        if checkpoints.latest_step() != self.part.steps:
+          self._run_arm(
+            arm,
+            directory,
+            checkpoints,
+            metrics_size,
+            progress,
+            checkpoint_seconds,
+            stop,
+          )
+        else:
+          self.traces[arm.name] = checkpoints.trace(training.empty_trace(self.part))
+          progress.update(self.part.steps)
+        metrics_size = checkpoints.metrics_size()
+      finally:
+        checkpoints.close()
+    return metrics_size
+
+  def _run_arm(
+    self,
+    arm,
+    directory,
+    checkpoints: Checkpoints,
+    metrics_size,
+    progress,
+    checkpoint_seconds,
+    stop,
+  ):
+    part = self.part
+    seeds = range(part.seeds)
+    start = checkpoints.latest_step() or 0
+    learners = [self._trainer.init(arm, seed) for seed in seeds]
+    trace = training.empty_trace(part)
+    if start:
+      learners = checkpoints.learners(learners)
+      trace = jax.tree.map(np.array, checkpoints.trace(trace))
+      metrics_size = checkpoints.metrics_size()
+    directory.cut_metrics(metrics_size)
+    progress.update(start)
+
+    keep = None
+    if arm.imitates is not None:
+      accepted = self.traces[arm.imitates].accepted
+      keep = [random_choice(accepted[s], s, arm.shuffled) for s in seeds]
+
+    def advance(seed, stop_step):
+      steps = slice(start, stop_step)
+      batch = self.schedules[seed].batches(start, stop_step, arm.clean)
+      chosen = None if keep is None else keep[seed][steps]
+      learner, happened = self._trainer.advance(arm, learners[seed], *batch, chosen)
+      for whole, stretch in zip(trace, happened):
+        whole[seed, steps] = stretch
+      evaluated = _is_evaluated(part, stop_step)
+      return learner, self._trainer.accuracy(learner) if evaluated else None
+
+    saved = time.monotonic()
+    # Threads, since one seed's small matrices do not fill all cores.
+    workers = min(part.seeds, os.cpu_count() or 1)
+    with futures.ThreadPoolExecutor(workers) as pool:
+      for stop_step in _stops(part, start):
+        done = list(pool.map(lambda s: advance(s, stop_step), seeds))
+        learners, accuracies = zip(*done)
+        if _is_evaluated(part, stop_step):
+          for seed in seeds:
+            directory.append_metrics(
+              _row(part, arm, seed, stop_step, trace, accuracies[seed])
+            )
+        progress.update(stop_step - start)
+        start = stop_step
+        stopping = stop()
+        due = time.monotonic() - saved >= checkpoint_seconds
+        if stopping or due or start == part.steps:
+          checkpoints.save(start, list(learners), trace, directory.metrics_size())
+          saved = time.monotonic()
+        if stopping:
+          raise Stopped
+    self.traces[arm.name] = trace
+
+
+def _stops(part: Part, start: int) -> list[int]:
+  """The steps after which a stretch ends, the same whatever `start` is."""
+  longest = min(_STRETCH[part.model], part.eval_every)
+  stretch = max(n for n in range(1, longest + 1) if part.eval_every % n == 0)
+  return [*range(start + stretch, part.steps, stretch), part.steps]
+
+
+def _is_evaluated(part, step):
+  return step % part.eval_every == 0 or step == part.steps
+
+
+def _row(part: Part, arm: Arm, seed, step, trace, accuracy):
+  """A line of the metrics file; means are over the steps since the line before."""
+  since = (step - 1) // part.eval_every * part.eval_every
+  loss = trace.loss[seed, since:step]
+  distances = trace.distance[seed, since:step]
+  distances = distances[np.isfinite(distances)]
+  distance = float(distances.mean()) if len(distances) else float("nan")
+  return {
+    "part": part.name,
+    "arm": arm.name,
+    "seed": seed,
+    "step": step,
+    "train_loss": float(loss.mean()),
+    "test_accuracy": accuracy,
+    "accept_rate": float(trace.accept_rate[seed, step - 1]),
+    "skipped_steps": int(trace.skipped_steps[seed, step - 1]),
+    "cosine_distance": distance,
+    "threshold": float(trace.threshold[seed, step - 1]),
+    "nonfinite": int(trace.nonfinite[seed, step - 1]),
+  }

@@ -1,0 +1,453 @@
+"""Training: what a step does, the controls, and runs that go on after any stop."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import batches
+import data
+import experiment
+import models
+import options
+import storage
+import train
+import training
+
+_SMALL = (
+  "--width",
+  "8",
+  "--tau",
+  "0.9",
+  "--label-noise",
+  "0.4",
+  "--seeds",
+  "2",
+  "--microbatch-size",
+  "5",
+  "--eval-every",
+  "20",
+)
+
+
+def _part(*argv):
+  (part,) = options.parts(options.parse([*_SMALL, *argv]))
+  return part
+
+
+def _run(path, *argv):
+  return train.main([*_SMALL, "--steps", "110", "--out", str(path), *argv])
+
+
+def _lines(path):
+  return path.read_text().splitlines()
+
+
+def _final_arrays(path):
+  """All arrays of the newest checkpoint of every arm, by arm, read by orbax."""
+  found = {}
+  for arm in sorted((path / "checkpoints" / "experiment").iterdir()):
+    manager = ocp.CheckpointManager(arm.absolute())
+    items = manager.restore(
+      manager.latest_step(),
+      args=ocp.args.Composite(
+        learners=ocp.args.StandardRestore(), trace=ocp.args.StandardRestore()
+      ),
+    )
+    found[arm.name] = jax.tree.map(np.asarray, dict(items))
+    manager.close()
+  return found
+
+
+def _assert_same_run(path, other):
+  ours, theirs = (p / storage.METRICS for p in (path, other))
+  assert ours.read_bytes() == theirs.read_bytes()
+  for name in ("results.md", "results.csv"):
+    assert (path / name).read_bytes() == (other / name).read_bytes()
+  jax.tree.map(np.testing.assert_array_equal, _final_arrays(path), _final_arrays(other))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+  """Runs of one setting in this process share a trainer, whose compiling is slow.
+
+  The process that is killed compiles its own.
+  """
+  trainers = {}
+
+  def trainer(part, dataset):
+    if part not in trainers:
+      trainers[part] = training.Trainer(part, dataset)
+    return trainers[part]
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(
+      experiment,
+      "training",
+      types.SimpleNamespace(
+        Trainer=trainer, Trace=training.Trace, empty_trace=training.empty_trace
+      ),
+    )
+    yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  """A run that nothing interrupted."""
+  path = tmp_path_factory.mktemp("whole") / "run"
+  assert _run(path) == 0
+  return path
+
+
+def test_outputs(whole):
+  names = {p.name for p in whole.iterdir()}
+  assert names == {
+    "config.json",
+    "metrics.jsonl",
+    "results.md",
+    "results.csv",
+    "checkpoints",
+    "experiment_accuracy.png",
+    "experiment_distance.png",
+    "experiment_accept_rate.png",
+  }
+  for plot in whole.glob("*.png"):
+    assert plot.read_bytes().startswith(b"\x89PNG")
+  rows = [json.loads(line) for line in _lines(whole / "metrics.jsonl")]
+  arms = ["plain", "sequential_tau0.9", "sequential_tau0.9_control"]
+  # Every 20 steps and after the last, of 110.
+  expected = [
+    (arm, seed, step)
+    for arm in arms
+    for step in (20, 40, 60, 80, 100, 110)
+    for seed in range(2)
+  ]
+  assert [(r["arm"], r["seed"], r["step"]) for r in rows] == expected
+  for row in rows:
+    assert 0 <= row["test_accuracy"] <= 1 and row["train_loss"] > 0
+    assert 0 <= row["accept_rate"] <= 1 and row["nonfinite"] == 0
+  assert all(r["accept_rate"] == 1 for r in rows if r["arm"] == "plain")
+
+
+def test_stopped_anywhere_and_resumed(whole, tmp_path, monkeypatch, capsys):
+  path = tmp_path / "run"
+  append = storage.RunDirectory.append_metrics
+  rows = []
+
+  def stop_at(number, how):
+    rows.clear()
+
+    def appended(self, row):
+      append(self, row)
+      rows.append(row)
+      if len(rows) == number:
+        how()
+
+    monkeypatch.setattr(storage.RunDirectory, "append_metrics", appended)
+
+  class Crash(BaseException):
+    pass
+
+  def crash():
+    raise Crash
+
+  # An orderly stop in the first arm, between two checkpoints.
+  stop_at(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+  assert _run(path) == 128 + signal.SIGTERM
+  assert "--resume" in capsys.readouterr().err
+  assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+  # A crash in the second arm, after lines that no checkpoint knows of.
+  stop_at(15, crash)
+  with pytest.raises(Crash):
+    _run(path, "--resume")
+  half_a_line = '{"part": "experiment", "ar'
+  with open(path / storage.METRICS, "a") as file:
+    file.write(half_a_line)
+  # Ctrl-C in the control, whose choices come from the second arm's trace.
+  stop_at(18, lambda: os.kill(os.getpid(), signal.SIGINT))
+  assert _run(path, "--resume") == 128 + signal.SIGINT
+  monkeypatch.undo()
+  assert _run(path, "--resume") == 0
+  _assert_same_run(path, whole)
+
+
+def test_killed_and_resumed(whole, tmp_path, example_dir):
+  path = tmp_path / "run"
+  command = [
+    sys.executable,
+    str(example_dir / "train.py"),
+    *_SMALL,
+    "--steps",
+    "110",
+    "--out",
+    str(path),
+    "--checkpoint-seconds",
+    "0",
+  ]
+  # As many devices as this process has, so that the programs are the same.
+  environment = {
+    **os.environ,
+    "JAX_PLATFORMS": "cpu",
+    "JAX_NUM_CPU_DEVICES": str(jax.device_count()),
+  }
+  process = subprocess.Popen(
+    command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+  )
+  try:
+    deadline = time.monotonic() + 120
+    metrics = path / storage.METRICS
+    # In the second of the three arms.
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 15):
+      assert process.poll() is None, process.stderr.read().decode()
+      assert time.monotonic() < deadline
+      time.sleep(0.002)
+    process.kill()
+    process.wait()
+  finally:
+    process.kill()
+    process.stderr.close()
+  assert process.returncode == -signal.SIGKILL
+  assert not (path / "results.md").exists()
+  assert _run(path, "--resume") == 0
+  _assert_same_run(path, whole)
+
+
+def test_resume_of_a_complete_run_changes_nothing(whole, capsys):
+  before = (whole / storage.METRICS).read_bytes()
+  assert _run(whole, "--resume") == 0
+  assert (whole / storage.METRICS).read_bytes() == before
+  assert "GAF tau 0.9" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  "change, flag",
+  [
+    (("--tau", "0.8"), "--tau was 0.9, now it is 0.8"),
+    (("--seeds", "3"), "--seeds was 2, now it is 3"),
+    (("--rule", "leave_one_out"), "--rule was not given"),
+  ],
+)
+def test_resume_with_other_options(whole, refused, change, flag):
+  argv = (*_SMALL, "--steps", "110", "--out", whole, "--resume", *change)
+  assert flag in refused(*argv)
+
+
+def test_run_is_not_overwritten(whole, refused):
+  assert "already holds something" in refused("--out", whole)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\x00"])
+def test_damaged_config(tmp_path, refused, content):
+  (tmp_path / "config.json").write_text(content)
+  assert "config.json" in refused("--out", tmp_path, "--resume")
+
+
+def test_metrics_that_got_shorter(whole, tmp_path):
+  directory = storage.RunDirectory(tmp_path / "run", {}, False)
+  directory.append_metrics({"a": float("nan")})
+  assert directory.metrics() == [{"a": None}]
+  with pytest.raises(storage.UserError, match="shorter"):
+    directory.cut_metrics(1000)
+  directory.close()
+
+
+def test_default_directories_are_numbered(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  choose = lambda resume=False: str(storage.choose_directory(None, "main", resume))
+  assert choose() == "runs/main-1"
+  for number in (1, 2, 10):
+    (tmp_path / "runs" / f"main-{number}").mkdir(parents=True)
+  (tmp_path / "runs" / "main-old").mkdir()
+  assert choose() == "runs/main-11"
+  assert choose(resume=True) == "runs/main-10"
+
+
+def test_stops_are_the_same_from_every_start():
+  for every, steps in ((20, 110), (7, 30), (300, 650), (1000, 10)):
+    part = _part("--eval-every", str(every), "--steps", str(steps))
+    stops = experiment._stops(part, 0)
+    assert stops[-1] == steps and stops == sorted(set(stops))
+    assert set(range(every, steps, every)) <= set(stops)
+    for i, stop in enumerate(stops[:-1]):
+      assert experiment._stops(part, stop) == stops[i + 1 :]
+
+
+@pytest.fixture(scope="module")
+def digits():
+  return data.load("digits", "")
+
+
+def _schedule(part, dataset, seed=0):
+  return batches.Schedule(part, dataset, dataset.train_labels, seed)
+
+
+def test_batches_do_not_depend_on_how_they_are_asked_for(digits):
+  part = _part("--num-microbatches", "4", "--wrong-sources", "1")
+  at_once = _schedule(part, digits).batches(0, 200, clean=False)
+  schedule = _schedule(part, digits)
+  later = schedule.batches(130, 200, clean=False)
+  sooner = schedule.batches(0, 130, clean=False)
+  for whole_, first, second in zip(at_once, sooner, later):
+    np.testing.assert_array_equal(whole_, np.concatenate([first, second]))
+  assert at_once[0].shape == (200, 4, 5) and at_once[0].dtype == np.int32
+  # 59 whole steps of 20 images in an epoch of 1,197: none comes twice.
+  assert len(np.unique(at_once[0][:59])) == 59 * 20
+
+
+def test_batch_labels(digits):
+  part = _part("--num-microbatches", "4", "--wrong-sources", "1")
+  schedule = _schedule(part, digits)
+  indices, clean = schedule.batches(0, 50, clean=True)
+  _, wrong = schedule.batches(0, 50, clean=False)
+  np.testing.assert_array_equal(clean, schedule.labels[indices])
+  off_by_one = ((wrong - clean) % 10 == 1).all(axis=2)
+  np.testing.assert_array_equal(off_by_one, schedule.wrong[:50])
+  assert np.mean(schedule.labels != digits.train_labels) == pytest.approx(0.4, abs=1e-3)
+
+
+def test_seeds_differ(digits):
+  part = _part()
+  one, two = (_schedule(part, digits, seed) for seed in (0, 1))
+  assert np.any(one.labels != two.labels)
+  assert np.any(one.batches(0, 1, True)[0] != two.batches(0, 1, True)[0])
+
+
+@pytest.mark.parametrize("shuffled", [True, False])
+@pytest.mark.parametrize("k", [2, 8])
+def test_random_choice_takes_as_much(k, shuffled):
+  rng = np.random.default_rng(0)
+  accepted = rng.random((400, k)) < 0.4
+  accepted[accepted.sum(axis=1) == 1] = False
+  keep = batches.random_choice(accepted, 0, shuffled)
+  sizes, kept = accepted.sum(axis=1), keep.sum(axis=1)
+  np.testing.assert_array_equal(np.sort(sizes), np.sort(kept))
+  assert np.array_equal(sizes, kept) is not shuffled
+  assert np.any(keep != accepted) or (k == 2 and not shuffled)
+
+
+def test_control_updates_as_often_as_gaf(whole):
+  arms = _final_arrays(whole)
+  gaf, control = (
+    arms[name]["trace"]["accepted"]
+    for name in ("sequential_tau0.9", "sequential_tau0.9_control")
+  )
+  assert 0 < gaf.any(axis=2).sum() < gaf.any(axis=2).size
+  np.testing.assert_array_equal(
+    gaf.any(axis=2).sum(axis=1), control.any(axis=2).sum(axis=1)
+  )
+  skipped = control.shape[1] - control.any(axis=2).sum(axis=1)
+  np.testing.assert_array_equal(
+    skipped, arms["sequential_tau0.9_control"]["trace"]["skipped_steps"][:, -1]
+  )
+
+
+def test_control_averages_what_it_keeps_and_skips_the_rest(digits):
+  """Against a few lines of NumPy and Optax that know no GAF."""
+  part = _part("--num-microbatches", "4", "--optimizer", "adamw")
+  trainer = training.Trainer(part, digits)
+  _, _, control = part.arms
+  indices, labels = _schedule(part, digits).batches(0, 5, clean=True)
+  keep = np.array([[1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 0, 1], [0] * 4, [0, 1, 1, 0]])
+  start = trainer.init(control, 3)
+  params = jax.tree.map(np.array, start.params)
+  learner, trace = trainer.advance(control, start, indices, labels, keep == 1)
+  np.testing.assert_array_equal(trace.accepted, keep == 1)
+
+  model = models.make("mlp", 10, 8)
+  images = digits.train_images.astype(np.float32) / 16
+
+  @jax.jit
+  @jax.grad
+  def gradient(params, x, y):
+    logits = model.apply({"params": params}, x, train=True)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+  transformation = optax.adamw(0.02)
+  state = transformation.init(params)
+  for step in range(5):
+    kept = np.flatnonzero(keep[step])
+    if not len(kept):
+      continue
+    grads = [gradient(params, images[indices[step, i]], labels[step, i]) for i in kept]
+    mean = jax.tree.map(lambda *g: sum(g) / len(g), *grads)
+    updates, state = transformation.update(mean, state, params)
+    params = optax.apply_updates(params, updates)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5),
+    learner.params,
+    params,
+  )
+  assert int(optax.tree.get(learner.opt_state.inner_state, "count")) == 3
+
+
+def test_accuracy_counts_the_whole_test_set(digits):
+  part = _part()
+  trainer = training.Trainer(part, digits)
+  learner = trainer.init(part.arms[0], 0)
+  logits = models.make("mlp", 10, 8).apply(
+    {"params": learner.params},
+    digits.test_images.astype(np.float32) / 16,
+    train=False,
+  )
+  # 600 images do not fill whole batches of 500.
+  expected = float(np.mean(np.argmax(logits, axis=1) == digits.test_labels))
+  assert trainer.accuracy(learner) == pytest.approx(expected)
+
+
+def test_resnet18_has_the_papers_parameters():
+  model = models.make("resnet18", 100)
+  x = np.zeros((1, 32, 32, 3), np.float32)
+  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), x, train=False))
+  count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+  assert count(shapes["params"]) == 11_227_812
+  # Mean and variance of the 4,800 channels of 20 norms.
+  assert count(shapes["batch_stats"]) == 2 * 4_800
+
+
+class _Normed(nn.Module):
+  """The smallest model with BatchNorm."""
+
+  num_classes: int
+  width: int
+
+  @nn.compact
+  def __call__(self, x, train):
+    x = nn.Dense(self.width)(x.reshape(len(x), -1))
+    x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+    return nn.Dense(self.num_classes)(x)
+
+
+def test_batch_norm_statistics_are_averaged_over_microbatches(digits, monkeypatch):
+  monkeypatch.setitem(models._MODELS, "mlp", _Normed)
+  part = _part()
+  plain = part.arms[0]
+  indices, labels = _schedule(part, digits).batches(0, 2, clean=True)
+  # At this rate the weights stay what they are.
+  part = dataclasses.replace(part, learning_rate=1e-30)
+  trainer = training.Trainer(part, digits)
+  start = trainer.init(plain, 0)
+  dense = jax.tree.map(np.array, start.params["Dense_0"])
+  learner, _ = trainer.advance(plain, start, indices, labels)
+
+  images = digits.train_images.reshape(1197, 64) / 16
+  hidden = images[indices] @ dense["kernel"] + dense["bias"]  # [2, 2, 5, 8]
+  found = learner.batch_stats["BatchNorm_0"]
+  for name, before, now in (
+    ("mean", 0.0, hidden.mean(axis=2)),
+    ("var", 1.0, hidden.var(axis=2)),
+  ):
+    expected = before
+    for step in range(2):
+      expected = 0.9 * expected + 0.1 * now[step].mean(axis=0)
+    np.testing.assert_allclose(found[name], expected, rtol=1e-4, atol=1e-6)
