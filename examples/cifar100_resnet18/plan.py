@@ -127,7 +127,7 @@ def main_job(steps: int | None, seeds: int | None, eval_every: int | None, quick
 
   Args:
     steps: for both parts; None for 4,000 and 1,500.
-    seeds: for both parts; None for 3 and 5.
+    seeds: for both parts; None for 5.
     eval_every: for both parts; None for 100 and 50.
     quick: whether the numbers above are small where they are None.
   """
@@ -157,7 +157,7 @@ def main_job(steps: int | None, seeds: int | None, eval_every: int | None, quick
       wrong_sources=0,
       num_microbatches=2,
       steps=steps or (400 if quick else 4_000),
-      seeds=seeds or (2 if quick else 3),
+      seeds=seeds or (2 if quick else 5),
       eval_every=eval_every or 100,
       arms=tuple(noise_arms),
       **common,
