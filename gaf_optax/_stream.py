@@ -498,7 +498,8 @@ def value_and_grad(
     )
   checked = _streamed_options(tau, **options)
   batch_args = _positions(batch_argnums, "batch_argnums")
-  both = set(batch_args) & set(_positions(argnums, "argnums"))
+  wanted_args = _positions(argnums, "argnums")
+  both = set(batch_args) & set(wanted_args)
   if both:
     raise ValueError(f"argument {min(both)} is named in argnums and in batch_argnums.")
   differentiate = jax.value_and_grad(fun, argnums, has_aux=has_aux)
@@ -506,9 +507,9 @@ def value_and_grad(
 
   def filtered(*args, **kwargs):
     threshold = jnp.asarray(tau, float)
-    wanted = (
-      args[argnums] if isinstance(argnums, int) else tuple(args[i] for i in argnums)
-    )
+    wanted: Any = tuple(args[i] for i in wanted_args)
+    if not isinstance(argnums, Sequence):
+      (wanted,) = wanted
     batch = [_split(args, i, k) for i in batch_args]
 
     def visit(stream, microbatch):

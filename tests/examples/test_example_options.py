@@ -50,7 +50,7 @@ def test_directory_that_holds_something(refused, tmp_path):
 
 def test_main_job_has_both_parts_and_every_control():
   noise, sources = options.parts(options.parse([]))
-  assert (noise.label_noise, noise.steps, noise.seeds) == (0.4, 4000, 3)
+  assert (noise.label_noise, noise.steps, noise.seeds) == (0.4, 4000, 5)
   assert (sources.wrong_sources, sources.steps, sources.seeds) == (3, 1500, 5)
   for part in (noise, sources):
     gaf = [arm.name for arm in part.arms if arm.is_gaf]
