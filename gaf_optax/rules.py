@@ -144,7 +144,7 @@ class SequentialRule(Rule):
     )
     nothing = _numerics.typed(nothing, _numerics.typed_zero((gram, valid, tau)))
     last, (accepted, distances) = jax.lax.scan(
-      visit, nothing, jnp.arange(k), unroll=k <= 8
+      visit, nothing, jnp.arange(k), unroll=min(k, 4)
     )
     return _settled(last.weights, accepted, distances)
 

@@ -79,17 +79,23 @@ def test_most_neighbors_survives_a_bad_first_one():
 
 
 @pytest.mark.parametrize(
-  "fraction, needed", [(0.0, 2), (0.5, 3), (0.6, 3), (0.61, 4), (1.0, 5)]
+  "fraction, accepted",
+  [(0.0, 5), (0.4, 5), (0.5, 3), (0.6, 3), (0.61, 0), (1.0, 0)],
 )
-def test_min_neighbors_counts_itself(fraction, needed):
-  # Five vectors on a star: the first is near all others, they are near it alone.
+def test_min_neighbors_counts_itself(fraction, accepted):
+  # Three that agree and two others that agree: 3 of 5 is a share of 0.6.
+  v = np.array([[1, 0], [1, 0.1], [1, -0.1], [0, 1], [0.1, 1]])
+  decision = rules.min_neighbors(fraction)(gram_of(v), jnp.ones(5, bool), 0.5)
+  want = np.arange(5) < accepted
+  np.testing.assert_array_equal(decision.accepted, want)
+
+
+def test_min_neighbors_of_one_alone_is_no_agreement():
+  # On a star the centre has all others near it, and they have it alone.
   v = np.concatenate([np.ones((1, 4)), 2 * np.eye(4)])
-  decision = rules.min_neighbors(fraction)(gram_of(v), jnp.ones(5, bool), 0.6)
-  # 1 - 1/2 from the centre, 1 from each other.
-  if needed == 2:
-    assert decision.accepted.all()
-  else:
-    assert not decision.accepted.any()  # the centre alone does not agree
+  valid = jnp.ones(5, bool)
+  assert rules.min_neighbors(0.4)(gram_of(v), valid, 0.6).accepted.all()
+  assert not rules.min_neighbors(0.6)(gram_of(v), valid, 0.6).accepted.any()
 
 
 def test_euclidean_rejects_on_length():
