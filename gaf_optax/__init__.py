@@ -2,10 +2,11 @@
 
 from gaf_optax import rules
 from gaf_optax._gram import cosine_distance
+from gaf_optax._multi_steps import MultiStepsState, multi_steps
 from gaf_optax._state import GafState, metrics
-from gaf_optax._stream import Agreement, MultiStepsState, multi_steps, value_and_grad
 from gaf_optax._threshold import TargetAcceptRate, target_accept_rate
 from gaf_optax._transform import ApplyIfAgreedState, apply_if_agreed, gaf
+from gaf_optax._value_and_grad import Agreement, value_and_grad
 from gaf_optax.rules import Decision
 
 __version__ = "0.1.0"

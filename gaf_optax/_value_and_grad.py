@@ -1,0 +1,183 @@
+"""Value and grad: the filter on microbatches, in the scan that differentiates."""
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gaf_optax import _leaves, _numerics, _options, _stream, _transform, _validate
+
+
+class Agreement(NamedTuple):
+  """What `value_and_grad` found of k microbatches.
+
+  Attributes:
+    agreed: bool scalar, whether any two agreed; the gradient is zero if not.
+    accepted: float32 scalar, how many micro-gradients were accepted (the mean over
+      the groups).
+    distances: float32 `[k]`, in [0, 2], NaN where there was nothing to compare.
+    nonfinite: int32 scalar, how many had a NaN or an infinity.
+  """
+
+  agreed: jax.Array
+  accepted: jax.Array
+  distances: jax.Array
+  nonfinite: jax.Array
+
+
+@_options.spelled_out(_transform.gaf)
+def value_and_grad(
+  fun: Callable[..., Any],
+  num_microbatches: int,
+  tau: Any = 0.97,
+  *,
+  argnums: int | Sequence[int] = 0,
+  batch_argnums: int | Sequence[int] = 1,
+  has_aux: bool = False,
+  **options: Any,
+) -> Callable[..., Any]:
+  """`jax.value_and_grad` over microbatches, filtered while it goes.
+
+  Splits the batch into k microbatches of consecutive rows, visits one after the
+  other in a `jax.lax.scan`, and keeps one running mean of the micro-gradients that
+  agree (with `embed` a second one), so that memory does not grow with k.
+
+  Args:
+    fun: a function whose value is a scalar, or a pair of one and auxiliary output
+      with `has_aux`.
+    num_microbatches: k, at least 2; divides the leading axis of the batch.
+    tau: the largest distance that is accepted, in [0, 2]: a float or a scalar
+      array, traced or not.
+    argnums: which positional arguments to differentiate with respect to.
+    batch_argnums: which positional arguments hold the batch: pytrees of arrays
+      `[batch, ...]`.
+    has_aux: whether `fun` returns a pair.
+    **options: `rule` (`rules.sequential()` or `rules.running_average()`), `embed`
+      and `groups`, see :func:`gaf`.
+
+  Returns:
+    A function with the signature of `fun` that returns `(value, grads, agreement)`,
+    or `((value, aux), grads, agreement)` with `has_aux`. `value` is the mean over
+    all microbatches, leaves of `aux` are stacked `[k, ...]`, `grads` is like the
+    arguments, zero where no two micro-gradients agree, and `agreement` is an
+    :class:`Agreement`.
+
+  Raises:
+    ValueError: for arguments outside their ranges, for a rule that has to see all
+      micro-gradients at once, and for `anchor_decay`, since there is no state to
+      hold the average (:func:`multi_steps` has one). The returned function raises
+      it for a batch whose leading axis k does not divide.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from gaf_optax import value_and_grad
+    >>> loss = lambda w, x, y: jnp.mean((x @ w - y) ** 2)
+    >>> x, y = jnp.ones((8, 3)), jnp.ones(8)
+    >>> value, grads, agreement = value_and_grad(
+    ...     loss, 4, batch_argnums=(1, 2))(jnp.zeros(3), x, y)
+    >>> print(value, grads, agreement.accepted)
+    1.0 [-2. -2. -2.] 4.0
+
+  References:
+    Chaubard et al., `Beyond Gradient Averaging in Parallel Optimization
+    <https://arxiv.org/abs/2412.18052>`_, 2024, algorithm 1.
+  """
+  _validate.function(fun=fun)
+  _validate.count(
+    2,
+    " One micro-gradient alone has nothing to compare with.",
+    num_microbatches=num_microbatches,
+  )
+  _validate.scalar(
+    " A schedule or a target_accept_rate needs a state; pass the value itself.",
+    tau=tau,
+  )
+  if options.get("anchor_decay") is not None:
+    raise ValueError(
+      "value_and_grad keeps no state from one call to the next, so anchor_decay"
+      f"={options['anchor_decay']!r} has nowhere to keep its average. Use"
+      " multi_steps or gaf."
+    )
+  checked = _stream.streamed_options(tau, **options)
+  batch_args = _positions(batch_argnums, "batch_argnums")
+  wanted_args = _positions(argnums, "argnums")
+  both = set(batch_args) & set(wanted_args)
+  if both:
+    raise ValueError(f"argument {min(both)} is named in argnums and in batch_argnums.")
+  differentiate = jax.value_and_grad(fun, argnums, has_aux=has_aux)
+  k = int(num_microbatches)
+
+  def filtered(*args, **kwargs):
+    threshold = jnp.asarray(tau, float)
+    wanted: Any = tuple(args[i] for i in wanted_args)
+    if not isinstance(argnums, Sequence):
+      (wanted,) = wanted
+    batch = [_split(args, i, k) for i in batch_args]
+
+    def visit(stream, microbatch):
+      own = list(args)
+      for i, value in zip(batch_args, microbatch):
+        own[i] = value
+      out, grads = differentiate(*own, **kwargs)
+      leaves = _leaves.read(grads, wanted, checked.groups, stacked=False)
+      stream, found = _stream.push(
+        stream,
+        leaves.arrays,
+        threshold,
+        rule=checked.rule,
+        embed=checked.embed,
+        layout=leaves.layout,
+      )
+      return stream, (out, found)
+
+    like = _leaves.read(wanted, None, checked.groups, stacked=False)
+    empty = _numerics.typed(
+      _stream.start(wanted, checked), _numerics.typed_zero(wanted)
+    )
+    stream, (out, found) = jax.lax.scan(visit, empty, batch)
+    means, agreed = _stream.finish(stream, like.arrays, like.layout, 2)
+    step = _stream.outcome(stream, agreed, found.distances.T, found.accepted.T)
+    values, aux = out if has_aux else (out, None)
+    value = jnp.mean(values, axis=0)
+    agreement = Agreement(
+      step.agreed, step.accepted, step.member_distances, step.nonfinite
+    )
+    return (value, aux) if has_aux else value, like.rebuild(means), agreement
+
+  return filtered
+
+
+def _positions(argnums, name):
+  try:
+    return (operator.index(argnums),)
+  except TypeError:
+    pass
+  try:
+    return tuple(operator.index(i) for i in argnums)
+  except TypeError:
+    raise ValueError(
+      f"{name} must be an int or a sequence of ints, got {argnums!r}."
+    ) from None
+
+
+def _split(args, position, k):
+  """The batch argument with its leading axis split in `[k, batch // k]`."""
+  if not -len(args) <= position < len(args):
+    raise ValueError(
+      f"batch_argnums names argument {position}, but there are {len(args)}"
+      " positional arguments. Batch arguments are passed by position."
+    )
+
+  def split(path, leaf):
+    shape = _leaves.leaf_shape(leaf)
+    if not shape or shape[0] % k or not shape[0]:
+      raise ValueError(
+        f"batch argument {position}{jax.tree_util.keystr(path)} has shape"
+        f" {shape}: its leading axis does not split into {k} microbatches of"
+        " equal size."
+      )
+    return jnp.reshape(leaf, (k, shape[0] // k, *shape[1:]))
+
+  return jax.tree_util.tree_map_with_path(split, args[position])
