@@ -19,6 +19,9 @@ _ORDINARY = (1e-18, 1e18)
 # second-level cache.
 _BLOCK_VALUES = 1 << 17
 
+# Columns of such a block, at most: sums of more terms round more on some versions.
+_BLOCK_WIDTH = 1 << 13
+
 _HIGHEST = lax.Precision.HIGHEST
 
 
@@ -238,9 +241,12 @@ def embedded(block, embed, dtype):
 
 def _largest(part, dtype):
   """The largest absolute value in each row `[k]`; NaN where there is a NaN."""
-  return jnp.concatenate(
-    [jnp.max(jnp.abs(block), axis=1, initial=0).astype(dtype) for block in part]
-  )
+  # Not the maximum of abs(block), for which some versions of XLA copy the block.
+  extremes = [
+    jnp.maximum(jnp.max(block, axis=1, initial=0), -jnp.min(block, axis=1, initial=0))
+    for block in part
+  ]
+  return jnp.concatenate([x.astype(dtype) for x in extremes])
 
 
 def _inner_products(part, dtype, scale):
@@ -263,7 +269,7 @@ def _inner_products(part, dtype, scale):
 def _blocked(part, dtype, scale):
   """`_inner_products`, a block of columns at a time."""
   rows, size = sum(block.shape[0] for block in part), part[0].shape[1]
-  width = max(_BLOCK_VALUES // rows, 256)
+  width = min(max(_BLOCK_VALUES // rows, 256), _BLOCK_WIDTH)
 
   def block_products(start, length):
     columns = [
