@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gaf_optax import _numerics
+from gaf_optax import _compat, _exchange, _numerics
 
 # Squared norms in this range are taken as computed: products of two of them, and
 # sums of a few thousand, stay far from both ends of float32.
@@ -73,6 +73,7 @@ def gram(
   members: Sequence[int],
   num_groups: int,
   embed: Callable[[jax.Array], jax.Array] | None = None,
+  spread: _exchange.Spread = _exchange.HERE,
 ) -> tuple[Gram, jax.Array]:
   """Inner products of the vectors whose pieces the leaves hold, by group.
 
@@ -88,6 +89,7 @@ def gram(
       group `num_groups` take no part in the products, only in the second result.
     num_groups: how many groups there are.
     embed: an elementwise function, applied to each block before the products.
+    spread: which devices hold parts of the leaves; all of them get one result.
 
   Returns:
     The `Gram` of each group (`[num_groups, k, k]` and `[num_groups, k]`), and
@@ -97,38 +99,46 @@ def gram(
   dtype = _numerics.real_accumulator_dtype(
     block.dtype for blocks in leaves for block in blocks
   )
-  in_group = [
-    (blocks, member) for blocks, member in zip(leaves, members) if member < num_groups
+  counted = spread.counted or (None,) * len(leaves)
+  real = spread.real or (None,) * len(leaves)
+  rows = [
+    (_rows(blocks, embed, dtype, columns), member, counts)
+    for blocks, member, counts, columns in zip(leaves, members, counted, real)
+    if member < num_groups
   ]
   # What the products do not read has to be looked at for itself.
   unread = [
-    blocks
+    part
     for blocks, member in zip(leaves, members)
     if member == num_groups or embed is not None
+    for part in _rows(blocks, None, dtype)
   ]
-  rows = [(_rows(blocks, embed, dtype), member) for blocks, member in in_group]
 
   def products(scale=None):
     total = [jnp.zeros((k, k), dtype) for _ in range(num_groups)]
-    for leaf_rows, member in rows:
+    for leaf_rows, member, counts in rows:
       for part in leaf_rows:
         leaf_scale = None if scale is None else scale[member]
-        total[member] += _inner_products(part, dtype, leaf_scale)
+        found = _inner_products(part, dtype, leaf_scale)
+        total[member] += found if counts is None else jnp.where(counts, found, 0)
     return jnp.stack(total)
 
   def largest_values():
     total = [jnp.zeros((k,), dtype) for _ in range(num_groups)]
-    for leaf_rows, member in rows:
+    for leaf_rows, member, _ in rows:
       for part in leaf_rows:
         total[member] = jnp.maximum(total[member], _largest(part, dtype))
-    return jnp.stack(total)
+    total = jnp.stack(total)
+    # What a maximum over devices makes of NaN is up to the network.
+    return spread.max(jnp.where(jnp.isfinite(total), total, jnp.inf))
 
-  unread_finite = jnp.ones((k,), bool)
-  for blocks in unread:
-    for part in _rows(blocks, None, dtype):
-      unread_finite &= jnp.isfinite(_largest(part, dtype))
-
-  raw = products()
+  bad = jnp.zeros((k,), bool)
+  for part in unread:
+    bad |= ~jnp.isfinite(_largest(part, dtype))
+  # One sum over the devices for both.
+  sums = spread.sum(jnp.concatenate([products().reshape(-1), bad.astype(dtype)]))
+  unread_finite = sums[-k:] == 0
+  raw = sums[:-k].reshape(num_groups, k, k)
   squares = jnp.diagonal(raw, axis1=1, axis2=2)
   ordinary = jnp.all(unread_finite) & jnp.all(
     (squares >= _ORDINARY[0]) & (squares <= _ORDINARY[1])
@@ -136,8 +146,7 @@ def gram(
 
   def as_computed():
     exponents = jnp.zeros((num_groups, k), jnp.int32)
-    result = Gram(raw, exponents), jnp.ones((k,), bool)
-    return _numerics.typed(result, _numerics.typed_zero(leaves))
+    return Gram(raw, exponents), jnp.ones((k,), bool)
 
   def rescaled():
     largest = largest_values()
@@ -146,13 +155,12 @@ def gram(
     exponents = jnp.frexp(jnp.where(valid, largest, 0))[1]
     exponents = jnp.clip(exponents, info.minexp, -info.minexp)
     scale = _numerics.power_of_two(-exponents, dtype)
-    scaled = products(jnp.where(valid, scale, jnp.nan))
+    scaled = spread.sum(products(jnp.where(valid, scale, jnp.nan)))
     squares = jnp.diagonal(scaled, axis1=1, axis2=2)
     exponents = jnp.where(squares > 0, exponents, _numerics.ZERO_EXPONENT)
-    result = Gram(scaled, exponents.astype(jnp.int32)), valid
-    return _numerics.typed(result, _numerics.typed_zero(leaves))
+    return Gram(scaled, exponents.astype(jnp.int32)), valid
 
-  return lax.cond(ordinary, as_computed, rescaled)
+  return _compat.cond(ordinary, as_computed, rescaled)
 
 
 def cosine_distance(a: Any, b: Any) -> jax.Array:
@@ -215,11 +223,16 @@ def cosine_distance(a: Any, b: Any) -> jax.Array:
   return jnp.where(jnp.all(valid), result, jnp.nan).astype(jnp.float32)
 
 
-def _rows(blocks, embed, dtype):
+def _rows(blocks, embed, dtype, columns=None):
   """The blocks of a leaf as real matrices `[k_b, size]`: one tuple of blocks for
-  real leaves, two (real and imaginary parts) for complex ones."""
+  real leaves, two (real and imaginary parts) for complex ones.
+
+  Of what `embed` made, only `columns` (bool `[1, size]`) are real.
+  """
   if embed is not None:
     blocks = [embedded(block, embed, dtype) for block in blocks]
+    if columns is not None:
+      blocks = [jnp.where(columns, block, 0) for block in blocks]
   flat = [x.reshape(x.shape[0], math.prod(x.shape[1:])) for x in blocks]
   if any(jnp.iscomplexobj(block) for block in flat):
     return [tuple(x.real for x in flat), tuple(x.imag for x in flat)]

@@ -51,6 +51,7 @@ def read(
   groups: str | GroupsFn | None,
   *,
   stacked: bool,
+  per_member: bool = False,
 ) -> Leaves:
   """Takes a tree of micro-gradients apart.
 
@@ -59,13 +60,15 @@ def read(
     params: the parameters with leaves `[*shape]`, or None where not known.
     groups: None, 'leaf' or a function, see `gaf`.
     stacked: whether the leaves have a micro-gradient axis in front.
+    per_member: whether each member of a mapped axis calls with its own.
 
   Raises:
     ValueError: naming the leaf whose shape is wrong.
   """
   flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
-  _check_against_params(flat, tree, params, stacked)
-  k = _leading_size(flat) if stacked and flat else None
+  hint = _HINTS[stacked, per_member]
+  _check_against_params(flat, tree, params, stacked, hint)
+  k = _leading_size(flat, hint) if stacked and flat else None
 
   paths: list[Any] = []
   arrays: list[jax.Array] = []
@@ -184,13 +187,37 @@ def _name(path):
   return jax.tree_util.keystr(path) or "(the whole tree)"
 
 
-def _leading_size(flat):
+# The likely mistake where leaves have the shape that they would have in the other
+# form, by `stacked` and `per_member`.
+_HINTS = {
+  (True, False): (
+    "Are these plain gradients, shaped like the parameters? gaf takes one gradient"
+    " for each microbatch, stacked: jax.vmap(jax.grad(loss), (None, 0))(params,"
+    " microbatches). For one micro-gradient a call there is gaf_optax.multi_steps."
+  ),
+  (True, True): (
+    "Is this one micro-gradient, shaped like the parameters? With stacked=True each"
+    " member of axis_name holds several on a leading axis; for one on each member"
+    " leave stacked out."
+  ),
+  (False, False): (
+    "Are these stacked micro-gradients? The streamed form takes one"
+    " micro-gradient a call; gaf_optax.gaf takes the stack."
+  ),
+  (False, True): (
+    "Are these stacked micro-gradients? With axis_name each member holds one,"
+    " shaped like the parameters; for several on each give stacked=True."
+  ),
+}
+
+
+def _leading_size(flat, hint):
   sizes = [(path, leaf_shape(leaf), leaf_shape(leaf)[:1]) for path, leaf in flat]
   for path, shape, leading in sizes:
     if not leading:
       raise ValueError(
         f"micro-gradient leaf {_name(path)} has shape {shape}: a scalar has no"
-        f" micro-gradient axis in front. {_STACK}"
+        f" micro-gradient axis in front. {hint}"
       )
   first_path, first_shape, first = sizes[0]
   for path, shape, leading in sizes:
@@ -198,7 +225,7 @@ def _leading_size(flat):
       raise ValueError(
         "the leaves of stacked micro-gradients must have the same leading axis"
         f" [k, ...], but leaf {_name(first_path)} has shape {first_shape} and"
-        f" leaf {_name(path)} has shape {shape}. {_STACK}"
+        f" leaf {_name(path)} has shape {shape}. {hint}"
       )
   if first[0] == 0:
     raise ValueError(
@@ -208,14 +235,7 @@ def _leading_size(flat):
   return first[0]
 
 
-_STACK = (
-  "Are these plain gradients, shaped like the parameters? gaf takes one gradient"
-  " for each microbatch, stacked: jax.vmap(jax.grad(loss), (None, 0))(params,"
-  " microbatches). For one micro-gradient a call there is gaf_optax.multi_steps."
-)
-
-
-def _check_against_params(flat, tree, params, stacked):
+def _check_against_params(flat, tree, params, stacked, hint):
   if params is None:
     return
   expected = {
@@ -237,7 +257,7 @@ def _check_against_params(flat, tree, params, stacked):
       f"micro-gradient leaf {_name(path)} has shape {shape}, its parameter has"
       f" shape {expected[path]}; expected"
       f" {('k', *expected[path]) if stacked else expected[path]}."
-      f" {_likely_mistake(shape, expected[path], stacked)}"
+      f" {_likely_mistake(shape, expected[path], stacked, hint)}"
     )
   present = {path for path, _ in flat}
   missing = [path for path in expected if path not in present]
@@ -251,21 +271,18 @@ def _check_against_params(flat, tree, params, stacked):
         )
 
 
-def _likely_mistake(shape, expected, stacked):
+def _likely_mistake(shape, expected, stacked, hint):
   if not stacked:
     if shape[1:] == expected:
-      return (
-        "Are these stacked micro-gradients? The streamed form takes one"
-        " micro-gradient a call; gaf_optax.gaf takes the stack."
-      )
+      return hint
     return "Are params and gradients of the same model?"
   if shape == expected:
     if len(shape) == 1:
-      return _STACK + (
+      return hint + (
         " (optax.flatten around gaf flattens the micro-gradient axis away, too:"
         " put it inside the chain, after gaf.)"
       )
-    return _STACK
+    return hint
   if len(shape) == len(expected) == 1:
     return (
       "optax.flatten around gaf flattens the micro-gradient axis away: put it"

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from gaf_optax import (
+  _compat,
   _leaves,
   _options,
   _state,
@@ -205,6 +206,6 @@ def multi_steps(
         accepted,
       )
 
-    return jax.lax.cond(state.mini_step + 1 >= k, end_of_cycle, within_cycle)
+    return _compat.cond(state.mini_step + 1 >= k, end_of_cycle, within_cycle)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)

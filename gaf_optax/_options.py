@@ -2,12 +2,12 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
 
-from gaf_optax import _threshold, _validate, rules
+from gaf_optax import _exchange, _threshold, _validate, rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +17,10 @@ class Options:
   Attributes:
     rule: None with an anchor.
     embed: hashable, or None.
+    members: names of the axes along which the micro-gradients lie, () without.
+    stacked: whether a device holds several micro-gradients, on a leading axis.
+    param_axes: names of the axes over which the parameters are sharded.
+    param_specs: a tree of `PartitionSpec` of the parameters, or None.
     groups: None, 'leaf' or a function.
     anchor_decay: None without an anchor.
     num_microbatches: None, or how many micro-gradients a step has.
@@ -24,6 +28,10 @@ class Options:
 
   rule: Callable[..., rules.Decision] | None
   embed: Callable[[jax.Array], jax.Array] | None
+  members: tuple[Hashable, ...]
+  stacked: bool
+  param_axes: tuple[Hashable, ...]
+  param_specs: Any
   groups: Any
   anchor_decay: Any
   num_microbatches: int | None
@@ -45,19 +53,24 @@ def checked(
 
   Raises:
     ValueError: naming the argument, what was found and what was expected.
-    NotImplementedError: for the arguments that work across devices.
   """
   _threshold.check(tau)
-  for name, value in (
-    ("axis_name", axis_name),
-    ("param_axes", param_axes or None),
-    ("stacked", stacked),
-  ):
-    if value is not None:
-      raise NotImplementedError(
-        f"{name}={value!r}: filtering across devices is not implemented yet. Stack"
-        " the micro-gradients on a leading axis."
-      )
+  members = () if axis_name is None else _axis_names("axis_name", axis_name)
+  if axis_name is not None and not members:
+    raise ValueError("axis_name must name at least one axis, got ().")
+  param_specs = None
+  if _holds_specs(param_axes):
+    param_specs, param_axes = param_axes, _exchange.spec_axes(param_axes)
+  param_axes = _axis_names("param_axes", param_axes)
+  both = set(members) & set(param_axes)
+  if both:
+    raise ValueError(
+      f"axis {min(both, key=str)!r} is in axis_name and in param_axes, but the"
+      " micro-gradients of different members cannot be compared where each holds"
+      " another part of the parameters. Gather the parameters before jax.grad, or"
+      " use a mesh with one axis for the microbatches and one for the parameters."
+    )
+  _check_stacked(stacked, axis_name)
   if anchor_decay is not None:
     if rule is not None:
       raise ValueError(
@@ -98,6 +111,10 @@ def checked(
   return Options(
     _hashable(rule),
     _hashable(embed),
+    members,
+    not members or bool(stacked),
+    param_axes,
+    param_specs,
     groups,
     anchor_decay,
     None if num_microbatches is None else int(num_microbatches),
@@ -122,6 +139,41 @@ def spelled_out(like):
     return function
 
   return decorate
+
+
+def _axis_names(argument, value):
+  """One name, or several, as a tuple."""
+  names = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+  for name in names:
+    if not isinstance(name, Hashable) or name is None or callable(name):
+      raise ValueError(
+        f"{argument} must be the name of an axis, or a tuple of names, got {value!r}."
+      )
+  if len(set(names)) < len(names):
+    raise ValueError(f"{argument} names an axis twice: {value!r}.")
+  return names
+
+
+def _holds_specs(param_axes):
+  is_spec = lambda node: isinstance(node, jax.sharding.PartitionSpec)
+  found = [is_spec(x) for x in jax.tree.leaves(param_axes, is_leaf=is_spec)]
+  if any(found) and not all(found):
+    raise ValueError(
+      "param_axes must be the name of an axis, a tuple of names, or a tree of"
+      f" PartitionSpecs like the parameters, not a mixture; got {param_axes!r}."
+    )
+  return any(found)
+
+
+def _check_stacked(stacked, axis_name):
+  if stacked is not None and not isinstance(stacked, bool):
+    raise ValueError(f"stacked must be True, False or None, got {stacked!r}.")
+  if stacked is False and axis_name is None:
+    raise ValueError(
+      "stacked=False needs an axis_name: without one the micro-gradients are on a"
+      " leading axis of every leaf. For one micro-gradient a call there is"
+      " multi_steps."
+    )
 
 
 def _hashable(function):

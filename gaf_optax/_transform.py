@@ -7,7 +7,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gaf_optax import _combine, _gram, _leaves, _options, _state, _threshold, rules
+from gaf_optax import (
+  _combine,
+  _compat,
+  _exchange,
+  _gram,
+  _leaves,
+  _options,
+  _state,
+  _threshold,
+  rules,
+)
 
 
 def gaf(
@@ -136,10 +146,24 @@ def gaf(
     del extra_args
     _leaves.check_not_empty(micro_grads)
     like = state.anchor if params is None else params
-    leaves = _leaves.read(micro_grads, like, options.groups, stacked=True)
+    leaves = _leaves.read(
+      micro_grads,
+      like,
+      options.groups,
+      stacked=options.stacked,
+      per_member=bool(options.members),
+    )
     if not leaves.arrays:  # Placeholders or integers: there is nothing to filter.
       return leaves.rebuild([]), state
-    _check_number(leaves.k, options)
+    axes = _exchange.axes(
+      leaves.arrays,
+      leaves.layout.paths,
+      options.members,
+      options.stacked,
+      options.param_axes,
+      options.param_specs,
+    )
+    _check_number((leaves.k or 1) * _exchange.size(axes), options)
     means, state = _step(
       leaves.arrays,
       state,
@@ -149,6 +173,7 @@ def gaf(
       rule=options.rule,
       embed=options.embed,
       layout=leaves.layout,
+      axes=axes,
     )
     return leaves.rebuild(means), state
 
@@ -237,7 +262,7 @@ def run_if(condition, inner, grads, inner_state, params, extra_args):
   def leave():
     return optax.tree.zeros_like(jax.eval_shape(run)[0]), inner_state
 
-  return jax.lax.cond(condition, run, leave)
+  return _compat.cond(condition, run, leave)
 
 
 def _check_number(k, options):
@@ -254,35 +279,36 @@ def _check_number(k, options):
     )
 
 
-@functools.partial(jax.jit, static_argnames=("tau", "rule", "embed", "layout"))
-def _step(arrays, state, threshold, decay, *, tau, rule, embed, layout):
-  """Leaves `[k, *shape]` and the state to filtered means `[*shape]` and the state.
+@functools.partial(jax.jit, static_argnames=("tau", "rule", "embed", "layout", "axes"))
+def _step(arrays, state, threshold, decay, *, tau, rule, embed, layout, axes):
+  """Leaves of micro-gradients and the state to filtered means and the state.
 
   Compiled as one, so that a call outside `jit` costs no more than it has to.
   """
-  k = arrays[0].shape[0]
-  blocks: list[tuple[jax.Array, ...]] = [(x,) for x in arrays]
+  rows = _exchange.scatter(arrays, layout.members, axes, embed is not None)
+  k = rows.leaves[0].shape[0]
+  blocks: list[tuple[jax.Array, ...]] = [(x,) for x in rows.leaves]
   if decay is not None:
-    anchor = _leaves.pick(state.anchor, layout)
-    blocks = [(a[None], x) for a, x in zip(anchor, arrays)]
+    anchor = rows.own(_leaves.pick(state.anchor, layout))
+    blocks = [(a[None], x) for a, x in zip(anchor, rows.leaves)]
 
-  gram, finite = _gram.gram(blocks, layout.members, layout.num_groups, embed)
+  gram, finite = _gram.gram(blocks, rows.members, layout.num_groups, embed, rows.spread)
   finite = finite[-k:]
   decision = rules.decide_groups(rule, gram, finite, threshold, state.anchored)
   plain = finite.astype(decision.weights.dtype)[None]
   weights = _combine.normalized(jnp.concatenate([decision.weights, plain]))
   means = [
     _combine.weighted_mean(x, weights[member])
-    for x, member in zip(arrays, layout.members)
+    for x, member in zip(rows.leaves, rows.members)
   ]
 
   if decay is not None:
+    plain_means = [
+      _combine.weighted_mean(x, weights[-1], a.dtype)
+      for x, a in zip(rows.leaves, anchor)
+    ]
     state = _state.move_anchor(
-      state,
-      layout,
-      decay,
-      [_combine.weighted_mean(x, weights[-1], a.dtype) for x, a in zip(arrays, anchor)],
-      jnp.any(finite),
+      state, layout, decay, rows.join(plain_means), jnp.any(finite)
     )
   step = _state.outcome(decision.accepted, decision.distances, finite)
-  return means, _state.advance(state, tau, threshold, step)
+  return rows.join(means), _state.advance(state, tau, threshold, step)

@@ -1,0 +1,81 @@
+"""Compat: what JAX releases name differently, looked up in one place."""
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+from jax import lax
+
+
+def varying(x: Any) -> frozenset:
+  """Mesh axes over which a value's type says that it varies.
+
+  Empty without the replication check of `jax.shard_map`, and outside of it.
+  """
+  aval = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+  manual = getattr(aval, "manual_axis_type", None)  # From jax 0.9 on.
+  if manual is not None:
+    return frozenset(manual.varying)
+  return frozenset(getattr(aval, "vma", None) or ())
+
+
+def checks_replication(axis_name: Hashable) -> bool:
+  """Whether types say here what varies over an axis."""
+  return axis_name in varying(lax.axis_index(axis_name))
+
+
+def as_varying(x: jax.Array, axes: frozenset) -> jax.Array:
+  """The array, typed as varying over these axes and those it varies over now."""
+  missing = tuple(sorted(axes - varying(x), key=str))
+  return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def all_gather(x: jax.Array, names: tuple[Hashable, ...]) -> jax.Array:
+  """Slices `[c, ...]` of all members joined to `[n * c, ...]`, in member order.
+
+  Typed as replicated where types say so.
+  """
+  for some in [(name,) for name in reversed(names)] if _is_vmapped(names) else [names]:
+    if not any(checks_replication(name) for name in some):
+      x = lax.all_gather(x, some, tiled=True)
+    elif jax.__version_info__ >= (0, 10):
+      x = lax.all_gather(x, some, tiled=True, to="invarying")
+    else:
+      x = _all_gather_invariant(x, some)
+  return x
+
+
+def all_to_all(x: jax.Array, names: tuple[Hashable, ...]) -> jax.Array:
+  """`[n, ...]`: row i goes to member i; from each member its row, in order."""
+  if not _is_vmapped(names):
+    return lax.all_to_all(x, names, 0, 0)
+  # Nested vmaps have no exchange over several names at once.
+  sizes = tuple(lax.axis_size(name) for name in names)
+  result = x.reshape(*sizes, *x.shape[1:])
+  for position, name in enumerate(names):
+    result = lax.all_to_all(result, name, position, position)
+  return result.reshape(x.shape)
+
+
+def cond(condition: Any, true: Callable[[], Any], false: Callable[[], Any]) -> Any:
+  """`lax.cond` whose branches may differ in what their results vary over."""
+  if not jax.sharding.get_abstract_mesh().manual_axes:
+    return lax.cond(condition, true, false)
+  types = jax.tree.map(
+    lambda a, b: varying(a) | varying(b), jax.eval_shape(true), jax.eval_shape(false)
+  )
+  typed = lambda branch: lambda: jax.tree.map(as_varying, branch(), types)
+  return lax.cond(condition, typed(true), typed(false))
+
+
+def _all_gather_invariant(x, names):
+  """What `to='invarying'` does, under the name that it had before jax 0.10."""
+  from jax._src.lax.parallel import all_gather_invariant
+
+  return all_gather_invariant(x, names, tiled=True)
+
+
+def _is_vmapped(names):
+  """Whether more than one name is given and not all are axes of a mesh."""
+  manual = jax.sharding.get_abstract_mesh().manual_axes
+  return len(names) > 1 and not set(names) <= set(manual)

@@ -1,0 +1,78 @@
+"""The ways to map a function over devices, called in one way."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import gaf_optax
+
+N = 8
+
+
+def mesh(shape=(N,), names=("data",), kind=AxisType.Auto):
+  return jax.make_mesh(shape, names, axis_types=(kind,) * len(shape))
+
+
+def mapped(f, stack, how, names=("data",), shape=(N,), spec=None, out=None):
+  """`f` of each member's row of `stack`, on every member: leaves `[n, ...]`.
+
+  `how` is 'vmap', 'pmap', or a pair of an axis type and whether to check. With
+  `out` the results are those of `jax.shard_map` with these out_specs instead.
+  """
+  if how == "pmap":
+    return jax.pmap(f, axis_name=names[0])(stack)
+  if how == "vmap":
+    run = f
+    for name in reversed(names):
+      run = jax.vmap(run, axis_name=name)
+    nested = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), stack)
+    result = jax.jit(run)(nested)
+    number = math.prod(shape)
+    return jax.tree.map(lambda x: x.reshape(number, *x.shape[len(shape) :]), result)
+  kind, check = how
+  grid = mesh(shape, names, kind)
+  spec = P(names) if spec is None else spec
+  stack = jax.tree.map(
+    lambda x, s: jax.device_put(x, NamedSharding(grid, s)),
+    stack,
+    jax.tree.map(lambda _: spec, stack) if isinstance(spec, P) else spec,
+  )
+
+  def local(rows):
+    result = f(jax.tree.map(lambda x: x[0], rows))
+    if out is not None:
+      return result
+    return jax.tree.map(lambda x: jnp.asarray(x)[None], result)
+
+  run = jax.jit(
+    jax.shard_map(
+      local,
+      mesh=grid,
+      in_specs=(spec,),
+      out_specs=P(names) if out is None else out,
+      check_vma=check,
+    )
+  )
+  return jax.tree.map(np.asarray, run(stack))
+
+
+SHARD_MAPS = [(kind, c) for kind in (AxisType.Auto, AxisType.Explicit) for c in (1, 0)]
+ALL = ["vmap", "pmap", *((kind, bool(c)) for kind, c in SHARD_MAPS)]
+IDS = [
+  how if isinstance(how, str) else f"shard_map-{how[0].name}-{'on' if how[1] else 'off'}"
+  for how in ALL
+]
+
+
+def params_of(stack):
+  return jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), stack)
+
+
+@functools.cache
+def transformation(options):
+  return gaf_optax.gaf(**dict(options))
