@@ -19,6 +19,14 @@ def varying(x: Any) -> frozenset:
   return frozenset(getattr(aval, "vma", None) or ())
 
 
+def explicit_spec(x: jax.Array) -> tuple[tuple[str, ...], ...]:
+  """For each dimension the axes of an Explicit mesh that it is sharded over."""
+  sharding = getattr(jax.typeof(x), "sharding", None)
+  spec = () if sharding is None else sharding.spec
+  entries = [e if isinstance(e, tuple) else (e,) if e else () for e in spec]
+  return tuple(entries + [()] * (jax.numpy.ndim(x) - len(entries)))
+
+
 def checks_replication(axis_name: Hashable) -> bool:
   """Whether types say here what varies over an axis."""
   return axis_name in varying(lax.axis_index(axis_name))
@@ -58,14 +66,28 @@ def all_to_all(x: jax.Array, names: tuple[Hashable, ...]) -> jax.Array:
 
 
 def cond(condition: Any, true: Callable[[], Any], false: Callable[[], Any]) -> Any:
-  """`lax.cond` whose branches may differ in what their results vary over."""
-  if not jax.sharding.get_abstract_mesh().manual_axes:
-    return lax.cond(condition, true, false)
-  types = jax.tree.map(
-    lambda a, b: varying(a) | varying(b), jax.eval_shape(true), jax.eval_shape(false)
-  )
-  typed = lambda branch: lambda: jax.tree.map(as_varying, branch(), types)
+  """`lax.cond` whose results may differ in what they vary or are sharded over.
+
+  Of results that are sharded differently, that of `true` decides.
+  """
+  results = jax.eval_shape(true), jax.eval_shape(false)
+
+  def typed(branch):
+    def run():
+      return jax.tree.map(_as_both, branch(), *results)
+
+    return run
+
   return lax.cond(condition, typed(true), typed(false))
+
+
+def _as_both(x, a, b):
+  """`x` with a type that values of both types can be turned into."""
+  x = as_varying(x, varying(a) | varying(b))
+  sharding = a.sharding or b.sharding
+  if sharding is not None and any(sharding.spec):
+    return jax.sharding.reshard(x, sharding)
+  return x
 
 
 def _all_gather_invariant(x, names):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from gaf_optax import _compat
+from gaf_optax import _compat, _leaves
 
 # Exchanges that a tree of one dtype is cut into. While one runs, its values are
 # there up to three times, so that more of them need less memory at a time.
@@ -44,9 +44,10 @@ class Spread(NamedTuple):
 
   Attributes:
     axes: names of the axes that sums go over.
-    counted: for each leaf of rows (none for all) None, or a bool scalar that is True on the one
-      device of those holding the same values whose products count.
-    real: for each leaf of rows (none for all) None, or bool `[1, c]`: False for padding.
+    counted: for each leaf of rows None, or a bool scalar that is True on the one
+      device of those holding the same values whose products count. () for None.
+    real: for each leaf of rows None, or bool `[1, c]`: False for padding. () for
+      None.
   """
 
   axes: tuple[Hashable, ...]
@@ -162,18 +163,14 @@ def _names(specs, path):
     if path[: len(prefix)] == prefix:
       return set(_of_spec(spec))
   raise ValueError(
-    f"param_axes holds no PartitionSpec for leaf {_leaf_name(path)}. Give a tree of"
+    f"param_axes holds no PartitionSpec for leaf {_leaves.name(path)}. Give a tree of"
     " them like the parameters, or a prefix of it, as in_specs of jax.shard_map."
   )
 
 
-def _leaf_name(path):
-  return jax.tree_util.keystr(path) or "(the whole tree)"
-
-
 def _summed(path, name):
   return (
-    f"micro-gradient leaf {_leaf_name(path)} is the same on every member of axis"
+    f"micro-gradient leaf {_leaves.name(path)} is the same on every member of axis"
     f" {name!r}: differentiating with respect to replicated parameters has already"
     " summed it over the axis, and every cosine distance would be 0. Make the"
     " parameters vary before jax.grad:"
@@ -247,7 +244,7 @@ def scatter(
     ]
 
   return Rows(
-    [x for bucket in buckets for x in _exchanged(flat, bucket, n, axes.members)],
+    _exchanged(flat, buckets, n, axes.members),
     tuple(part.member for part in parts),
     Spread(
       axes.members + axes.params,
@@ -297,7 +294,7 @@ def _plan(sizes, kinds, labels, n) -> list[list[_Part]]:
         stop = min(start + room, end)
         width = -(-(stop - start) // n)
         pieces = _pieces(leaves, sizes, start, stop)
-        bucket.append(_Part(*label, pieces, width))
+        bucket.append(_Part(label[0], label[1], pieces, width))
         room -= width * n
         start = stop
         if not room:
@@ -337,12 +334,26 @@ def _cut(flat, part, n):
   return jnp.swapaxes(whole, 0, 1)
 
 
-def _exchanged(flat, bucket, n, names):
-  """This member's slices of a bucket's parts, `[k, width]` each."""
-  slices = jnp.concatenate([_cut(flat, part, n) for part in bucket], axis=2)
-  if slices.size:
-    slices = _compat.all_to_all(slices, names)
-  return _split(slices.reshape(n * slices.shape[1], slices.shape[2]), bucket)
+def _exchanged(flat, buckets, n, names):
+  """This member's slices of all parts, `[k, width]` each."""
+  received: list[jax.Array] = []
+  before = None
+  for bucket in buckets:
+    leaves = {piece.leaf for part in bucket for piece in part.pieces}
+    sent = {i: flat[i] for i in leaves}
+    if (
+      before is not None
+      and before.dtype == flat[min(leaves)].dtype
+      and (_compat.varying(before) == _compat.varying(flat[min(leaves)]))
+    ):
+      # One bucket after the other, so that only one is there in several copies.
+      sent, before = lax.optimization_barrier((sent, before))
+    slices = jnp.concatenate([_cut(sent, part, n) for part in bucket], axis=2)
+    if slices.size:
+      slices = lax.optimization_barrier(_compat.all_to_all(slices, names))
+    before = slices.reshape(n * slices.shape[1], slices.shape[2])
+    received += _split(before, bucket)
+  return received
 
 
 def _split(columns, bucket):

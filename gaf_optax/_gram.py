@@ -128,9 +128,9 @@ def gram(
     for leaf_rows, member, _ in rows:
       for part in leaf_rows:
         total[member] = jnp.maximum(total[member], _largest(part, dtype))
-    total = jnp.stack(total)
+    largest = jnp.stack(total)
     # What a maximum over devices makes of NaN is up to the network.
-    return spread.max(jnp.where(jnp.isfinite(total), total, jnp.inf))
+    return spread.max(jnp.where(jnp.isfinite(largest), largest, jnp.inf))
 
   bad = jnp.zeros((k,), bool)
   for part in unread:

@@ -117,9 +117,10 @@ def accumulators(tree: Any) -> Any:
 
   def zeros(leaf):
     dtype = _dtype(leaf)
-    if jnp.issubdtype(dtype, jnp.inexact):
-      dtype = _numerics.accumulator_dtype(dtype)
-    return _zeros(leaf_shape(leaf), dtype)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+      return _zeros(leaf_shape(leaf), dtype)
+    # Like the leaf, also in how it is sharded.
+    return jnp.zeros_like(leaf, _numerics.accumulator_dtype(dtype))
 
   return jax.tree.map(zeros, tree)
 
@@ -142,6 +143,11 @@ def leaf_shape(leaf: Any) -> tuple[int, ...]:
   return tuple(leaf.shape) if hasattr(leaf, "shape") else jnp.shape(leaf)
 
 
+def name(path) -> str:
+  """A leaf's path as messages give it."""
+  return jax.tree_util.keystr(path) or "(the whole tree)"
+
+
 _EXCLUDED = object()
 _WHOLE = object()
 
@@ -157,7 +163,7 @@ def _label(groups, path, leaf):
   if not isinstance(label, Hashable):
     raise ValueError(
       f"groups must return a hashable label or None, got {label!r} for leaf"
-      f" {_name(path)}."
+      f" {name(path)}."
     )
   return label
 
@@ -181,10 +187,6 @@ def _placeholders(tree):
   """Paths of the `None`s and `optax.MaskedNode`s in a tree."""
   flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_placeholder)
   return [path for path, node in flat if _is_placeholder(node)]
-
-
-def _name(path):
-  return jax.tree_util.keystr(path) or "(the whole tree)"
 
 
 # The likely mistake where leaves have the shape that they would have in the other
@@ -216,7 +218,7 @@ def _leading_size(flat, hint):
   for path, shape, leading in sizes:
     if not leading:
       raise ValueError(
-        f"micro-gradient leaf {_name(path)} has shape {shape}: a scalar has no"
+        f"micro-gradient leaf {name(path)} has shape {shape}: a scalar has no"
         f" micro-gradient axis in front. {hint}"
       )
   first_path, first_shape, first = sizes[0]
@@ -224,12 +226,12 @@ def _leading_size(flat, hint):
     if leading != first:
       raise ValueError(
         "the leaves of stacked micro-gradients must have the same leading axis"
-        f" [k, ...], but leaf {_name(first_path)} has shape {first_shape} and"
-        f" leaf {_name(path)} has shape {shape}. {hint}"
+        f" [k, ...], but leaf {name(first_path)} has shape {first_shape} and"
+        f" leaf {name(path)} has shape {shape}. {hint}"
       )
   if first[0] == 0:
     raise ValueError(
-      f"micro-gradient leaf {_name(first_path)} has shape {first_shape}: there"
+      f"micro-gradient leaf {name(first_path)} has shape {first_shape}: there"
       " are no micro-gradients in it."
     )
   return first[0]
@@ -245,7 +247,7 @@ def _check_against_params(flat, tree, params, stacked, hint):
     shape = leaf_shape(leaf)
     if path not in expected:
       raise ValueError(
-        f"micro-gradient leaf {_name(path)} of shape {shape} has no counterpart"
+        f"micro-gradient leaf {name(path)} of shape {shape} has no counterpart"
         f" among the parameters, which have {_listed(expected)}. Are params and"
         " gradients of the same model?"
       )
@@ -254,7 +256,7 @@ def _check_against_params(flat, tree, params, stacked, hint):
     ):
       continue
     raise ValueError(
-      f"micro-gradient leaf {_name(path)} has shape {shape}, its parameter has"
+      f"micro-gradient leaf {name(path)} has shape {shape}, its parameter has"
       f" shape {expected[path]}; expected"
       f" {('k', *expected[path]) if stacked else expected[path]}."
       f" {_likely_mistake(shape, expected[path], stacked, hint)}"
@@ -266,7 +268,7 @@ def _check_against_params(flat, tree, params, stacked, hint):
     for path in missing:
       if not any(path[: len(m)] == m for m in masked):
         raise ValueError(
-          f"parameter {_name(path)} of shape {expected[path]} has no"
+          f"parameter {name(path)} of shape {expected[path]} has no"
           " micro-gradient. Are params and gradients of the same model?"
         )
 
@@ -292,6 +294,6 @@ def _likely_mistake(shape, expected, stacked, hint):
 
 
 def _listed(paths, limit=5):
-  names = [_name(path) for path in paths]
+  names = [name(path) for path in paths]
   more = f" and {len(names) - limit} more" if len(names) > limit else ""
   return ", ".join(names[:limit]) + more if names else "no leaves"

@@ -14,6 +14,7 @@ from gaf_optax import (
   _gram,
   _leaves,
   _options,
+  _sharded,
   _state,
   _threshold,
   rules,
@@ -285,30 +286,47 @@ def _step(arrays, state, threshold, decay, *, tau, rule, embed, layout, axes):
 
   Compiled as one, so that a call outside `jit` costs no more than it has to.
   """
+  anchor = None if decay is None else _leaves.pick(state.anchor, layout)
+  filtered = functools.partial(_filtered, rule=rule, embed=embed, layout=layout)
+  inputs = arrays, anchor, state.anchored, threshold
+  if not axes.members and _sharded.is_sharded(arrays):
+    result = _sharded.on_each_device(filtered, *inputs, paths=layout.paths)
+  else:
+    result = filtered(*inputs, axes=axes)
+  means, plain, accepted, distances, finite = result
+  if decay is not None:
+    state = _state.move_anchor(state, layout, decay, plain, jnp.any(finite))
+  step = _state.outcome(accepted, distances, finite)
+  return means, _state.advance(state, tau, threshold, step)
+
+
+def _filtered(arrays, anchor, anchored, threshold, *, rule, embed, layout, axes):
+  """The path of a gradient: gram, rule, combine.
+
+  Returns the filtered means, with an anchor the plain means, `accepted` and
+  `distances` `[m, k]` by group, and `finite` `[k]`.
+  """
   rows = _exchange.scatter(arrays, layout.members, axes, embed is not None)
   k = rows.leaves[0].shape[0]
   blocks: list[tuple[jax.Array, ...]] = [(x,) for x in rows.leaves]
-  if decay is not None:
-    anchor = rows.own(_leaves.pick(state.anchor, layout))
-    blocks = [(a[None], x) for a, x in zip(anchor, rows.leaves)]
+  if anchor is not None:
+    blocks = [(a[None], x) for a, x in zip(rows.own(anchor), rows.leaves)]
 
   gram, finite = _gram.gram(blocks, rows.members, layout.num_groups, embed, rows.spread)
   finite = finite[-k:]
-  decision = rules.decide_groups(rule, gram, finite, threshold, state.anchored)
-  plain = finite.astype(decision.weights.dtype)[None]
-  weights = _combine.normalized(jnp.concatenate([decision.weights, plain]))
+  decision = rules.decide_groups(rule, gram, finite, threshold, anchored)
+  weights = _combine.normalized(decision.weights)
+  plain = _combine.normalized(finite.astype(weights.dtype))
+  # Leaves of no group get the plain mean.
+  weights = jnp.concatenate([weights, plain[None]])
   means = [
     _combine.weighted_mean(x, weights[member])
     for x, member in zip(rows.leaves, rows.members)
   ]
-
-  if decay is not None:
-    plain_means = [
-      _combine.weighted_mean(x, weights[-1], a.dtype)
-      for x, a in zip(rows.leaves, anchor)
-    ]
-    state = _state.move_anchor(
-      state, layout, decay, rows.join(plain_means), jnp.any(finite)
+  plain_means = None
+  if anchor is not None:
+    dtypes = {x.dtype: a.dtype for x, a in zip(arrays, anchor)}
+    plain_means = rows.join(
+      [_combine.weighted_mean(x, plain, dtypes[x.dtype]) for x in rows.leaves]
     )
-  step = _state.outcome(decision.accepted, decision.distances, finite)
-  return rows.join(means), _state.advance(state, tau, threshold, step)
+  return rows.join(means), plain_means, decision.accepted, decision.distances, finite

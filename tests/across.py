@@ -63,10 +63,12 @@ def mapped(f, stack, how, names=("data",), shape=(N,), spec=None, out=None):
 
 SHARD_MAPS = [(kind, c) for kind in (AxisType.Auto, AxisType.Explicit) for c in (1, 0)]
 ALL = ["vmap", "pmap", *((kind, bool(c)) for kind, c in SHARD_MAPS)]
-IDS = [
-  how if isinstance(how, str) else f"shard_map-{how[0].name}-{'on' if how[1] else 'off'}"
-  for how in ALL
-]
+
+
+def name(how):
+  if isinstance(how, str):
+    return how
+  return f"shard_map-{how[0].name}-{'checked' if how[1] else 'unchecked'}"
 
 
 def params_of(stack):

@@ -1,0 +1,105 @@
+"""Sharded: stacks that are spread over an Explicit mesh, as their types say."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gaf_optax import _compat, _exchange, _leaves
+
+# For each dimension the names of the axes that it is sharded over.
+_Spec = tuple[tuple[str, ...], ...]
+
+
+def is_sharded(arrays: Sequence[jax.Array]) -> bool:
+  """Whether the type of any array says that it is sharded."""
+  return any(any(_compat.explicit_spec(x)) for x in arrays)
+
+
+def on_each_device(
+  filtered: Callable[..., Any],
+  arrays: Sequence[jax.Array],
+  anchor: Sequence[jax.Array] | None,
+  *rest: Any,
+  paths: Sequence[Any],
+) -> Any:
+  """`filtered` of stacked leaves `[k, *shape]`, called by each device on its part.
+
+  Args:
+    filtered: as `_transform.filtered`; called with `axes` too.
+    arrays: the leaves.
+    anchor: leaves `[*shape]`, or None.
+    *rest: replicated arrays.
+    paths: where in the tree each leaf is.
+
+  Returns:
+    What `filtered` returns; the leaves in it are sharded as those of the stack,
+    whose leading axis they do not have.
+
+  Raises:
+    ValueError: if the leading axes are sharded differently, or other dimensions
+      over the same mesh axes.
+  """
+  specs = [_compat.explicit_spec(x) for x in arrays]
+  members = _leading(specs, paths)
+  inner = [spec[1:] for spec in specs]
+  params = tuple(dict.fromkeys(n for spec in inner for names in spec for n in names))
+  both = set(members) & set(params)
+  if both:
+    path = next(p for p, spec in zip(paths, inner) if both & {*sum(spec, ())})
+    raise ValueError(
+      f"the stack of micro-gradients is sharded over mesh axis {min(both)!r}, and so"
+      f" is a dimension of leaf {_leaves.name(path)}. Use one mesh axis for the"
+      " micro-gradients and another one for the parameters."
+    )
+  axes = _exchange.Axes(
+    members,
+    True,
+    params,
+    tuple(tuple(n for n in params if n not in sum(spec, ())) for spec in inner),
+  )
+  mesh = next(
+    jax.typeof(x).sharding.mesh for x, spec in zip(arrays, specs) if any(spec)
+  )
+  stack = [_partition((members, *spec)) for spec in inner]
+  single = [_partition(spec) for spec in inner]
+
+  def reshard(leaves, specs):
+    return [
+      jax.sharding.reshard(x, NamedSharding(mesh, spec))
+      for x, spec in zip(leaves, specs)
+    ]
+
+  def local(arrays, anchor, *rest):
+    return filtered(arrays, anchor, *rest, axes=axes)
+
+  result = jax.shard_map(
+    local,
+    mesh=mesh,
+    in_specs=(stack, P() if anchor is None else single, *(P() for _ in rest)),
+    out_specs=(single, P() if anchor is None else single, P(), P(), P()),
+  )(reshard(arrays, stack), None if anchor is None else reshard(anchor, single), *rest)
+  if anchor is None:
+    return result
+  means, plain, *others = result
+  own = [_partition(_compat.explicit_spec(a)) for a in anchor]
+  return means, reshard(plain, own), *others
+
+
+def _leading(specs: Sequence[_Spec], paths) -> tuple[str, ...]:
+  """The mesh axes that the micro-gradient axis of every leaf is sharded over."""
+  found = {spec[0]: path for spec, path in zip(specs, paths) if spec[0]}
+  if len(found) > 1:
+    (first, path), (second, other) = list(found.items())[:2]
+    raise ValueError(
+      "the micro-gradient axis must be sharded over the same mesh axes in every"
+      f" leaf, but it is over {first} in leaf {_leaves.name(path)} and over {second}"
+      f" in leaf {_leaves.name(other)}."
+    )
+  return next(iter(found), ())
+
+
+def _partition(spec: _Spec) -> P:
+  return P(*(names or None for names in spec))
