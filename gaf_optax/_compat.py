@@ -1,5 +1,6 @@
 """Compat: what JAX releases name differently, looked up in one place."""
 
+import functools
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -21,10 +22,22 @@ def varying(x: Any) -> frozenset:
 
 def explicit_spec(x: jax.Array) -> tuple[tuple[str, ...], ...]:
   """For each dimension the axes of an Explicit mesh that it is sharded over."""
+  if not isinstance(x, jax.Array):
+    return ((),) * jax.numpy.ndim(x)
   sharding = getattr(jax.typeof(x), "sharding", None)
   spec = () if sharding is None else sharding.spec
   entries = [e if isinstance(e, tuple) else (e,) if e else () for e in spec]
   return tuple(entries + [()] * (jax.numpy.ndim(x) - len(entries)))
+
+
+def zeros_like(x: jax.Array, dtype: Any) -> jax.Array:
+  """Zeros shaped like an array, and sharded like it on an Explicit mesh."""
+  zeros = functools.partial(jax.numpy.zeros, jax.numpy.shape(x), dtype)
+  if not any(explicit_spec(x)):
+    return zeros()
+  if isinstance(x, jax.core.Tracer):
+    return jax.sharding.reshard(zeros(), jax.typeof(x).sharding)
+  return zeros(device=x.sharding)
 
 
 def checks_replication(axis_name: Hashable) -> bool:

@@ -187,6 +187,15 @@ def _unseen(name):
   )
 
 
+def spread(axes: Axes, others: int = 0) -> Spread:
+  """Of leaves that are whole on this device but for `axes.params`.
+
+  `others` are how many more leaves follow those of which `axes` speaks.
+  """
+  counted = tuple(_counted(names) for names in axes.replicated)
+  return Spread(axes.params, counted + (None,) * others if counted else (), ())
+
+
 def scatter(
   arrays: Sequence[jax.Array], members: Sequence[int], axes: Axes, with_padding: bool
 ) -> Rows:
@@ -198,16 +207,11 @@ def scatter(
     axes: an `Axes`.
     with_padding: whether `spread.real` is wanted.
   """
-  replicated = axes.replicated or ((),) * len(arrays)
   if not axes.members:
-    spread = Spread(
-      axes.params,
-      tuple(_counted(names) for names in replicated),
-      (None,) * len(arrays),
-    )
-    return Rows(list(arrays), tuple(members), spread, list, list)
+    return Rows(list(arrays), tuple(members), spread(axes), list, list)
 
   n = size(axes)
+  replicated = axes.replicated or ((),) * len(arrays)
   rows = [x if axes.stacked else x[None] for x in arrays]
   flat = [_flat(x) for x in rows]
   buckets = _plan(

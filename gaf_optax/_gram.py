@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gaf_optax import _compat, _exchange, _numerics
+from gaf_optax import _compat, _exchange, _numerics, _sharded
 
 # Squared norms in this range are taken as computed: products of two of them, and
 # sums of a few thousand, stay far from both ends of float32.
@@ -217,7 +217,11 @@ def cosine_distance(a: Any, b: Any) -> jax.Array:
     raise ValueError(
       "cosine_distance found no floating-point or complex leaf to compare."
     )
-  both, valid = gram(pairs, [0] * len(pairs), 1)
+  options: dict[str, Any] = dict(members=[0] * len(pairs), num_groups=1)
+  if _sharded.is_sharded([x for pair in pairs for x in pair]):
+    both, valid = _sharded.gram(gram, pairs, **options)
+  else:
+    both, valid = gram(pairs, **options)
   n = both.products[0]
   result = _numerics.distance("cosine", n[0, 1], n[0, 0], n[1, 1])
   return jnp.where(jnp.all(valid), result, jnp.nan).astype(jnp.float32)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gaf_optax import _numerics
+from gaf_optax import _compat, _numerics
 
 GroupsFn = Callable[[Any, jax.ShapeDtypeStruct], Hashable]
 
@@ -119,8 +119,7 @@ def accumulators(tree: Any) -> Any:
     dtype = _dtype(leaf)
     if not jnp.issubdtype(dtype, jnp.inexact):
       return _zeros(leaf_shape(leaf), dtype)
-    # Like the leaf, also in how it is sharded.
-    return jnp.zeros_like(leaf, _numerics.accumulator_dtype(dtype))
+    return _compat.zeros_like(leaf, _numerics.accumulator_dtype(dtype))
 
   return jax.tree.map(zeros, tree)
 

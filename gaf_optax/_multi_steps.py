@@ -157,6 +157,7 @@ def multi_steps(
       rule=checked.rule,
       embed=checked.embed,
       layout=leaves.layout,
+      axes=_stream.axes(leaves, checked),
     )
     distances, accepted = state.cycle_distances, state.cycle_accepted
     if distances is not None:

@@ -28,7 +28,7 @@ def on_each_device(
   """`filtered` of stacked leaves `[k, *shape]`, called by each device on its part.
 
   Args:
-    filtered: as `_transform.filtered`; called with `axes` too.
+    filtered: as `_transform._filtered`; called with `axes` too.
     arrays: the leaves.
     anchor: leaves `[*shape]`, or None.
     *rest: replicated arrays.
@@ -45,8 +45,8 @@ def on_each_device(
   specs = [_compat.explicit_spec(x) for x in arrays]
   members = _leading(specs, paths)
   inner = [spec[1:] for spec in specs]
-  params = tuple(dict.fromkeys(n for spec in inner for names in spec for n in names))
-  both = set(members) & set(params)
+  axes = _axes(members, inner)
+  both = set(members) & set(axes.params)
   if both:
     path = next(p for p, spec in zip(paths, inner) if both & {*sum(spec, ())})
     raise ValueError(
@@ -54,38 +54,68 @@ def on_each_device(
       f" is a dimension of leaf {_leaves.name(path)}. Use one mesh axis for the"
       " micro-gradients and another one for the parameters."
     )
-  axes = _exchange.Axes(
-    members,
-    True,
-    params,
-    tuple(tuple(n for n in params if n not in sum(spec, ())) for spec in inner),
-  )
-  mesh = next(
-    jax.typeof(x).sharding.mesh for x, spec in zip(arrays, specs) if any(spec)
-  )
+  mesh = _mesh(arrays)
   stack = [_partition((members, *spec)) for spec in inner]
   single = [_partition(spec) for spec in inner]
-
-  def reshard(leaves, specs):
-    return [
-      jax.sharding.reshard(x, NamedSharding(mesh, spec))
-      for x, spec in zip(leaves, specs)
-    ]
-
-  def local(arrays, anchor, *rest):
-    return filtered(arrays, anchor, *rest, axes=axes)
-
+  of_anchor: Any = P()
+  if anchor is not None:
+    own = [_partition(_compat.explicit_spec(a)) for a in anchor]
+    anchor, of_anchor = _resharded(anchor, single, mesh), single
   result = jax.shard_map(
-    local,
+    lambda arrays, anchor, *rest: filtered(arrays, anchor, *rest, axes=axes),
     mesh=mesh,
-    in_specs=(stack, P() if anchor is None else single, *(P() for _ in rest)),
-    out_specs=(single, P() if anchor is None else single, P(), P(), P()),
-  )(reshard(arrays, stack), None if anchor is None else reshard(anchor, single), *rest)
+    in_specs=(stack, of_anchor, *(P() for _ in rest)),
+    out_specs=(single, of_anchor, P(), P(), P()),
+  )(_resharded(arrays, stack, mesh), anchor, *rest)
   if anchor is None:
     return result
   means, plain, *others = result
-  own = [_partition(_compat.explicit_spec(a)) for a in anchor]
-  return means, reshard(plain, own), *others
+  return means, _resharded(plain, own, mesh), *others
+
+
+def gram(of_rows: Callable[..., Any], leaves: Sequence[Sequence[jax.Array]], **options):
+  """`_gram.gram` of leaves whose rows are on every device, in parts.
+
+  Args:
+    of_rows: `_gram.gram`.
+    leaves: for each leaf its blocks of rows `[k_b, *shape]`.
+    **options: the other arguments of `of_rows`, but for `spread`.
+  """
+  specs = [max(_compat.explicit_spec(b)[1:] for b in blocks) for blocks in leaves]
+  axes = _axes((), specs)
+  mesh = _mesh([block for blocks in leaves for block in blocks])
+  rows = [_partition(((), *spec)) for spec in specs]
+
+  def local(leaves):
+    return of_rows(leaves, spread=_exchange.spread(axes), **options)
+
+  mapped = jax.shard_map(local, mesh=mesh, in_specs=(rows,), out_specs=P())
+  return jax.jit(mapped)(
+    [
+      tuple(_resharded(blocks, [spec] * len(blocks), mesh))
+      for blocks, spec in zip(leaves, rows)
+    ]
+  )
+
+
+def _axes(members, inner: Sequence[_Spec]) -> _exchange.Axes:
+  params = tuple(dict.fromkeys(name for spec in inner for name in sum(spec, ())))
+  replicated = tuple(
+    tuple(name for name in params if name not in sum(spec, ())) for spec in inner
+  )
+  return _exchange.Axes(members, True, params, replicated)
+
+
+def _mesh(arrays):
+  return next(
+    jax.typeof(x).sharding.mesh for x in arrays if any(_compat.explicit_spec(x))
+  )
+
+
+def _resharded(leaves, specs, mesh):
+  return [
+    jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(leaves, specs)
+  ]
 
 
 def _leading(specs: Sequence[_Spec], paths) -> tuple[str, ...]:

@@ -7,11 +7,28 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gaf_optax import _gram, _leaves, _numerics, _options, _state, rules
+from gaf_optax import (
+  _exchange,
+  _gram,
+  _leaves,
+  _numerics,
+  _options,
+  _sharded,
+  _state,
+  rules,
+)
 
 
 def streamed_options(tau, **options) -> _options.Options:
-  """Checked options, without the rules that need all micro-gradients at once."""
+  """Checked options, without what needs all micro-gradients at once."""
+  for name in ("axis_name", "stacked"):
+    if options.get(name) is not None:
+      raise ValueError(
+        f"{name}={options[name]!r}: micro-gradients that come one at a time are"
+        " filtered on the device that they are on. To filter across devices give"
+        " the result to gaf(axis_name=...), or let each device stack its"
+        " micro-gradients and use gaf(axis_name=..., stacked=True)."
+      )
   checked = _options.checked(tau, **options)
   if checked.anchor_decay is None and not isinstance(
     checked.rule, rules.SequentialRule
@@ -59,6 +76,18 @@ class Comparison(NamedTuple):
   finite: jax.Array
 
 
+def axes(leaves: _leaves.Leaves, options: _options.Options) -> _exchange.Axes:
+  """Over which devices the parameters of a micro-gradient are spread."""
+  return _exchange.axes(
+    leaves.arrays,
+    leaves.layout.paths,
+    (),
+    False,
+    options.param_axes,
+    options.param_specs,
+  )
+
+
 def start(params: Any, options: _options.Options) -> Stream:
   """An empty stream for micro-gradients shaped like the parameters."""
   leaves = _leaves.read(params, None, options.groups, stacked=False)
@@ -79,7 +108,7 @@ def start(params: Any, options: _options.Options) -> Stream:
   )
 
 
-@functools.partial(jax.jit, static_argnames=("rule", "embed", "layout"))
+@functools.partial(jax.jit, static_argnames=("rule", "embed", "layout", "axes"))
 def push(
   stream: Stream,
   arrays: Sequence[jax.Array],
@@ -90,11 +119,12 @@ def push(
   rule: Any,
   embed: Any,
   layout: _leaves.Layout,
+  axes: _exchange.Axes,
 ) -> tuple[Stream, Comparison]:
   """Compares one micro-gradient with the stream, or the anchor, and takes it up."""
   dtype = stream.total.dtype
   if anchor is not None:
-    gram, finite = _pair(anchor, arrays, layout, embed)
+    gram, finite = _pair(anchor, arrays, layout, embed, axes)
     pair_valid = jnp.ones((1,), bool)
     decision = rules.decide_groups(None, gram, pair_valid, threshold, anchored)
     distances, accepted = decision.distances[:, 0], decision.accepted[:, 0]
@@ -105,7 +135,7 @@ def push(
       values = [_gram.embedded(x, embed, dtype) for x in arrays]
     kept = stream.means if embed is None else stream.embedded
     means = _leaves.pick(kept, layout)
-    gram, finite = _pair(means, values, layout, None, unread=arrays)
+    gram, finite = _pair(means, values, layout, None, axes, unread=arrays)
     first = stream.total == 0
     distances = _numerics.distance(
       rule.distance,
@@ -158,15 +188,23 @@ def push(
   return stream, Comparison(accepted, distances.astype(jnp.float32), finite)
 
 
-def _pair(left, right, layout, embed, unread=()):
+def _pair(left, right, layout, embed, axes, unread=()):
   """The Gram of two vectors, and whether the second is finite.
 
   `unread` are the leaves of the second as they were before an embedding.
   """
   pairs = [(a[None], b[None]) for a, b in zip(left, right)]
   pairs += [(jnp.zeros_like(x)[None], x[None]) for x in unread]
-  members = layout.members + (layout.num_groups,) * len(unread)
-  gram, finite = _gram.gram(pairs, members, layout.num_groups, embed)
+  options = dict(
+    members=layout.members + (layout.num_groups,) * len(unread),
+    num_groups=layout.num_groups,
+    embed=embed,
+  )
+  if _sharded.is_sharded([x for pair in pairs for x in pair]):
+    gram, finite = _sharded.gram(_gram.gram, pairs, **options)
+  else:
+    spread = _exchange.spread(axes, len(unread))
+    gram, finite = _gram.gram(pairs, spread=spread, **options)
   return gram, finite[1]
 
 

@@ -129,6 +129,7 @@ def value_and_grad(
         rule=checked.rule,
         embed=checked.embed,
         layout=leaves.layout,
+        axes=_stream.axes(leaves, checked),
       )
       return stream, (out, found)
 
