@@ -82,9 +82,23 @@ def gaf(
     embed: an elementwise function, applied to each leaf before the inner products
       and to nothing else. With `jnp.sign` the cosine distance is twice the share
       of coordinates whose signs differ.
-    axis_name: not implemented yet.
-    param_axes: not implemented yet.
-    stacked: not implemented yet.
+    axis_name: the name of a mapped axis, or a tuple of names, where each member
+      of it (device) calls `update` with its own micro-gradient, shaped like the
+      parameters: inside `jax.pmap`, `jax.shard_map` or `jax.vmap`. All members get
+      the same result, typed as replicated. k is the number of members; they lie
+      in the order of the axis, with several names the first the slowest. A device
+      sends what `jax.lax.pmean` sends, and one k x k matrix; with an anchor half
+      as much again.
+    param_axes: the name of a mesh axis, or a tuple of names, over which the
+      parameters themselves are sharded. Inner products are summed over them, a
+      leaf that is replicated over such an axis counted once. Without the
+      replication check of `jax.shard_map` the types do not tell which leaves are
+      replicated: give a tree of the parameters' `PartitionSpec` instead of names,
+      or a prefix of it.
+    stacked: with `axis_name`, whether each member holds several micro-gradients,
+      leaves `[k_local, *shape]`, of which all n * k_local are filtered together, in
+      member order. (Filtering first on each device and then across devices is a
+      chain of two `gaf`.)
     groups: None for one decision over the whole tree, 'leaf' for one for each
       leaf, or a function `(path, leaf) -> label` for one for each label, where
       `path` is a JAX key path and `leaf` a `jax.ShapeDtypeStruct` of the
@@ -100,13 +114,19 @@ def gaf(
 
   Returns:
     A transformation whose `update(micro_grads, state, params=None)` takes leaves
-    `[k, *shape]` and returns leaves `[*shape]` of the same dtypes. Extra arguments
-    are ignored. Its state is a :class:`GafState`; :func:`metrics` reads it.
+    `[k, *shape]` (`[*shape]` with `axis_name`) and returns leaves `[*shape]` of the
+    same dtypes. Stacks that are sharded over an Explicit mesh are filtered where
+    they are, and the result is sharded as they are without their leading axis.
+    Extra arguments are ignored. Its state is a :class:`GafState`; :func:`metrics`
+    reads it.
 
   Raises:
     ValueError: for arguments outside their ranges. `update` raises it for leaves
       that are not stacked or differ in k, for an empty tree, for k = 1 without an
-      anchor and for a k other than `num_microbatches`.
+      anchor and for a k other than `num_microbatches`; across devices also for an
+      axis that is not bound and, under the replication check, for gradients that
+      do not vary over `axis_name`: those of replicated parameters are summed
+      already (`jax.lax.pcast(params, axis_name, to='varying')` before `jax.grad`).
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax
@@ -123,6 +143,19 @@ def gaf(
     ...   w = optax.apply_updates(w, updates)
     >>> print(jnp.round(w, 2))
     [ 1. -2.  3.]
+
+    One micro-gradient on each device:
+
+    >>> mesh = jax.make_mesh((jax.device_count(),), ('data',),
+    ...                      axis_types=(jax.sharding.AxisType.Auto,))
+    >>> tx = optax.chain(gaf(0.97, axis_name='data'), optax.sgd(0.1))
+    >>> def step(w, state, x, y):
+    ...   grads = jax.grad(loss)(jax.lax.pcast(w, 'data', to='varying'), x, y)
+    ...   updates, state = tx.update(grads, state, w)
+    ...   return optax.apply_updates(w, updates), state
+    >>> P = jax.sharding.PartitionSpec
+    >>> step = jax.jit(jax.shard_map(step, mesh=mesh,
+    ...   in_specs=(P(), P(), P('data'), P('data')), out_specs=P()))
 
   References:
     Chaubard et al., `Beyond Gradient Averaging in Parallel Optimization

@@ -1,7 +1,6 @@
 """The ways to map a function over devices, called in one way."""
 
 import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -71,36 +70,3 @@ def name(how):
 
 def params_of(stack):
   return jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), stack)
-
-
-_BYTES = {"f64": 8, "c64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2}
-_BYTES |= {"pred": 1, "s8": 1, "u8": 1}
-_COLLECTIVE = re.compile(
-  r"= (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)"
-  r"(?:-start)?\("
-)
-
-
-def collectives(text, n):
-  """What a compiled program sends: triples (operation, size of result, bytes sent).
-
-  Bytes are those that a device sends when the operation runs on a ring of n.
-  """
-  share = (n - 1) / n
-  sent = {
-    "all-reduce": 2 * share,
-    "all-gather": share,
-    "all-to-all": share,
-    "reduce-scatter": n - 1,
-    "collective-permute": 1,
-  }
-  found = []
-  for line in text.splitlines():
-    match = _COLLECTIVE.search(line)
-    if match:
-      size = sum(
-        _BYTES[dtype] * math.prod(int(d) for d in dims.split(",") if d)
-        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", match[1])
-      )
-      found.append((match[2], size, size * sent[match[2]]))
-  return found

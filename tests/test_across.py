@@ -239,7 +239,7 @@ shapes = st.lists(
 )
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(
   shapes,
   st.integers(1, 9),

@@ -377,13 +377,6 @@ class TestErrors:
       gaf_optax.apply_if_agreed(optax.sgd(1.0), 0.97, no_such_option=1)
 
   @pytest.mark.parametrize(
-    "option", [dict(axis_name="i"), dict(param_axes=("i",)), dict(stacked=True)]
-  )
-  def test_across_devices_is_not_there_yet(self, option):
-    with pytest.raises(NotImplementedError, match=next(iter(option))):
-      gaf_optax.gaf(**option)
-
-  @pytest.mark.parametrize(
     "rule", [rules.leave_one_out(), rules.most_neighbors(), rules.min_neighbors(0.5)]
   )
   def test_streamed_forms_know_the_sequential_rules_only(self, rule):

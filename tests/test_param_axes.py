@@ -9,6 +9,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import across
+import exchange
 import gaf_optax
 import oracle
 
@@ -285,7 +286,7 @@ class TestExplicitMesh:
 
     gathered = [
       size
-      for operation, size, _ in across.collectives(compiled.as_text(), 8)
+      for operation, size, _ in exchange.collectives(compiled.as_text(), 8)
       if operation == "all-gather"
     ]
     # One gradient (with padding; two with an anchor), of eight in the stack.

@@ -1,4 +1,4 @@
-"""The README's Python runs, in order, as one program; its commands are what CI runs."""
+"""The Python of each page runs as one program; README's commands are what CI runs."""
 
 import pathlib
 import re
@@ -9,17 +9,18 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
-def blocks(language):
-  text = (ROOT / "README.md").read_text(encoding="utf-8")
+def blocks(language, page="README.md"):
+  text = (ROOT / page).read_text(encoding="utf-8")
   return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-def test_python_blocks_run(capsys):
-  found = blocks("python")
+@pytest.mark.parametrize("page", ["README.md", "docs/devices.md"])
+def test_python_blocks_run(page, capsys):
+  found = blocks("python", page)
   assert len(found) >= 5
   names = {}
   for block in found:
-    exec(compile(block, "README.md", "exec"), names)
+    exec(compile(block, page, "exec"), names)
   assert "accept_rate" in capsys.readouterr().out
 
 
