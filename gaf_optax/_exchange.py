@@ -128,6 +128,14 @@ def axes(
       for path, x in zip(paths, arrays):
         if name not in _compat.varying(x):
           raise ValueError(_summed(path, name))
+  for path, x in zip(paths, arrays):
+    partly = sum(_compat.explicit_spec(x), ()) if members else ()
+    if partly:
+      raise ValueError(
+        f"micro-gradient leaf {_leaves.name(path)} is sharded over axis {partly[0]!r}"
+        " of an Explicit mesh that this jax.shard_map does not map. Map that axis,"
+        " too (axis_names), and give it as param_axes."
+      )
   replicated = []
   for path, x in zip(paths, arrays):
     over = set(params)
@@ -317,8 +325,10 @@ def _pieces(leaves, sizes, start, stop) -> tuple[_Piece, ...]:
   first = 0
   for leaf in leaves:
     low, high = max(start - first, 0), min(stop - first, sizes[leaf])
-    if low < high or (not sizes[leaf] and not start):
+    if low < high:
       found.append(_Piece(leaf, low, high))
+    elif not sizes[leaf] and not start:  # Once, so that it comes back.
+      found.append(_Piece(leaf, 0, 0))
     first += sizes[leaf]
   return tuple(found)
 

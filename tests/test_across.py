@@ -234,6 +234,16 @@ def test_two_levels_are_a_chain(how):
     np.testing.assert_allclose(got[name][2], want, atol=2e-6)
 
 
+def test_an_empty_leaf_behind_the_first_exchange():
+  leaves = [jnp.arange(8.0 * 40).reshape(8, 1, 40), jnp.zeros((8, 1, 0, 2))]
+  leaves.append(jnp.ones((8, 1, 40)))
+  params = params_of([x[0] for x in leaves])
+  tx = gaf_optax.gaf(2.0, axis_name="data", stacked=True)
+  got, _ = across.mapped(update(tx, params), leaves, "vmap", shape=(8,))
+  for x, y in zip(got, leaves):
+    np.testing.assert_allclose(x[3], y.mean((0, 1)), rtol=1e-6)
+
+
 shapes = st.lists(
   st.lists(st.integers(0, 5), max_size=3).map(tuple), min_size=1, max_size=4
 )

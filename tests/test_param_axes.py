@@ -228,6 +228,35 @@ def test_multi_steps_of_each_member():
       np.testing.assert_allclose(x[i], -y, atol=2e-6)
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_map_over_some_axes_of_a_mesh(kind):
+  """What is sharded over the others is the compiler's business, or refused."""
+  tree = stack(4)
+  grid = across.mesh((4, 2), ("data", "model"), kind)
+  tree = {
+    name: jax.device_put(x, NamedSharding(grid, P("data", *SPECS[name])))
+    for name, x in tree.items()
+  }
+  tx = gaf_optax.gaf(TAU, axis_name="data")
+
+  def member(rows):
+    mine = jax.tree.map(lambda x: x[0], rows)
+    return tx.update(mine, tx.init(mine), mine)[0]
+
+  mapped = jax.jit(
+    jax.shard_map(
+      member, mesh=grid, in_specs=P("data"), out_specs=P(), axis_names={"data"}
+    )
+  )
+  if kind == AxisType.Explicit:
+    with pytest.raises(ValueError, match=r"\['columns'\].*'model'.*does not map"):
+      mapped(tree)
+    return
+  want = oracle.gaf(list(tree.values()), TAU)
+  for x, y in zip(mapped(tree).values(), want.gradient):
+    np.testing.assert_allclose(x, y, atol=2e-6)
+
+
 class TestExplicitMesh:
   """Stacks whose types say that they are sharded, under a plain `jit`."""
 
