@@ -4,19 +4,19 @@ import os
 import time
 from collections.abc import Callable
 from concurrent import futures
-from typing import Any
 
 import jax
 import numpy as np
 import tqdm
 
 import data
+import devices
 import labels
 import training
 from batches import Schedule, random_choice
 from errors import UserError
 from plan import Arm, Part
-from storage import Checkpoints, RunDirectory
+from storage import Checkpoints, Nowhere, RunDirectory
 
 # Steps between two looks at whether the run shall stop, at most.
 _STRETCH = {"mlp": 100, "resnet18": 10}
@@ -35,7 +35,7 @@ class Experiment:
     traces: what happened, by name of the arm, filled by `run`.
   """
 
-  def __init__(self, part: Part, dataset: data.Dataset):
+  def __init__(self, part: Part, dataset: data.Dataset, team: devices.Team):
     rows = len(dataset.train_labels)
     if part.microbatch_size * part.num_microbatches > rows:
       raise UserError(
@@ -50,15 +50,16 @@ class Experiment:
     self.part = part
     self.schedules = [Schedule(part, dataset, base, seed) for seed in range(part.seeds)]
     self.traces: dict[str, training.Trace] = {}
-    self._trainer = training.Trainer(part, dataset)
+    self._team = team
+    self._trainer = training.Trainer(part, dataset, team.mesh)
 
   def run(
     self,
-    directory: RunDirectory,
+    directory: RunDirectory | Nowhere,
     metrics_size: int,
     progress: tqdm.tqdm,
     checkpoint_seconds: float,
-    stop: Callable[[], Any],
+    stop: Callable[[], bool],
   ) -> int:
     """Runs the arms that are not complete and reads the traces of those that are.
 
@@ -79,9 +80,13 @@ class Experiment:
       progress.set_description(f"{self.part.name}: {arm.name}")
       checkpoints = directory.checkpoints(self.part.name, arm.name)
       try:
-        if checkpoints.latest_step() != self.part.steps:
+        start = self._team.from_first(
+          lambda: np.int32(checkpoints.latest_step() or 0), np.int32(0)
+        )
+        if start != self.part.steps:
           self._run_arm(
             arm,
+            int(start),
             directory,
             checkpoints,
             metrics_size,
@@ -90,9 +95,12 @@ class Experiment:
             stop,
           )
         else:
-          self.traces[arm.name] = checkpoints.trace(training.empty_trace(self.part))
+          trace = training.empty_trace(self.part)
+          self.traces[arm.name] = self._team.from_first(
+            lambda: checkpoints.trace(trace), trace
+          )
           progress.update(self.part.steps)
-        metrics_size = checkpoints.metrics_size()
+        metrics_size = self._team.together(checkpoints.metrics_size)
       finally:
         checkpoints.close()
     return metrics_size
@@ -100,8 +108,9 @@ class Experiment:
   def _run_arm(
     self,
     arm,
+    start,
     directory,
-    checkpoints: Checkpoints,
+    checkpoints: Checkpoints | Nowhere,
     metrics_size,
     progress,
     checkpoint_seconds,
@@ -109,14 +118,19 @@ class Experiment:
   ):
     part = self.part
     seeds = range(part.seeds)
-    start = checkpoints.latest_step() or 0
-    learners = [self._trainer.init(arm, seed) for seed in seeds]
+    team, trainer = self._team, self._trainer
+    learners = [trainer.init(arm, seed) for seed in seeds]
     trace = training.empty_trace(part)
+    # The first weights too: another machine may round them otherwise.
+    learners = team.from_first(
+      lambda: checkpoints.learners(learners) if start else learners, learners
+    )
     if start:
-      learners = checkpoints.learners(learners)
-      trace = jax.tree.map(np.array, checkpoints.trace(trace))
-      metrics_size = checkpoints.metrics_size()
-    directory.cut_metrics(metrics_size)
+      trace = team.from_first(lambda: checkpoints.trace(trace), trace)
+      trace = jax.tree.map(np.array, trace)
+      metrics_size = team.together(checkpoints.metrics_size)
+    learners = [trainer.placed(learner) for learner in learners]
+    team.together(lambda: directory.cut_metrics(metrics_size))
     progress.update(start)
 
     keep = None
@@ -128,15 +142,16 @@ class Experiment:
       steps = slice(start, stop_step)
       batch = self.schedules[seed].batches(start, stop_step, arm.clean)
       chosen = None if keep is None else keep[seed][steps]
-      learner, happened = self._trainer.advance(arm, learners[seed], *batch, chosen)
+      learner, happened = trainer.advance(arm, learners[seed], *batch, chosen)
       for whole, stretch in zip(trace, happened):
         whole[seed, steps] = stretch
       evaluated = _is_evaluated(part, stop_step)
-      return learner, self._trainer.accuracy(learner) if evaluated else None
+      return learner, trainer.accuracy(learner) if evaluated else None
 
     saved = time.monotonic()
-    # Threads, since one seed's small matrices do not fill all cores.
-    workers = min(part.seeds, os.cpu_count() or 1)
+    # Threads, since one seed's small matrices do not fill all cores. Programs that
+    # exchange something have to run in one order, the same in all processes.
+    workers = min(part.seeds, os.cpu_count() or 1) if team.mesh is None else 1
     with futures.ThreadPoolExecutor(workers) as pool:
       for stop_step in _stops(part, start):
         done = list(pool.map(lambda s: advance(s, stop_step), seeds))
@@ -148,7 +163,7 @@ class Experiment:
             )
         progress.update(stop_step - start)
         start = stop_step
-        stopping = stop()
+        stopping = team.any(stop())
         due = time.monotonic() - saved >= checkpoint_seconds
         if stopping or due or start == part.steps:
           checkpoints.save(start, list(learners), trace, directory.metrics_size())

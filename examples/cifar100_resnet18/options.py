@@ -24,10 +24,19 @@ SHAPING = {
   "rule": "sequential",
   "microbatch_size": 10,
   "num_microbatches": 2,
+  "devices": None,
 }
 _DEFAULT_TAU = 0.97
 # These say where and how, not what: a run may be resumed with others.
-_UNCOMPARED = ("out", "resume", "download", "checkpoint_seconds")
+_UNCOMPARED = (
+  "out",
+  "resume",
+  "download",
+  "checkpoint_seconds",
+  "processes",
+  "coordinator",
+  "process_id",
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,7 +59,15 @@ def _number(kind, what, accept):
 
 
 _COUNT = _number(int, "a whole number of at least 1", lambda n: n >= 1)
+_INDEX = _number(int, "a whole number of at least 0", lambda n: n >= 0)
 _SHARE = _number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
+
+
+def _address(text):
+  host, _, port = text.rpartition(":")
+  if not (host and port.isdecimal() and 0 < int(port) < 1 << 16):
+    raise argparse.ArgumentTypeError(f"expected HOST:PORT, got {text!r}")
+  return text
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -90,7 +107,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   shape.add_argument(
     "--wrong-sources",
     metavar="N",
-    type=_number(int, "a whole number of at least 0", lambda n: n >= 0),
+    type=_INDEX,
     help="how many of each step's microbatches have every label shifted by one",
   )
   shape.add_argument(
@@ -135,8 +152,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   shape.add_argument("--microbatch-size", type=_COUNT, help="images; default 10")
   shape.add_argument(
     "--num-microbatches",
-    help="in a step; default 2",
+    help="in a step; default 2, or one for each device",
     type=_number(int, "a whole number of at least 2", lambda n: n >= 2),
+  )
+  shape.add_argument(
+    "--devices",
+    type=_COUNT,
+    help="that share the microbatches of each step; on a CPU virtual ones",
   )
 
   size = parser.add_argument_group("size")
@@ -152,6 +174,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     "--quick",
     action="store_true",
     help="a tenth of the steps and two seeds, to see that it runs",
+  )
+
+  spread = parser.add_argument_group("processes (with --devices)")
+  spread.add_argument(
+    "--processes",
+    type=_COUNT,
+    help="that have an equal share of the devices each; started on this machine,"
+    " unless --process-id is given",
+  )
+  spread.add_argument(
+    "--process-id",
+    metavar="I",
+    type=_INDEX,
+    help="start only this one, on this machine; number 0 writes the files",
+  )
+  spread.add_argument(
+    "--coordinator",
+    metavar="HOST:PORT",
+    type=_address,
+    help="where the processes find number 0, a free port of its machine",
   )
 
   files = parser.add_argument_group("files")
@@ -186,13 +228,48 @@ def _check_together(parser, options):
     parser.error("--noisy-labels goes with --dataset cifar10 or cifar100")
   if options.noisy_labels_key and not options.noisy_labels:
     parser.error("--noisy-labels-key goes with --noisy-labels")
-  k = options.num_microbatches or SHAPING["num_microbatches"]
+  k = _num_microbatches(options)
   if (options.wrong_sources or 0) > k:
     parser.error(
       f"--wrong-sources {options.wrong_sources} is more than the {k} microbatches"
     )
   if options.tau and len(set(options.tau)) < len(options.tau):
     parser.error("--tau has the same value twice")
+  if options.devices is not None:
+    if k < 2:
+      parser.error(
+        "--devices 1 with one microbatch leaves nothing to compare; give more of either"
+      )
+    if k % options.devices:
+      parser.error(
+        f"--num-microbatches {k} is not a multiple of --devices {options.devices}"
+      )
+  _check_processes(parser, options)
+
+
+def _check_processes(parser, options):
+  if options.processes is None:
+    for name in ("coordinator", "process_id"):
+      if getattr(options, name) is not None:
+        parser.error(f"--{name.replace('_', '-')} goes with --processes")
+    return
+  if options.devices is None:
+    parser.error("--processes goes with --devices")
+  if options.devices % options.processes:
+    parser.error(
+      f"--devices {options.devices} is not a multiple of"
+      f" --processes {options.processes}"
+    )
+  if (options.coordinator is None) != (options.process_id is None):
+    parser.error("--coordinator and --process-id go together")
+  if options.process_id is not None and options.process_id >= options.processes:
+    parser.error(
+      f"--process-id {options.process_id} is not below --processes {options.processes}"
+    )
+
+
+def _num_microbatches(options):
+  return options.num_microbatches or options.devices or SHAPING["num_microbatches"]
 
 
 def is_main_job(options: argparse.Namespace) -> bool:
@@ -214,6 +291,7 @@ def parts(options: argparse.Namespace) -> tuple[plan.Part, ...]:
     name: default if given[name] is None else given[name]
     for name, default in SHAPING.items()
   }
+  settings["num_microbatches"] = _num_microbatches(options)
   taus, target = settings.pop("tau"), settings.pop("target_accept_rate")
   rule = settings.pop("rule")
   if target is None and taus is None:

@@ -62,6 +62,7 @@ class Part:
     learning_rate: above 0.
     microbatch_size: images in a microbatch.
     num_microbatches: microbatches in a step.
+    devices: how many share these equally; None for a run on one, without a mesh.
     steps: number of steps.
     seeds: number of seeds, from 0 on.
     eval_every: steps between evaluations.
@@ -81,6 +82,7 @@ class Part:
   learning_rate: float
   microbatch_size: int
   num_microbatches: int
+  devices: int | None
   steps: int
   seeds: int
   eval_every: int
@@ -140,6 +142,7 @@ def main_job(steps: int | None, seeds: int | None, eval_every: int | None, quick
     optimizer="momentum",
     learning_rate=0.02,
     microbatch_size=10,
+    devices=None,
   )
   noise_arms = [PLAIN]
   for tau in (0.97, 0.9, 0.8):

@@ -79,8 +79,8 @@ def write(directory: RunDirectory, experiments: list[Any]) -> str:
         [
           f"## {part.title}",
           "",
-          f"{part.num_microbatches} microbatches of {part.microbatch_size},"
-          f" {part.steps} steps; {_said_seeds(part.seeds)}.",
+          f"{part.num_microbatches} microbatches of {part.microbatch_size}"
+          f"{_said_devices(part)}, {part.steps} steps; {_said_seeds(part.seeds)}.",
           "",
           results_table(part, summaries),
           "",
@@ -110,6 +110,13 @@ def write(directory: RunDirectory, experiments: list[Any]) -> str:
   writer.writerows(table)
   write_whole(directory.path / "results.csv", stream.getvalue())
   return text
+
+
+def _said_devices(part):
+  if part.devices is None:
+    return ""
+  each = part.num_microbatches // part.devices
+  return f", {each} on each of {part.devices} devices"
 
 
 def _said_seeds(seeds):

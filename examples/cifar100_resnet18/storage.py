@@ -132,6 +132,28 @@ class RunDirectory:
     self._metrics.close()
 
 
+class Nowhere:
+  """The directory of a process that leaves reading and writing to another one."""
+
+  def append_metrics(self, row: dict[str, Any]) -> None:
+    pass
+
+  def metrics_size(self) -> int:
+    return 0
+
+  def cut_metrics(self, size: int) -> None:
+    pass
+
+  def checkpoints(self, part: str, arm: str) -> "Nowhere":
+    return self
+
+  def save(self, step: int, learners, trace, metrics_size: int) -> None:
+    pass
+
+  def close(self) -> None:
+    pass
+
+
 def _said(value):
   if value is None or value is False:
     return "not given"
@@ -144,12 +166,18 @@ class Checkpoints:
   """The newest checkpoint of one arm; an older one goes when a newer is whole."""
 
   def __init__(self, path: pathlib.Path):
+    path.mkdir(parents=True, exist_ok=True)
     self._manager = ocp.CheckpointManager(
       path.absolute(),
       options=ocp.CheckpointManagerOptions(
         max_to_keep=1,
+        create=False,
         enable_async_checkpointing=False,
         cleanup_tmp_directories=True,
+        # Of several processes the first is the only one here.
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+          primary_host=0, active_processes={0}, barrier_sync_key_prefix="first"
+        ),
       ),
     )
 

@@ -11,7 +11,9 @@ import sys
 import tqdm
 
 import data
+import devices
 import experiment
+import launch
 import options as options_lib
 import plots
 import report
@@ -27,18 +29,31 @@ def main(argv: list[str] | None = None) -> int:
 
   Returns:
     The exit code: 0, or 2 after a sentence about what is wrong with the options or
-    files, or 128 plus the signal's number after an orderly stop.
+    files, or 128 plus the signal's number after an orderly stop, or 1 or 3 when
+    one of several processes has died.
   """
+  argv = sys.argv[1:] if argv is None else argv
   options = options_lib.parse(argv)
   try:
     with _stop_signals() as received:
-      return _run(options, received)
+      if (options.processes or 1) > 1 and options.process_id is None:
+        return _launch(argv, options, received)
+      launch.watch()
+      with devices.leaving_at_once(options):
+        return _run(options, received)
   except UserError as error:
     print(f"train.py: {error}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:  # The second one: not even the checkpoint is waited for.
     print("train.py: stopped at once; --resume goes on.", file=sys.stderr)
     return 128 + signal.SIGINT
+
+
+def _launch(argv, options, received):
+  if options.download:  # Once, not in each process.
+    for part in options_lib.parts(options):
+      data.load(part.dataset, options.data_dir, download=True)
+  return launch.launch(argv, options, received)
 
 
 def _run(options, received):
@@ -48,19 +63,25 @@ def _run(options, received):
     part.dataset: data.load(part.dataset, options.data_dir, options.download)
     for part in parts
   }
-  for dataset in datasets.values():
-    for note in dataset.notes:
-      print(f"train.py: note: {note}", file=sys.stderr)
-  experiments = [experiment.Experiment(part, datasets[part.dataset]) for part in parts]
-  name = options_lib.run_name(options)
-  directory = storage.RunDirectory(
-    storage.choose_directory(options.out, name, options.resume),
-    options_lib.compared(options),
-    options.resume,
+  team = devices.join(options)
+  if team.first:
+    for dataset in datasets.values():
+      for note in dataset.notes:
+        print(f"train.py: note: {note}", file=sys.stderr)
+  experiments = team.together(
+    lambda: [
+      experiment.Experiment(part, datasets[part.dataset], team) for part in parts
+    ]
+  )
+  team.check_same([(parts, one.schedules[0].labels.tobytes()) for one in experiments])
+  directory = team.together(
+    lambda: _directory(options) if team.first else storage.Nowhere()
   )
   with contextlib.closing(directory):
     total = sum(part.steps * len(part.arms) for part in parts)
-    with tqdm.tqdm(total=total, unit="step", mininterval=0.5) as progress:
+    with tqdm.tqdm(
+      total=total, unit="step", mininterval=0.5, disable=not team.first
+    ) as progress:
       try:
         size = 0
         for one in experiments:
@@ -73,18 +94,32 @@ def _run(options, received):
           )
       except experiment.Stopped:
         progress.close()
-        print(
-          f"train.py: stopped; the same command with --resume and --out"
-          f" {directory.path} goes on from here.",
-          file=sys.stderr,
-        )
-        return 128 + received[0]
+        # Without a signal of its own, the process stops with another one.
+        code = 128 + (received[0] if received else signal.SIGTERM)
+        if team.first:
+          print(
+            f"train.py: stopped; the same command with --resume and --out"
+            f" {directory.path} goes on from here.",
+            file=sys.stderr,
+          )
+        return code
+    if not team.first:
+      return 0
     text = report.write(directory, experiments)
     for one in experiments:
       plots.draw(directory, one)
   print(text)
   print(f"Metrics, tables, checkpoints and plots are in {directory.path}.")
   return 0
+
+
+def _directory(options):
+  name = options_lib.run_name(options)
+  return storage.RunDirectory(
+    storage.choose_directory(options.out, name, options.resume),
+    options_lib.compared(options),
+    options.resume,
+  )
 
 
 @contextlib.contextmanager

@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import gaf_optax
 import models
 from data import Dataset
+from devices import AXIS
 from plan import RULES, Arm, Part
 
 OPTIMIZERS = {
@@ -22,6 +25,8 @@ OPTIMIZERS = {
   "rmsprop": optax.rmsprop,
 }
 _EVALUATION_BATCH = 500
+# Of arrays with the steps in front, then the microbatches.
+_SPREAD = P(None, AXIS)
 
 
 class Learner(NamedTuple):
@@ -72,13 +77,22 @@ def empty_trace(part: Part) -> Trace:
 class Trainer:
   """Compiled training for the arms of one part, which share what they can."""
 
-  def __init__(self, part: Part, dataset: Dataset):
-    self._part, self._dataset = part, dataset
+  def __init__(
+    self, part: Part, dataset: Dataset, mesh: jax.sharding.Mesh | None = None
+  ):
+    """Args: `mesh` has the axis `devices.AXIS`; None for one device."""
+    self._part, self._dataset, self._mesh = part, dataset, mesh
     self._model = models.make(part.model, dataset.num_classes, part.width)
-    self._images = jax.device_put(dataset.train_images)
     self._compiled: dict[Any, Any] = {}
     self._compiling = threading.Lock()
-    self._test = _test_batches(dataset)
+    test = _test_batches(dataset, part.devices or 1)
+    if mesh is None:
+      self._images = jax.device_put(dataset.train_images)
+      self._test = jax.device_put(test)
+    else:
+      # Each device gets only the images of its own microbatches, step by step.
+      self._images = None
+      self._test = self._placed(test, P(AXIS))
 
   def init(self, arm: Arm, seed: int) -> Learner:
     """The learner before the first step; its weights depend on the seed alone."""
@@ -87,6 +101,10 @@ class Trainer:
     )
     transformation = self._transformation(arm, arm.tau, None)
     return Learner(params, batch_stats, transformation.init(params))
+
+  def placed(self, learner: Learner) -> Learner:
+    """The learner on all devices of the mesh, the same on each."""
+    return learner if self._mesh is None else self._placed(learner, P())
 
   def advance(
     self,
@@ -105,20 +123,30 @@ class Trainer:
       labels: int32 `[n, k, b]`.
       keep: bool `[n, k]`, the choice of an arm that imitates.
     """
+    tau = np.float32(arm.tau)
+    batches = indices, labels, keep
+    if self._mesh is not None:
+      tau, keep = self._placed((tau, keep), P())
+      batches = (*self._own_microbatches(indices, labels), keep)
+
+    def advance(*args):
+      return self._advance(arm, *args)
+
+    specs = (P(), P(), P(), (_SPREAD, _SPREAD, P()))
     return self._cached(
       ("advance", _decision(arm), indices.shape),
-      lambda: jax.jit(lambda *args: self._advance(arm, *args), donate_argnums=0),
+      lambda: jax.jit(self._on_devices(advance, specs), donate_argnums=0),
       learner,
-      np.float32(arm.tau),
+      tau,
       self._images,
-      (indices, labels, keep),
+      batches,
     )
 
   def accuracy(self, learner: Learner) -> float:
     """Share of the test images that are classified correctly."""
     correct = self._cached(
       "accuracy",
-      lambda: jax.jit(self._count_correct),
+      lambda: jax.jit(self._on_devices(self._count_correct, (P(), P(AXIS), P(AXIS)))),
       (learner.params, learner.batch_stats),
       *self._test,
     )
@@ -131,6 +159,32 @@ class Trainer:
       if key not in self._compiled:
         self._compiled[key] = make().lower(*args).compile()
     return self._compiled[key](*args)
+
+  def _on_devices(self, function, in_specs):
+    """`function` on each device's part of its arguments; without a mesh as it is."""
+    if self._mesh is None:
+      return function
+    return jax.shard_map(function, mesh=self._mesh, in_specs=in_specs, out_specs=P())
+
+  def _placed(self, tree, spec):
+    """Arrays that all processes have, on the devices of the mesh."""
+    sharding = NamedSharding(self._mesh, spec)
+
+    def place(x):
+      x = np.asarray(x)
+      return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(place, tree)
+
+  def _own_microbatches(self, indices, labels):
+    """Images and labels, on each device those of its microbatches alone."""
+    images = self._dataset.train_images
+    pixels = jax.make_array_from_callback(
+      (*indices.shape, *images.shape[1:]),
+      NamedSharding(self._mesh, _SPREAD),
+      lambda index: images[indices[index[: indices.ndim]]],
+    )
+    return pixels, self._placed(labels, _SPREAD)
 
   def _inputs(self, images):
     data = self._dataset
@@ -151,10 +205,13 @@ class Trainer:
       tau,
       rule=rule,
       num_microbatches=self._part.num_microbatches,
+      axis_name=None if self._mesh is None else AXIS,
+      stacked=True,
     )
 
   def _init(self, seed):
-    x = self._inputs(jnp.zeros((1, *self._images.shape[1:]), jnp.uint8))
+    x = jnp.zeros((1, *self._dataset.train_images.shape[1:]), jnp.uint8)
+    x = self._inputs(x)
     variables = self._model.init(jax.random.key(seed), x, train=False)
     return variables["params"], variables.get("batch_stats", {})
 
@@ -174,18 +231,20 @@ class Trainer:
     )
 
     def step(learner, batch):
-      indices, labels, keep = batch
-      x = self._inputs(images[indices])
-      (losses, stats), grads = micro_gradients(
-        learner.params, learner.batch_stats, x, labels
-      )
+      x, labels, keep = batch
+      x = self._inputs(x if images is None else images[x])
+      params = learner.params
+      if self._mesh is not None:
+        # So that a gradient is that of this device's microbatch, not of all.
+        params = jax.lax.pcast(params, AXIS, to="varying")
+      (losses, stats), grads = micro_gradients(params, learner.batch_stats, x, labels)
       transformation = self._transformation(arm, tau, keep)
       updates, opt_state = transformation.update(
         grads, learner.opt_state, learner.params
       )
       measured = gaf_optax.metrics(opt_state)
       trace = Trace(
-        jnp.mean(losses),
+        self._mean(losses),
         measured["cosine_distance"],
         measured["threshold"],
         measured["accept_rate"],
@@ -195,12 +254,17 @@ class Trainer:
       )
       learner = Learner(
         optax.apply_updates(learner.params, updates),
-        jax.tree.map(lambda s: jnp.mean(s, axis=0), stats),
+        jax.tree.map(self._mean, stats),
         opt_state,
       )
       return learner, trace
 
     return jax.lax.scan(step, learner, batches)
+
+  def _mean(self, x):
+    """Over all microbatches, which are in front."""
+    x = jnp.mean(x, axis=0)
+    return x if self._mesh is None else jax.lax.pmean(x, AXIS)
 
   def _count_correct(self, variables, images, labels):
     params, batch_stats = variables
@@ -214,21 +278,19 @@ class Trainer:
       )
       return jnp.sum(jnp.argmax(logits, axis=-1) == y)
 
-    return jnp.sum(jax.lax.map(count, (images, labels)))
+    correct = jnp.sum(jax.lax.map(count, (images, labels)))
+    return correct if self._mesh is None else jax.lax.psum(correct, AXIS)
 
 
-def _test_batches(dataset):
-  """Test images `[n, b, ...]` and labels `[n, b]`, the last batch filled up."""
+def _test_batches(dataset, shares):
+  """Test images `[n, b, ...]` and labels `[n, b]`, n a multiple of `shares`."""
   rows = len(dataset.test_labels)
-  size = min(_EVALUATION_BATCH, rows)
-  missing = -rows % size
+  size = min(_EVALUATION_BATCH, -(-rows // shares))
+  missing = -rows % (size * shares)
   images = np.pad(dataset.test_images, ((0, missing), (0, 0), (0, 0), (0, 0)))
   # No class is -1: what was filled up is never correct.
   labels = np.pad(dataset.test_labels, (0, missing), constant_values=-1)
-  return (
-    jax.device_put(images.reshape(-1, size, *images.shape[1:])),
-    jax.device_put(labels.reshape(-1, size)),
-  )
+  return images.reshape(-1, size, *images.shape[1:]), labels.reshape(-1, size)
 
 
 def _decision(arm):

@@ -2,7 +2,11 @@
 
 import pathlib
 import sys
+import types
 
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -42,3 +46,63 @@ def refused(capsys):
     return lines[0]
 
   return run
+
+
+@pytest.fixture(scope="module")
+def compiled_once():
+  """Runs of one setting in this process share a trainer, whose compiling is slow."""
+  import experiment
+  import models
+  import training
+
+  trainers = {}
+
+  def trainer(part, dataset, mesh):
+    key = part, models._MODELS[part.model]
+    if key not in trainers:
+      trainers[key] = training.Trainer(part, dataset, mesh)
+    return trainers[key]
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(
+      experiment,
+      "training",
+      types.SimpleNamespace(
+        Trainer=trainer, Trace=training.Trace, empty_trace=training.empty_trace
+      ),
+    )
+    yield
+
+
+@pytest.fixture(scope="session")
+def final_arrays():
+  """A function from a run's directory to all arrays of its newest checkpoints."""
+
+  def read(path):
+    """By arm, read by orbax."""
+    found = {}
+    for arm in sorted((path / "checkpoints" / "experiment").iterdir()):
+      manager = ocp.CheckpointManager(arm.absolute())
+      items = manager.restore(
+        manager.latest_step(),
+        args=ocp.args.Composite(
+          learners=ocp.args.StandardRestore(), trace=ocp.args.StandardRestore()
+        ),
+      )
+      found[arm.name] = jax.tree.map(np.asarray, dict(items))
+      manager.close()
+    return found
+
+  return read
+
+
+@pytest.fixture(scope="session")
+def assert_same_run(final_arrays):
+  """A function that compares what two runs have written, byte for byte."""
+
+  def compare(path, other):
+    for name in ("metrics.jsonl", "results.md", "results.csv"):
+      assert (path / name).read_bytes() == (other / name).read_bytes()
+    jax.tree.map(np.testing.assert_array_equal, final_arrays(path), final_arrays(other))
+
+  return compare

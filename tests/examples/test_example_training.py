@@ -7,13 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-import types
 
 import flax.linen as nn
 import jax
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 
 import batches
@@ -54,56 +52,12 @@ def _lines(path):
   return path.read_text().splitlines()
 
 
-def _final_arrays(path):
-  """All arrays of the newest checkpoint of every arm, by arm, read by orbax."""
-  found = {}
-  for arm in sorted((path / "checkpoints" / "experiment").iterdir()):
-    manager = ocp.CheckpointManager(arm.absolute())
-    items = manager.restore(
-      manager.latest_step(),
-      args=ocp.args.Composite(
-        learners=ocp.args.StandardRestore(), trace=ocp.args.StandardRestore()
-      ),
-    )
-    found[arm.name] = jax.tree.map(np.asarray, dict(items))
-    manager.close()
-  return found
-
-
-def _assert_same_run(path, other):
-  ours, theirs = (p / storage.METRICS for p in (path, other))
-  assert ours.read_bytes() == theirs.read_bytes()
-  for name in ("results.md", "results.csv"):
-    assert (path / name).read_bytes() == (other / name).read_bytes()
-  jax.tree.map(np.testing.assert_array_equal, _final_arrays(path), _final_arrays(other))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once():
-  """Runs of one setting in this process share a trainer, whose compiling is slow.
-
-  The process that is killed compiles its own.
-  """
-  trainers = {}
-
-  def trainer(part, dataset):
-    if part not in trainers:
-      trainers[part] = training.Trainer(part, dataset)
-    return trainers[part]
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(
-      experiment,
-      "training",
-      types.SimpleNamespace(
-        Trainer=trainer, Trace=training.Trace, empty_trace=training.empty_trace
-      ),
-    )
-    yield
+# But for the process that is killed, which compiles its own.
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(tmp_path_factory, compiled_once):
   """A run that nothing interrupted."""
   path = tmp_path_factory.mktemp("whole") / "run"
   assert _run(path) == 0
@@ -140,7 +94,9 @@ def test_outputs(whole):
   assert all(r["accept_rate"] == 1 for r in rows if r["arm"] == "plain")
 
 
-def test_stopped_anywhere_and_resumed(whole, tmp_path, monkeypatch, capsys):
+def test_stopped_anywhere_and_resumed(
+  whole, tmp_path, monkeypatch, capsys, assert_same_run
+):
   path = tmp_path / "run"
   append = storage.RunDirectory.append_metrics
   rows = []
@@ -179,10 +135,10 @@ def test_stopped_anywhere_and_resumed(whole, tmp_path, monkeypatch, capsys):
   assert _run(path, "--resume") == 128 + signal.SIGINT
   monkeypatch.undo()
   assert _run(path, "--resume") == 0
-  _assert_same_run(path, whole)
+  assert_same_run(path, whole)
 
 
-def test_killed_and_resumed(whole, tmp_path, example_dir):
+def test_killed_and_resumed(whole, tmp_path, example_dir, assert_same_run):
   path = tmp_path / "run"
   command = [
     sys.executable,
@@ -220,7 +176,7 @@ def test_killed_and_resumed(whole, tmp_path, example_dir):
   assert process.returncode == -signal.SIGKILL
   assert not (path / "results.md").exists()
   assert _run(path, "--resume") == 0
-  _assert_same_run(path, whole)
+  assert_same_run(path, whole)
 
 
 def test_resume_of_a_complete_run_changes_nothing(whole, capsys):
@@ -336,8 +292,8 @@ def test_random_choice_takes_as_much(k, shuffled):
   assert np.any(keep != accepted) or (k == 2 and not shuffled)
 
 
-def test_control_updates_as_often_as_gaf(whole):
-  arms = _final_arrays(whole)
+def test_control_updates_as_often_as_gaf(whole, final_arrays):
+  arms = final_arrays(whole)
   gaf, control = (
     arms[name]["trace"]["accepted"]
     for name in ("sequential_tau0.9", "sequential_tau0.9_control")
