@@ -21,6 +21,9 @@ from gaf_optax import _compat, _leaves
 # there up to three times, so that more of them need less memory at a time.
 _BUCKETS = 4
 
+# Values of an exchange, at least: smaller ones cost more time than they save memory.
+_LEAST = 1 << 14
+
 
 class Axes(NamedTuple):
   """Over which devices micro-gradients and parameters are spread; hashable.
@@ -293,7 +296,8 @@ def _plan(sizes, kinds, labels, n) -> list[list[_Part]]:
   number of exchanges does not depend on the number of leaves.
   """
   buckets = []
-  limit = max(-(-sum(sizes) // (_BUCKETS * n)), 1) * n
+  values = max(-(-sum(sizes) // _BUCKETS), _LEAST)
+  limit = -(-values // n) * n
   for kind in dict.fromkeys(kinds):
     bucket: list[_Part] = []
     room = limit
