@@ -79,8 +79,9 @@ def test_counting_a_replicated_leaf_twice_would_be_another_decision():
   assert abs(distances[0] - distances[1]) > 1e-3
 
 
-@pytest.mark.parametrize("check", [True, False])
-@pytest.mark.parametrize("option", ["nan", "embed", "anchor"])
+@pytest.mark.parametrize(
+  "check, option", [(True, "nan"), (False, "embed"), (True, "anchor"), (True, "embed")]
+)
 def test_the_rest_of_the_options(check, option):
   tree = stack(2, seed=1)
   options = dict(num_microbatches=2)
