@@ -252,7 +252,7 @@ shapes = st.lists(
 )
 
 
-@settings(max_examples=5)
+@settings(max_examples=4)
 @given(
   shapes,
   st.integers(1, 9),
