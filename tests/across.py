@@ -66,7 +66,3 @@ def name(how):
   if isinstance(how, str):
     return how
   return f"shard_map-{how[0].name}-{'checked' if how[1] else 'unchecked'}"
-
-
-def params_of(stack):
-  return jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), stack)

@@ -4,6 +4,7 @@ import pathlib
 import sys
 import types
 
+import flax.linen as nn
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -12,6 +13,24 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "cifar100_resnet18"
 sys.path.insert(0, str(EXAMPLE))
+
+
+class _Normed(nn.Module):
+  """The smallest model with BatchNorm."""
+
+  num_classes: int
+  width: int
+
+  @nn.compact
+  def __call__(self, x, train):
+    x = nn.Dense(self.width)(x.reshape(len(x), -1))
+    x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+    return nn.Dense(self.num_classes)(x)
+
+
+@pytest.fixture(scope="session")
+def normed():
+  return _Normed
 
 
 @pytest.fixture(scope="session")

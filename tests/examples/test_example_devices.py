@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 
-import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -31,19 +30,6 @@ _SPREAD = (*_SMALL, "--devices", "4", "--checkpoint-seconds", "0")
 pytestmark = pytest.mark.usefixtures("compiled_once")
 # Of a command that takes a tenth of it on an idle machine.
 _LIMIT = 150
-
-
-class _Normed(nn.Module):
-  """The smallest model with BatchNorm."""
-
-  num_classes: int
-  width: int
-
-  @nn.compact
-  def __call__(self, x, train):
-    x = nn.Dense(self.width)(x.reshape(len(x), -1))
-    x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
-    return nn.Dense(self.num_classes)(x)
 
 
 def _rows(path):
@@ -71,10 +57,11 @@ def _assert_close_run(path, other, final_arrays, rtol=2e-3):
   )
 
 
-@pytest.mark.parametrize("model, number", [(models.MLP, 2), (_Normed, 4)])
-def test_as_on_one_device(model, number, tmp_path, monkeypatch, final_arrays):
+@pytest.mark.parametrize("model, number", [("mlp", 2), ("normed", 4)])
+def test_as_on_one_device(model, number, tmp_path, monkeypatch, final_arrays, normed):
   """One microbatch on each of four devices, and two on each of two."""
-  monkeypatch.setitem(models._MODELS, "mlp", model)
+  if model == "normed":
+    monkeypatch.setitem(models._MODELS, "mlp", normed)
   one, many = tmp_path / "one", tmp_path / "many"
   argv = (*_SMALL, "--wrong-sources", "1", "--num-microbatches", "4")
   assert train.main([*argv, "--out", str(one)]) == 0
@@ -87,7 +74,7 @@ def test_as_on_one_device(model, number, tmp_path, monkeypatch, final_arrays):
   arrays = final_arrays(many)
   assert 0.1 < arrays["sequential_tau0.9"]["trace"]["accepted"].mean() < 0.9
   statistics = arrays["plain"]["learners"][0]["batch_stats"]
-  assert bool(statistics) is (model is _Normed)
+  assert bool(statistics) is (model == "normed")
 
 
 def test_each_device_holds_its_own_microbatches():

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 
-import flax.linen as nn
 import jax
 import numpy as np
 import optax
@@ -371,21 +370,10 @@ def test_resnet18_has_the_papers_parameters():
   assert count(shapes["batch_stats"]) == 2 * 4_800
 
 
-class _Normed(nn.Module):
-  """The smallest model with BatchNorm."""
-
-  num_classes: int
-  width: int
-
-  @nn.compact
-  def __call__(self, x, train):
-    x = nn.Dense(self.width)(x.reshape(len(x), -1))
-    x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
-    return nn.Dense(self.num_classes)(x)
-
-
-def test_batch_norm_statistics_are_averaged_over_microbatches(digits, monkeypatch):
-  monkeypatch.setitem(models._MODELS, "mlp", _Normed)
+def test_batch_norm_statistics_are_averaged_over_microbatches(
+  digits, monkeypatch, normed
+):
+  monkeypatch.setitem(models._MODELS, "mlp", normed)
   part = _part()
   plain = part.arms[0]
   indices, labels = _schedule(part, digits).batches(0, 2, clean=True)
