@@ -81,6 +81,8 @@ def environment():
     if not name.startswith(("JAX_", "XLA_", "PYTHONWARNINGS"))
     and not name.lower().endswith("_proxy")
   }
+  # Each process compiles for itself, here in less time.
+  kept["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
   return kept | {"PYTHONPATH": str(pathlib.Path(gaf_optax.__file__).parents[1])}
 
 

@@ -16,6 +16,8 @@ EVERY = {
   "most_neighbors": rules.most_neighbors(),
   "min_neighbors": rules.min_neighbors(0.5),
 }
+# Each compiled once for all cases of a size.
+COMPILED = {name: jax.jit(rule) for name, rule in EVERY.items()}
 
 
 def gram_of(vectors):
@@ -36,7 +38,7 @@ def test_a_rule_of_a_plain_gram_matrix_is_the_oracles(name, scale, seed):
     name, v, valid, 0.6, fraction=fraction
   )
   assert margin > 1e-3, "the case is a tie"
-  decision = EVERY[name](matrix, jnp.asarray(valid), 0.6)
+  decision = COMPILED[name](matrix, jnp.asarray(valid), 0.6)
   np.testing.assert_array_equal(decision.accepted, accepted & (accepted.sum() > 1))
   np.testing.assert_allclose(decision.weights, weights * (accepted.sum() > 1))
   np.testing.assert_allclose(decision.distances, distances, atol=1e-5)
