@@ -1,13 +1,57 @@
 """Batches: what each step of each seed sees, a function of seed and step alone."""
 
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 import labels as labels_lib
 from data import Dataset
+from errors import UserError
 from plan import Part
 
 # One stream of random numbers for each purpose; the values only have to differ.
-_NOISE, _ORDER, _SOURCES, _CONTROL = range(4)
+_NOISE, _ORDER, _SOURCES, _CONTROL, _AUGMENT, _WRONG_LABELS = range(6)
+# The control of as many steps has them at random times within so many: as often as
+# GAF, early and late.
+_WINDOW = 50
+# Pixels that a crop moves by, at most, as usual for CIFAR.
+_SHIFT = 4
+
+
+class Batches(NamedTuple):
+  """What n steps see.
+
+  Attributes:
+    steps: int32 `[n]`, their numbers.
+    indices: int32 `[n, k, b]`, which training images.
+    labels: int32 `[n, k, b]`.
+    wrong: bool `[n, k]`, whether a microbatch comes from a wrong source.
+    crops: int8 `[n, k, b, 3]`, rows and columns in 0 to 8 at which a crop of the
+      padded image begins, and whether it is mirrored; None without augmentation.
+    images: uint8 `[n, k, b, height, width, channels]` where they are not looked up
+      by `indices` on the device, else None.
+  """
+
+  steps: Any
+  indices: Any
+  labels: Any
+  wrong: Any
+  crops: Any
+  images: Any = None
+
+
+class Chosen(NamedTuple):
+  """What a control keeps; see `gaf_optax.Decision`.
+
+  Attributes:
+    accepted: bool `[n, k]`.
+    weights: float32 `[n, k]`.
+  """
+
+  accepted: Any
+  weights: Any
 
 
 class Schedule:
@@ -15,7 +59,7 @@ class Schedule:
 
   Attributes:
     labels: int32 `[n]`, the training labels with their noise.
-    wrong: bool `[steps, k]`, which microbatches have shifted labels.
+    wrong: bool `[steps, k]`, which microbatches come from wrong sources.
   """
 
   def __init__(self, part: Part, dataset: Dataset, base: np.ndarray, seed: int):
@@ -23,28 +67,53 @@ class Schedule:
     self._part, self._seed = part, seed
     self._num_classes = dataset.num_classes
     self._epochs: dict[int, np.ndarray] = {}
-    self.labels = labels_lib.flip(
-      base, part.label_noise, dataset.num_classes, _rng(seed, _NOISE)
-    )
+    rng = _rng(seed, _NOISE)
+    if part.random_labels:
+      self.labels = rng.integers(dataset.num_classes, size=len(base), dtype=np.int32)
+    else:
+      self.labels = labels_lib.flip(base, part.label_noise, dataset.num_classes, rng)
     self.wrong = labels_lib.draw_wrong_sources(
       part.steps,
       part.num_microbatches,
       part.wrong_sources,
       _rng(seed, _SOURCES),
     )
+    if part.balanced:
+      self._classes = _classes(base, dataset.num_classes, part)
 
-  def batches(self, start: int, stop: int, clean: bool):
-    """Indices and labels, int32 `[stop - start, k, b]`, of the steps from start on.
+  def batches(self, start: int, stop: int, clean: bool) -> Batches:
+    """What the steps from `start` to before `stop` see.
 
-    The images come in a new random order each time all have been seen.
+    Without `balanced`, the images come in a new random order each time all have been
+    seen; with it, each step draws anew from each class, of labels before flipping.
 
     Args:
       start: first step.
       stop: the step after the last.
       clean: whether the wrong sources are left out.
     """
-    part, n = self._part, len(self.labels)
-    k, b = part.num_microbatches, part.microbatch_size
+    part, steps = self._part, range(start, stop)
+    if part.balanced:
+      indices = np.stack([self._balanced(step) for step in steps])
+    else:
+      indices = self._in_epochs(start, stop)
+    labels, wrong = self.labels[indices], self.wrong[start:stop]
+    if clean:
+      wrong = np.zeros_like(wrong)
+    if part.wrong_kind == "shifted-labels":
+      labels = labels_lib.shift(labels, wrong, self._num_classes)
+    if part.wrong_kind == "random-labels" and wrong.any():
+      drawn = np.stack([self._drawn(_WRONG_LABELS, step) for step in steps])
+      labels = np.where(wrong[..., None], drawn, labels)
+    crops = None
+    if part.augment:
+      crops = np.stack([self._crops(step) for step in steps])
+    return Batches(
+      np.arange(start, stop, dtype=np.int32), indices, labels, wrong, crops
+    )
+
+  def _in_epochs(self, start, stop):
+    n, (k, b) = len(self.labels), self._shape
     positions = np.arange(start * k * b, stop * k * b)
     needed = range(positions[0] // n, positions[-1] // n + 1)
     self._epochs = {
@@ -52,35 +121,101 @@ class Schedule:
       for epoch in needed
     }
     order = np.concatenate([self._epochs[epoch] for epoch in needed])
-    indices = order[positions - needed[0] * n].reshape(-1, k, b)
-    labels = self.labels[indices]
-    if not clean:
-      labels = labels_lib.shift(labels, self.wrong[start:stop], self._num_classes)
-    return indices, labels
+    return order[positions - needed[0] * n].reshape(-1, k, b)
 
   def _epoch(self, epoch):
     rng = _rng(self._seed, _ORDER, epoch)
     return rng.permutation(len(self.labels)).astype(np.int32)
 
+  def _balanced(self, step):
+    """Indices `[k, b]`, in which no image comes twice."""
+    rng = _rng(self._seed, _ORDER, step)
+    k, b = self._shape
+    each = b // self._num_classes
+    drawn = [rng.choice(rows, k * each, replace=False) for rows in self._classes]
+    return np.concatenate([rows.reshape(k, each) for rows in drawn], axis=1)
 
-def random_choice(accepted: np.ndarray, seed: int, shuffled: bool) -> np.ndarray:
-  """Chooses at random as many micro-gradients, in as many steps, as GAF accepted.
+  def _drawn(self, purpose, step):
+    rng = _rng(self._seed, purpose, step)
+    return rng.integers(self._num_classes, size=self._shape, dtype=np.int32)
+
+  def _crops(self, step):
+    rng = _rng(self._seed, _AUGMENT, step)
+    return rng.integers(
+      [2 * _SHIFT + 1] * 2 + [2], size=(*self._shape, 3), dtype=np.int8
+    )
+
+  @property
+  def _shape(self):
+    return self._part.num_microbatches, self._part.microbatch_size
+
+
+def _classes(labels, num_classes, part):
+  """The images of each class, enough of them for a step."""
+  rows = [np.flatnonzero(labels == c).astype(np.int32) for c in range(num_classes)]
+  each, rest = divmod(part.microbatch_size, num_classes)
+  if rest:
+    raise UserError(
+      f"balanced microbatches have equally many images of {num_classes} classes, so"
+      f" --microbatch-size {part.microbatch_size} must be a multiple of that."
+    )
+  needed = each * part.num_microbatches
+  smallest = min(range(num_classes), key=lambda c: len(rows[c]))
+  if len(rows[smallest]) < needed:
+    raise UserError(
+      f"{part.num_microbatches} balanced microbatches of {part.microbatch_size} need"
+      f" {needed} images of each class, but class {smallest} has"
+      f" {len(rows[smallest])}."
+    )
+  return rows
+
+
+def cropped(images: jax.Array, crops: jax.Array) -> jax.Array:
+  """Images uint8 `[k, b, height, width, channels]`, cropped and mirrored.
+
+  The image moves by up to 4 pixels over a black border, as usual for CIFAR.
+
+  Args:
+    images: as they are.
+    crops: see `Batches`.
+  """
+  around = ((0, 0), (_SHIFT, _SHIFT), (_SHIFT, _SHIFT), (0, 0))
+  flat = images.reshape(-1, *images.shape[2:])
+
+  def crop(padded, how):
+    start = (how[0].astype(int), how[1].astype(int), 0)
+    image = jax.lax.dynamic_slice(padded, start, flat.shape[1:])
+    return jnp.where(how[2] == 1, image[:, ::-1], image)
+
+  return jax.vmap(crop)(jnp.pad(flat, around), crops.reshape(-1, 3)).reshape(
+    images.shape
+  )
+
+
+def random_choice(accepted: np.ndarray, weights: np.ndarray, seed: int) -> Chosen:
+  """In each step as many micro-gradients as GAF accepted, and with its weights.
 
   Args:
     accepted: bool `[steps, k]`, what GAF accepted.
+    weights: float32 `[steps, k]`, with which weights.
     seed: of the run that is imitated.
-    shuffled: whether the steps' numbers come in a random order too; for k = 2 that
-      is skipping the same share of steps at random.
+  """
+  drawn = _rng(seed, _CONTROL).random(accepted.shape)
+  order = np.argsort(drawn, axis=1)
+  return Chosen(*(np.take_along_axis(x, order, axis=1) for x in (accepted, weights)))
 
-  Returns:
-    bool `[steps, k]`.
+
+def random_steps(accepted: np.ndarray, seed: int) -> Chosen:
+  """All micro-gradients in as many steps of each window as GAF took, at random.
+
+  Args: as `random_choice`.
   """
   rng = _rng(seed, _CONTROL)
-  sizes = accepted.sum(axis=1)
-  if shuffled:
-    sizes = rng.permutation(sizes)
-  rank = np.argsort(np.argsort(rng.random(accepted.shape), axis=1), axis=1)
-  return rank < sizes[:, None]
+  taken = accepted.any(axis=1)
+  for start in range(0, len(taken), _WINDOW):
+    rng.shuffle(taken[start : start + _WINDOW])
+  keep = np.broadcast_to(taken[:, None], accepted.shape)
+  return Chosen(keep.copy(), keep.astype(np.float32))
 
 
 def _rng(*key):

@@ -1,5 +1,6 @@
 """Experiment: takes every arm from its last checkpoint to its last step."""
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable
@@ -12,14 +13,12 @@ import tqdm
 import data
 import devices
 import labels
+import models
 import training
-from batches import Schedule, random_choice
+from batches import Chosen, Schedule, random_choice, random_steps
 from errors import UserError
 from plan import Arm, Part
 from storage import Checkpoints, Nowhere, RunDirectory
-
-# Steps between two looks at whether the run shall stop, at most.
-_STRETCH = {"mlp": 100, "resnet18": 10}
 
 
 class Stopped(Exception):
@@ -36,17 +35,25 @@ class Experiment:
   """
 
   def __init__(self, part: Part, dataset: data.Dataset, team: devices.Team):
-    rows = len(dataset.train_labels)
-    if part.microbatch_size * part.num_microbatches > rows:
-      raise UserError(
-        f"{part.num_microbatches} microbatches of {part.microbatch_size} are more"
-        f" than the {rows} training images."
-      )
     base = dataset.train_labels
     if part.noisy_labels:
       base = labels.from_file(
         part.noisy_labels, part.noisy_labels_key, base, dataset.num_classes
       )
+    rows = part.train_images or len(base)
+    if rows > len(base):
+      raise UserError(
+        f"{rows} training images are more than the {len(base)} there are."
+      )
+    if part.microbatch_size * part.num_microbatches > rows:
+      raise UserError(
+        f"{part.num_microbatches} microbatches of {part.microbatch_size} are more"
+        f" than the {rows} training images."
+      )
+    base = base[:rows]
+    dataset = dataclasses.replace(
+      dataset, train_images=dataset.train_images[:rows], train_labels=base
+    )
     self.part = part
     self.schedules = [Schedule(part, dataset, base, seed) for seed in range(part.seeds)]
     self.traces: dict[str, training.Trace] = {}
@@ -130,23 +137,22 @@ class Experiment:
       trace = jax.tree.map(np.array, trace)
       metrics_size = team.together(checkpoints.metrics_size)
     learners = [trainer.placed(learner) for learner in learners]
-    team.together(lambda: directory.cut_metrics(metrics_size))
+    team.together(lambda: directory.begin(part, arm, metrics_size))
     progress.update(start)
 
-    keep = None
-    if arm.imitates is not None:
-      accepted = self.traces[arm.imitates].accepted
-      keep = [random_choice(accepted[s], s, arm.shuffled) for s in seeds]
+    chosen = [self._chosen(arm, seed) for seed in seeds]
 
     def advance(seed, stop_step):
       steps = slice(start, stop_step)
-      batch = self.schedules[seed].batches(start, stop_step, arm.clean)
-      chosen = None if keep is None else keep[seed][steps]
-      learner, happened = trainer.advance(arm, learners[seed], *batch, chosen)
+      batches = self.schedules[seed].batches(start, stop_step, arm.clean)
+      kept = jax.tree.map(lambda x: x[steps], chosen[seed])
+      learner, happened = trainer.advance(arm, learners[seed], batches, kept)
       for whole, stretch in zip(trace, happened):
         whole[seed, steps] = stretch
-      evaluated = _is_evaluated(part, stop_step)
-      return learner, trainer.accuracy(learner) if evaluated else None
+      if not _is_evaluated(part, stop_step):
+        return learner, None
+      accuracy, loss = trainer.evaluate(learner)
+      return trainer.observed(learner, loss), (accuracy, loss)
 
     saved = time.monotonic()
     # Threads, since one seed's small matrices do not fill all cores. Programs that
@@ -155,11 +161,11 @@ class Experiment:
     with futures.ThreadPoolExecutor(workers) as pool:
       for stop_step in _stops(part, start):
         done = list(pool.map(lambda s: advance(s, stop_step), seeds))
-        learners, accuracies = zip(*done)
+        learners, measured = zip(*done)
         if _is_evaluated(part, stop_step):
           for seed in seeds:
             directory.append_metrics(
-              _row(part, arm, seed, stop_step, trace, accuracies[seed])
+              _row(part, arm, seed, stop_step, trace, *measured[seed])
             )
         progress.update(stop_step - start)
         start = stop_step
@@ -172,10 +178,20 @@ class Experiment:
           raise Stopped
     self.traces[arm.name] = trace
 
+  def _chosen(self, arm, seed) -> Chosen | None:
+    """What a control keeps of all steps of a seed."""
+    if training.decides_itself(arm):
+      return None
+    imitated = self.traces[arm.imitates]
+    accepted = imitated.accepted[seed]
+    if arm.control == "steps":
+      return random_steps(accepted, seed)
+    return random_choice(accepted, imitated.weights[seed], seed)
+
 
 def _stops(part: Part, start: int) -> list[int]:
   """The steps after which a stretch ends, the same whatever `start` is."""
-  longest = min(_STRETCH[part.model], part.eval_every)
+  longest = min(models.KINDS[part.model].steps, part.eval_every)
   stretch = max(n for n in range(1, longest + 1) if part.eval_every % n == 0)
   return [*range(start + stretch, part.steps, stretch), part.steps]
 
@@ -184,10 +200,10 @@ def _is_evaluated(part, step):
   return step % part.eval_every == 0 or step == part.steps
 
 
-def _row(part: Part, arm: Arm, seed, step, trace, accuracy):
+def _row(part: Part, arm: Arm, seed, step, trace, accuracy, loss):
   """A line of the metrics file; means are over the steps since the line before."""
   since = (step - 1) // part.eval_every * part.eval_every
-  loss = trace.loss[seed, since:step]
+  train_loss = trace.loss[seed, since:step]
   distances = trace.distance[seed, since:step]
   distances = distances[np.isfinite(distances)]
   distance = float(distances.mean()) if len(distances) else float("nan")
@@ -196,7 +212,8 @@ def _row(part: Part, arm: Arm, seed, step, trace, accuracy):
     "arm": arm.name,
     "seed": seed,
     "step": step,
-    "train_loss": float(loss.mean()),
+    "train_loss": float(train_loss.mean()),
+    "test_loss": loss,
     "test_accuracy": accuracy,
     "accept_rate": float(trace.accept_rate[seed, step - 1]),
     "skipped_steps": int(trace.skipped_steps[seed, step - 1]),

@@ -1,6 +1,8 @@
-"""Models: the MLP for small images and the ResNet-18 of the paper, in Flax Linen."""
+"""Models: an MLP, ResNets and vision transformers for small images, in Flax Linen."""
 
-from typing import Any
+import dataclasses
+import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -8,16 +10,17 @@ import jax.numpy as jnp
 
 
 class MLP(nn.Module):
-  """Two hidden layers of `width` on the flattened image."""
+  """Hidden layers of `width` on the flattened image."""
 
   num_classes: int
   width: int = 256
+  depth: int = 2
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     del train
     x = x.reshape(len(x), -1)
-    for _ in range(2):
+    for _ in range(self.depth):
       x = nn.relu(nn.Dense(self.width)(x))
     return nn.Dense(self.num_classes)(x)
 
@@ -40,22 +43,30 @@ class _Block(nn.Module):
     return nn.relu(x + shortcut)
 
 
-class ResNet18(nn.Module):
-  """ResNet-18 as in torchvision: 7x7 stem of stride 2, max-pool, 8 blocks.
+class ResNet(nn.Module):
+  """ResNet of basic blocks (arXiv 1512.03385) in four stages.
 
-  With width 64 and 100 classes it has 11,227,812 parameters.
+  Attributes:
+    num_classes: number of outputs.
+    width: channels of the first stage; each later one has twice as many.
+    blocks: in each stage; (2, 2, 2, 2) is ResNet-18, (3, 4, 6, 3) ResNet-34.
+    small_stem: a 3x3 convolution, usual for CIFAR, instead of torchvision's 7x7 of
+      stride 2 with max-pooling.
   """
 
   num_classes: int
   width: int = 64
+  blocks: tuple[int, ...] = (2, 2, 2, 2)
+  small_stem: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    x = _convolution(self.width, 7, 2)(x)
-    x = nn.relu(_norm(train)(x))
-    x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-    for stage in range(4):
-      for block in range(2):
+    size, stride = (3, 1) if self.small_stem else (7, 2)
+    x = nn.relu(_norm(train)(_convolution(self.width, size, stride)(x)))
+    if not self.small_stem:
+      x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+    for stage, blocks in enumerate(self.blocks):
+      for block in range(blocks):
         stride = 2 if stage > 0 and block == 0 else 1
         x = _Block(self.width * 2**stage, stride)(x, train)
     return nn.Dense(self.num_classes)(jnp.mean(x, axis=(1, 2)))
@@ -76,16 +87,105 @@ def _norm(train):
   return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5)
 
 
-DEFAULT_WIDTH = {"mlp": 256, "resnet18": 64}
-_MODELS: dict[str, Any] = {"mlp": MLP, "resnet18": ResNet18}
+class ViT(nn.Module):
+  """Vision transformer (arXiv 2010.11929), without dropout.
+
+  Attributes:
+    num_classes: number of outputs.
+    width: of the tokens; the hidden layers have four times as many.
+    depth: layers.
+    head_width: of an attention head, a divisor of `width`.
+    patch_size: pixels of a side; None for a quarter of the image's.
+    image_size: what images are scaled to first, pixels of a side; None for as they
+      are.
+  """
+
+  num_classes: int
+  width: int = 64
+  depth: int = 4
+  head_width: int = 16
+  patch_size: int | None = None
+  image_size: int | None = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    del train
+    if self.image_size is not None:
+      x = jax.image.resize(
+        x, (len(x), self.image_size, self.image_size, x.shape[-1]), "bilinear"
+      )
+    patch = self.patch_size or x.shape[1] // 4
+    x = nn.Conv(self.width, (patch, patch), strides=(patch, patch), padding="VALID")(x)
+    x = x.reshape(len(x), -1, self.width)
+    first = self.param("class_token", nn.initializers.zeros, (1, 1, self.width))
+    x = jnp.concatenate([jnp.tile(first, (len(x), 1, 1)), x], axis=1)
+    x += self.param(
+      "position", nn.initializers.normal(0.02), (1, x.shape[1], self.width)
+    )
+    for _ in range(self.depth):
+      y = nn.LayerNorm(epsilon=1e-6)(x)
+      x += nn.MultiHeadDotProductAttention(self.width // self.head_width)(y)
+      y = nn.LayerNorm(epsilon=1e-6)(x)
+      y = nn.gelu(nn.Dense(4 * self.width)(y), approximate=False)
+      x += nn.Dense(self.width)(y)
+    return nn.Dense(self.num_classes)(nn.LayerNorm(epsilon=1e-6)(x)[:, 0])
 
 
-def make(name: str, num_classes: int, width: int | None = None) -> nn.Module:
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """A model by name.
+
+  Attributes:
+    build: from the number of classes and `width` and `depth`, where given.
+    steps: how many are taken between two looks at whether to stop, at most.
+    divisor: what a width must be a multiple of.
+    convolves: whether most of its work is convolutions.
+  """
+
+  build: Callable[..., nn.Module]
+  steps: int = 10
+  divisor: int = 1
+  convolves: bool = False
+
+
+def _resnet(default, small_stem):
+  def build(num_classes, depth=None, **kwargs):
+    blocks = default if depth is None else (depth,) * 4
+    return ResNet(num_classes, blocks=blocks, small_stem=small_stem, **kwargs)
+
+  return Kind(build, convolves=True)
+
+
+_R18, _R34 = (2, 2, 2, 2), (3, 4, 6, 3)
+KINDS = {
+  "mlp": Kind(MLP, steps=100),
+  "resnet18": _resnet(_R18, small_stem=False),
+  "resnet34": _resnet(_R34, small_stem=False),
+  "resnet18-cifar": _resnet(_R18, small_stem=True),
+  "resnet34-cifar": _resnet(_R34, small_stem=True),
+  "vit": Kind(ViT, divisor=16),
+  "vit-l16": Kind(
+    functools.partial(
+      ViT, width=1024, depth=24, head_width=64, patch_size=16, image_size=224
+    ),
+    divisor=64,
+    steps=1,
+  ),
+}
+
+
+def make(
+  name: str, num_classes: int, width: int | None = None, depth: int | None = None
+) -> nn.Module:
   """A model whose `apply` takes images `[n, height, width, channels]` and `train`.
 
   Args:
-    name: 'mlp' or 'resnet18'.
+    name: a key of `KINDS`.
     num_classes: number of outputs.
-    width: of the hidden layers, or of the first stage; None for the usual one.
+    width: of hidden layers, the first stage or the tokens, a multiple of the kind's
+      `divisor`; None for the usual one.
+    depth: hidden layers, blocks of each stage or layers; None for the usual one.
   """
-  return _MODELS[name](num_classes, width or DEFAULT_WIDTH[name])
+  given = {"width": width, "depth": depth}
+  given = {name: value for name, value in given.items() if value is not None}
+  return KINDS[name].build(num_classes, **given)

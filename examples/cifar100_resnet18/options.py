@@ -1,6 +1,7 @@
 """Options: the command line, checked, and the plan that follows from it."""
 
 import argparse
+import dataclasses
 import math
 
 import models
@@ -10,21 +11,18 @@ import training
 # Any of these makes the command run one experiment of its own, with these defaults
 # for the rest, instead of the main job.
 SHAPING = {
-  "dataset": "digits",
-  "label_noise": 0.0,
-  "noisy_labels": None,
-  "noisy_labels_key": None,
-  "wrong_sources": 0,
+  **{
+    field.name: field.default
+    for field in dataclasses.fields(plan.Part)
+    if field.name not in ("name", "title", "arms", "steps", "seeds", "eval_every")
+  },
   "model": None,
-  "width": None,
-  "optimizer": "momentum",
-  "learning_rate": 0.02,
   "tau": None,
   "target_accept_rate": None,
   "rule": "sequential",
-  "microbatch_size": 10,
-  "num_microbatches": 2,
-  "devices": None,
+  "softness": 0.0,
+  "anchor_decay": None,
+  "by_leaf": False,
 }
 _DEFAULT_TAU = 0.97
 # These say where and how, not what: a run may be resumed with others.
@@ -33,15 +31,27 @@ _UNCOMPARED = (
   "resume",
   "download",
   "checkpoint_seconds",
+  "tensorboard",
+  "wandb",
   "processes",
   "coordinator",
   "process_id",
 )
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
   def error(self, message):
     self.exit(2, f"{self.prog}: {message.rstrip('.')}. See {self.prog} --help.\n")
+
+
+class _Flag(argparse.Action):
+  """True where the flag is given and None, not False, where it is not."""
+
+  def __init__(self, option_strings, dest, **kwargs):
+    super().__init__(option_strings, dest, nargs=0, **kwargs)
+
+  def __call__(self, parser, namespace, values, option_string=None):
+    setattr(namespace, self.dest, True)
 
 
 def _number(kind, what, accept):
@@ -70,6 +80,73 @@ def _address(text):
   return text
 
 
+def add_model(group) -> None:
+  """The options of the model."""
+  group.add_argument(
+    "--model", choices=tuple(models.KINDS), help="mlp for digits, else resnet18"
+  )
+  group.add_argument(
+    "--width",
+    type=_COUNT,
+    help="of hidden layers, the first stage or tokens; default: the usual one",
+  )
+  group.add_argument(
+    "--depth",
+    type=_COUNT,
+    help="hidden layers, blocks of each stage or transformer layers",
+  )
+
+
+def add_size(parser, steps: str, seeds: str, eval_every: str) -> None:
+  """The options of the size, with what their defaults are, in words."""
+  size = parser.add_argument_group("size")
+  size.add_argument("--steps", type=_COUNT, help=f"default {steps}")
+  size.add_argument("--seeds", type=_COUNT, help=f"default {seeds}")
+  size.add_argument(
+    "--eval-every",
+    type=_COUNT,
+    metavar="STEPS",
+    help=f"default {eval_every}",
+  )
+  size.add_argument(
+    "--quick",
+    action="store_true",
+    help="a tenth of the steps and two seeds, to see that it runs",
+  )
+
+
+def add_files(parser) -> None:
+  """The options of what is read and written."""
+  files = parser.add_argument_group("files")
+  files.add_argument(
+    "--data-dir",
+    default="data",
+    help="holds the CIFAR archive or its folder; default data",
+  )
+  files.add_argument(
+    "--download", action="store_true", help="fetch a missing CIFAR archive"
+  )
+  files.add_argument("--out", help="output directory; default a new runs/NAME-NUMBER")
+  files.add_argument(
+    "--resume",
+    action="store_true",
+    help="go on with the run in --out (default: the newest runs/NAME-NUMBER)",
+  )
+  files.add_argument(
+    "--checkpoint-seconds",
+    default=10.0,
+    metavar="SECONDS",
+    type=_number(float, "a number of at least 0", lambda x: 0 <= x < math.inf),
+    help="time between checkpoints; default 10",
+  )
+  files.add_argument(
+    "--tensorboard", action="store_true", help="curves in OUT/tensorboard too"
+  )
+  files.add_argument(
+    "--wandb", metavar="PROJECT", help="curves in a project of Weights & Biases too"
+  )
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
   """The options; a bad one ends the program with a sentence and exit code 2.
 
@@ -79,7 +156,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   Returns:
     A namespace with one value for each option, None where it was not given.
   """
-  parser = _Parser(
+  parser = Parser(
     prog="train.py",
     description=(
       "Plain averaging, GAF and its random control side by side on the same"
@@ -89,12 +166,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   )
   shape = parser.add_argument_group("experiment (any of these replaces the main job)")
   shape.add_argument("--dataset", choices=("digits", "cifar10", "cifar100"))
+  shape.add_argument(
+    "--train-images", metavar="N", type=_COUNT, help="use only the first N of them"
+  )
   noise = shape.add_mutually_exclusive_group()
   noise.add_argument(
     "--label-noise",
     type=_SHARE,
     metavar="SHARE",
     help="share of the training labels given another class at random",
+  )
+  noise.add_argument(
+    "--random-labels",
+    action=_Flag,
+    help="draw all training labels at random, from all classes",
   )
   noise.add_argument(
     "--noisy-labels",
@@ -108,16 +193,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     "--wrong-sources",
     metavar="N",
     type=_INDEX,
-    help="how many of each step's microbatches have every label shifted by one",
+    help="how many of each step's microbatches, other ones each time, have something"
+    " wrong",
   )
   shape.add_argument(
-    "--model", choices=("mlp", "resnet18"), help="mlp for digits, else resnet18"
+    "--wrong-kind",
+    choices=tuple(plan.CORRUPTIONS),
+    help="what is wrong with them; default shifted-labels: each label by one",
   )
   shape.add_argument(
-    "--width",
-    type=_COUNT,
-    help=f"of the hidden layers or the first stage; default {models.DEFAULT_WIDTH}",
+    "--augment",
+    action=_Flag,
+    help="crop (4 pixels around) and mirror the training images at random",
   )
+  add_model(shape)
   shape.add_argument(
     "--optimizer", choices=tuple(training.OPTIMIZERS), help="default momentum (0.9)"
   )
@@ -126,6 +215,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     metavar="RATE",
     help="default 0.02",
     type=_number(float, "a number above 0", lambda x: 0 < x < math.inf),
+  )
+  shape.add_argument(
+    "--weight-decay",
+    metavar="DECAY",
+    help="default 0, with adamw 0.01",
+    type=_number(float, "a number of at least 0", lambda x: 0 <= x < math.inf),
+  )
+  shape.add_argument(
+    "--plateau-patience",
+    metavar="N",
+    type=_COUNT,
+    help="evaluations without a lower test loss after which nesterov-plateau divides"
+    " the learning rate by ten; default 10",
   )
   threshold = shape.add_mutually_exclusive_group()
   threshold.add_argument(
@@ -149,7 +251,27 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     choices=tuple(plan.RULES),
     help="default sequential; min_neighbors asks for half of them",
   )
+  shape.add_argument(
+    "--softness",
+    metavar="S",
+    help="weights sigmoid((tau - distance) / S) instead of 0 and 1",
+    type=_number(float, "a number of at least 0", lambda x: 0 <= x < math.inf),
+  )
+  shape.add_argument(
+    "--anchor-decay",
+    metavar="DECAY",
+    help="compare with a moving average of gradients instead",
+    type=_number(float, "a number from 0 to below 1", lambda x: 0 <= x < 1),
+  )
+  shape.add_argument(
+    "--by-leaf", action=_Flag, help="filter each parameter array on its own"
+  )
   shape.add_argument("--microbatch-size", type=_COUNT, help="images; default 10")
+  shape.add_argument(
+    "--balanced",
+    action=_Flag,
+    help="equally many images of each class in a microbatch, drawn anew in each step",
+  )
   shape.add_argument(
     "--num-microbatches",
     help="in a step; default 2, or one for each device",
@@ -161,20 +283,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     help="that share the microbatches of each step; on a CPU virtual ones",
   )
 
-  size = parser.add_argument_group("size")
-  size.add_argument("--steps", type=_COUNT, help="default 4000 (main job: and 1500)")
-  size.add_argument("--seeds", type=_COUNT, help="default 3 (main job: and 5)")
-  size.add_argument(
-    "--eval-every",
-    type=_COUNT,
-    metavar="STEPS",
-    help="default 100 (main job: and 50)",
-  )
-  size.add_argument(
-    "--quick",
-    action="store_true",
-    help="a tenth of the steps and two seeds, to see that it runs",
-  )
+  add_size(parser, "4000 (main job: and 1500)", "3 (main job: 5)", "100 (and 50)")
 
   spread = parser.add_argument_group("processes (with --devices)")
   spread.add_argument(
@@ -196,28 +305,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     help="where the processes find number 0, a free port of its machine",
   )
 
-  files = parser.add_argument_group("files")
-  files.add_argument(
-    "--data-dir",
-    default="data",
-    help="holds the CIFAR archive or its folder; default data",
-  )
-  files.add_argument(
-    "--download", action="store_true", help="fetch a missing CIFAR archive"
-  )
-  files.add_argument("--out", help="output directory; default a new runs/NAME-NUMBER")
-  files.add_argument(
-    "--resume",
-    action="store_true",
-    help="go on with the run in --out (default: the newest runs/NAME-NUMBER)",
-  )
-  files.add_argument(
-    "--checkpoint-seconds",
-    default=10.0,
-    metavar="SECONDS",
-    type=_number(float, "a number of at least 0", lambda x: 0 <= x < math.inf),
-    help="time between checkpoints; default 10",
-  )
+  add_files(parser)
   options = parser.parse_args(argv)
   _check_together(parser, options)
   return options
@@ -233,6 +321,17 @@ def _check_together(parser, options):
     parser.error(
       f"--wrong-sources {options.wrong_sources} is more than the {k} microbatches"
     )
+  if options.wrong_kind and not options.wrong_sources:
+    parser.error("--wrong-kind goes with --wrong-sources")
+  if options.augment and (options.dataset or "digits") == "digits":
+    parser.error("--augment goes with --dataset cifar10 or cifar100")
+  if options.plateau_patience and options.optimizer != training.PLATEAU:
+    parser.error(f"--plateau-patience goes with --optimizer {training.PLATEAU}")
+  if options.softness and (options.rule or "sequential") not in plan.SOFT_RULES:
+    parser.error(f"--softness goes with --rule {', '.join(plan.SOFT_RULES)}")
+  if options.anchor_decay is not None and (options.rule or options.softness):
+    parser.error("--anchor-decay replaces --rule and --softness")
+  check_model(parser, options.model or default_model(options.dataset), options.width)
   if options.tau and len(set(options.tau)) < len(options.tau):
     parser.error("--tau has the same value twice")
   if options.devices is not None:
@@ -245,6 +344,17 @@ def _check_together(parser, options):
         f"--num-microbatches {k} is not a multiple of --devices {options.devices}"
       )
   _check_processes(parser, options)
+
+
+def check_model(parser, model: str, width: int | None) -> None:
+  """Ends the program if a model cannot have that width."""
+  divisor = models.KINDS[model].divisor
+  if width and width % divisor:
+    parser.error(f"--width {width} is not a multiple of {divisor}, as {model} needs")
+
+
+def default_model(dataset: str | None) -> str:
+  return "mlp" if (dataset or "digits") == "digits" else "resnet18"
 
 
 def _check_processes(parser, options):
@@ -293,15 +403,15 @@ def parts(options: argparse.Namespace) -> tuple[plan.Part, ...]:
   }
   settings["num_microbatches"] = _num_microbatches(options)
   taus, target = settings.pop("tau"), settings.pop("target_accept_rate")
-  rule = settings.pop("rule")
+  gaf = {n: settings.pop(n) for n in ("rule", "softness", "anchor_decay", "by_leaf")}
   if target is None and taus is None:
     taus = (_DEFAULT_TAU,)
   if settings["model"] is None:
-    settings["model"] = "mlp" if settings["dataset"] == "digits" else "resnet18"
+    settings["model"] = default_model(settings["dataset"])
   settings["steps"] = options.steps or (400 if options.quick else 4_000)
   settings["seeds"] = options.seeds or (2 if options.quick else 3)
   settings["eval_every"] = options.eval_every or 100
-  return plan.single_job(settings, taus or (), target, rule)
+  return plan.single_job(settings, taus or (), target, **gaf)
 
 
 def compared(options: argparse.Namespace) -> dict:

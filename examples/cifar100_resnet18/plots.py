@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from storage import RunDirectory
 
 # Told apart with any colour vision (Okabe and Ito); black is the plain mean.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _ROLLING = 100
 
 
@@ -18,20 +18,21 @@ def draw(directory: RunDirectory, experiment) -> None:
   """Writes `PART_accuracy.png`, `PART_distance.png` and `PART_accept_rate.png`."""
   part = experiment.part
   rows = [row for row in directory.metrics() if row["part"] == part.name]
-  styles = _styles(part)
+  styled = styles(part)
   path = lambda kind: directory.path / f"{part.name}_{kind}.png"
-  _accuracy(path("accuracy"), part, rows, styles)
-  _distance(path("distance"), part, experiment.traces, styles)
-  _accept_rate(path("accept_rate"), part, rows, styles)
+  _accuracy(path("accuracy"), part, rows, styled)
+  _distance(path("distance"), part, experiment.traces, styled)
+  _accept_rate(path("accept_rate"), part, rows, styled)
 
 
-def _styles(part):
-  """Line styles by arm: GAF in colours, its control dashed in the same."""
-  colors = iter(_COLORS * len(part.arms))
+def styles(part):
+  """Line styles by arm: GAF in colours, its controls dashed in the same."""
+  colors = iter(COLORS * len(part.arms))
   styles = {}
   for arm in part.arms:
     if arm.imitates is not None:
-      style = dict(color=styles[arm.imitates]["color"], linestyle="--")
+      linestyle = "--" if arm.control == "steps" else "-."
+      style = dict(color=styles[arm.imitates]["color"], linestyle=linestyle)
     elif arm.is_gaf:
       style = dict(color=next(colors), linestyle="-")
     else:
@@ -55,7 +56,7 @@ def _dress(axes, part, title, ylabel):
   axes.grid(alpha=0.3)
 
 
-def _save(figure, axes, path: pathlib.Path):
+def save(figure, axes, path: pathlib.Path):
   # Below all axes, where long names take nothing from the curves.
   figure.legend(
     *axes.get_legend_handles_labels(),
@@ -70,7 +71,7 @@ def _save(figure, axes, path: pathlib.Path):
   os.replace(partial, path)
 
 
-def _curves(rows, part, arm, field):
+def curves(rows, part, arm, field):
   """Steps `[n]` and values `[seeds, n]` of one field of the metrics file."""
   of_arm = [row for row in rows if row["arm"] == arm.name]
   steps = [row["step"] for row in of_arm if row["seed"] == 0]
@@ -78,7 +79,7 @@ def _curves(rows, part, arm, field):
   return np.array(steps), values.reshape(len(steps), part.seeds).T
 
 
-def _band(axes, steps, values, label, style):
+def band(axes, steps, values, label, style):
   mean = values.mean(axis=0)
   axes.plot(steps, mean, label=label, linewidth=1.5, **style)
   if len(values) > 1:
@@ -93,35 +94,35 @@ def _band(axes, steps, values, label, style):
     )
 
 
-def _spread_note(part):
+def spread_note(part):
   if part.seeds == 1:
     return "one seed"
   return f"mean of {part.seeds} seeds, band: one standard deviation"
 
 
 def _accuracy(path, part, rows, styles):
-  figure, axes = _figure(part, f"Test accuracy ({_spread_note(part)})", "test accuracy")
+  figure, axes = _figure(part, f"Test accuracy ({spread_note(part)})", "test accuracy")
   for arm in part.arms:
-    steps, values = _curves(rows, part, arm, "test_accuracy")
-    _band(axes, steps, values, arm.label, styles[arm.name])
+    steps, values = curves(rows, part, arm, "test_accuracy")
+    band(axes, steps, values, arm.label, styles[arm.name])
   # A band can leave the range of the values.
   axes.set_ylim(max(0, axes.get_ylim()[0]), min(1, axes.get_ylim()[1]))
-  _save(figure, axes, path)
+  save(figure, axes, path)
 
 
 def _accept_rate(path, part, rows, styles):
   figure, axes = _figure(
     part,
-    f"Accepted share of the micro-gradients so far ({_spread_note(part)})",
+    f"Accepted share of the micro-gradients so far ({spread_note(part)})",
     "accept rate",
   )
   axes.set_ylim(-0.02, 1.02)
   for arm in part.arms:
     # A control's rate ends where GAF's does by construction.
     if arm.imitates is None and not arm.clean:
-      steps, values = _curves(rows, part, arm, "accept_rate")
-      _band(axes, steps, values, arm.label, styles[arm.name])
-  _save(figure, axes, path)
+      steps, values = curves(rows, part, arm, "accept_rate")
+      band(axes, steps, values, arm.label, styles[arm.name])
+  save(figure, axes, path)
 
 
 def _distance(path, part, traces, styles):
@@ -151,16 +152,16 @@ def _distance(path, part, traces, styles):
     _dress(single, part, arm.label, "")
     single.title.set_fontsize(8)
     single.plot(steps, distance[0], linewidth=0.4, alpha=0.4, color=style["color"])
-    single.plot(steps, _rolling(distance[:1], width), linewidth=1.2, **style)
+    single.plot(steps, rolling(distance[:1], width), linewidth=1.2, **style)
     single.axhline(1, color="gray", linewidth=0.8, zorder=1)
     together.plot(
-      steps, _rolling(distance, width), label=arm.label, linewidth=1.5, **style
+      steps, rolling(distance, width), label=arm.label, linewidth=1.5, **style
     )
   together.axhline(1, color="gray", linewidth=0.8, zorder=1)
-  _save(figure, together, path)
+  save(figure, together, path)
 
 
-def _rolling(values: np.ndarray, width: int) -> np.ndarray:
+def rolling(values: np.ndarray, width: int) -> np.ndarray:
   """Mean of the finite values of the last `width` steps and all seeds.
 
   Args:

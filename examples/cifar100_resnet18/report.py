@@ -13,6 +13,7 @@ from storage import RunDirectory, write_whole
 
 # Fewer values than this say next to nothing about their spread.
 _FEWEST_SEEDS = 3
+CONTROLS = ("choice", "steps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Summary:
     final: the test accuracy after the last step.
     accepted: the accepted share of all micro-gradients.
     updates: steps that changed the weights.
+    late_distance: mean cosine distance in the last tenth of the steps; NaN if nothing
+      was compared.
     from_wrong: the share of the accepted that came from wrong sources, NaN if
       nothing was accepted; None where no source is wrong.
   """
@@ -32,6 +35,7 @@ class Summary:
   final: np.ndarray
   accepted: np.ndarray
   updates: np.ndarray
+  late_distance: np.ndarray
   from_wrong: np.ndarray | None = None
 
 
@@ -41,30 +45,34 @@ class Difference:
 
   Attributes:
     mean: of the differences.
-    spread: their standard deviation; None with too few seeds.
+    margin: half the width of its 95 % confidence interval, by Student's t; None with
+      too few seeds.
   """
 
   mean: float
-  spread: float | None
+  margin: float | None
 
   @classmethod
   def of(cls, ours: np.ndarray, theirs: np.ndarray) -> "Difference":
     """Of two arrays `[seeds]`."""
     paired = np.asarray(ours, float) - np.asarray(theirs, float)
-    enough = len(paired) >= _FEWEST_SEEDS
-    return cls(float(paired.mean()), float(paired.std(ddof=1)) if enough else None)
+    n = len(paired)
+    if n < _FEWEST_SEEDS:
+      return cls(float(paired.mean()), None)
+    margin = stats.t.ppf(0.975, n - 1) * paired.std(ddof=1) / math.sqrt(n)
+    return cls(float(paired.mean()), float(margin))
 
   @property
   def sign(self) -> int:
-    """1 or -1 where the mean is larger than the spread, else 0."""
-    if self.spread is None or abs(self.mean) <= self.spread:
+    """1 or -1 where the interval is on one side of zero, else 0."""
+    if self.margin is None or abs(self.mean) <= self.margin:
       return 0
     return 1 if self.mean > 0 else -1
 
   def __str__(self):
-    if self.spread is None:
+    if self.margin is None:
       return f"{self.mean:+.3f}"
-    return f"{self.mean:+.3f} ± {self.spread:.3f}"
+    return f"{self.mean:+.3f} ± {self.margin:.3f}"
 
 
 def write(directory: RunDirectory, experiments: list[Any]) -> str:
@@ -72,44 +80,91 @@ def write(directory: RunDirectory, experiments: list[Any]) -> str:
   rows = directory.metrics()
   texts, table = [], []
   for experiment in experiments:
-    part = experiment.part
-    summaries = summarize(experiment, rows)
+    part, summaries = experiment.part, summarize(experiment, rows)
     texts.append(
-      "\n".join(
-        [
-          f"## {part.title}",
-          "",
-          f"{part.num_microbatches} microbatches of {part.microbatch_size}"
-          f"{_said_devices(part)}, {part.steps} steps; {_said_seeds(part.seeds)}.",
-          "",
-          results_table(part, summaries),
-          "",
-          comparison(part, summaries),
-          "",
-        ]
-      )
+      f"## {part.title}\n\n{size(part)}\n\n{results_table(part, summaries)}\n\n"
+      f"{comparison(part, summaries)}\n"
     )
-    for name, summary in summaries.items():
-      for seed in range(part.seeds):
-        table.append(
-          {
-            "part": part.name,
-            "arm": name,
-            "seed": seed,
-            "best_accuracy": summary.best[seed],
-            "final_accuracy": summary.final[seed],
-            "accepted": summary.accepted[seed],
-            "updates": summary.updates[seed],
-          }
-        )
+    table += csv_rows(part, summaries)
   text = "\n".join(texts)
+  write_results(directory, text, table)
+  return text
+
+
+def write_overview(directory: RunDirectory, title: str, results: list[Any]) -> str:
+  """Writes `results.md` and `results.csv` of many parts; returns the former's text.
+
+  Args:
+    directory: where to.
+    title: of the whole.
+    results: experiments and their summaries.
+  """
+  of_parts = [(experiment.part, summaries) for experiment, summaries in results]
+  first, _ = of_parts[0]
+  paragraphs = [f"## {title}", _sizes([part for part, _ in of_parts])]
+  if any(arm.is_gaf for arm in first.arms):
+    paragraphs.append(
+      "Differences: paired by seed, mean ± half of the 95 % confidence interval, bold"
+      " where it leaves out zero."
+    )
+    for measure in ("final", "best"):
+      paragraphs += [
+        f"{measure.capitalize()} test accuracy:",
+        overview(measure, of_parts),
+      ]
+  else:
+    header = ["plain mean", "best", "final", "distance in the last tenth"]
+    lines = [
+      [part.title, *map(spread, (plain.best, plain.final, plain.late_distance))]
+      for part, plain in ((part, summaries["plain"]) for part, summaries in of_parts)
+    ]
+    paragraphs.append(aligned([header, *lines]))
+  text = "\n\n".join(paragraphs) + "\n"
+  write_results(directory, text, [row for pair in of_parts for row in csv_rows(*pair)])
+  return text
+
+
+def _sizes(parts):
+  """What parts share of how much was trained, and where they differ."""
+  if len({size(part) for part in parts}) == 1:
+    return size(parts[0])
+  return "\n".join(f"- {part.title}: {size(part)}" for part in parts)
+
+
+def write_results(directory: RunDirectory, text: str, table: list[dict]) -> None:
+  """Writes `results.md` and, with a line for each dict, `results.csv`."""
   write_whole(directory.path / "results.md", text)
   stream = io.StringIO()
   writer = csv.DictWriter(stream, table[0].keys(), lineterminator="\n")
   writer.writeheader()
   writer.writerows(table)
   write_whole(directory.path / "results.csv", stream.getvalue())
-  return text
+
+
+def csv_rows(part, summaries: dict[str, Summary]) -> list[dict]:
+  """A dict for each arm and seed of a part."""
+  return [
+    {
+      "part": part.name,
+      "arm": name,
+      "seed": seed,
+      "best_accuracy": summary.best[seed],
+      "final_accuracy": summary.final[seed],
+      "accepted": summary.accepted[seed],
+      "updates": summary.updates[seed],
+      "late_distance": summary.late_distance[seed],
+    }
+    for name, summary in summaries.items()
+    for seed in range(part.seeds)
+  ]
+
+
+def size(part) -> str:
+  """The sentence on how much was trained."""
+  return (
+    f"{part.num_microbatches} microbatches of {part.microbatch_size}"
+    f"{_said_devices(part)}, {part.steps} steps; {said_seeds(part.seeds)}."
+  )
 
 
 def _said_devices(part):
@@ -119,7 +174,7 @@ def _said_devices(part):
   return f", {each} on each of {part.devices} devices"
 
 
-def _said_seeds(seeds):
+def said_seeds(seeds):
   if seeds == 1:
     return "one seed"
   if seeds < _FEWEST_SEEDS:
@@ -136,17 +191,14 @@ def summarize(experiment: Any, rows: list[dict]) -> dict[str, Summary]:
   """
   part = experiment.part
   wrong = np.stack([schedule.wrong for schedule in experiment.schedules])
+  curves: dict[tuple[str, int], list[float]] = {}
+  for row in rows:
+    if row["part"] == part.name:
+      key = row["arm"], row["seed"]
+      curves.setdefault(key, []).append(row["test_accuracy"])
   summaries = {}
   for arm in part.arms:
-    curves = [
-      [
-        row["test_accuracy"]
-        for row in rows
-        if (row["part"], row["arm"], row["seed"]) == (part.name, arm.name, seed)
-      ]
-      for seed in range(part.seeds)
-    ]
-    curves = np.array(curves)
+    accuracy = np.array([curves[arm.name, seed] for seed in range(part.seeds)])
     accepted = experiment.traces[arm.name].accepted
     number = accepted.sum(axis=(1, 2))
     from_wrong = None
@@ -154,13 +206,21 @@ def summarize(experiment: Any, rows: list[dict]) -> dict[str, Summary]:
       share = (accepted & wrong).sum(axis=(1, 2)) / np.maximum(number, 1)
       from_wrong = np.where(number > 0, share, np.nan)
     summaries[arm.name] = Summary(
-      best=curves.max(axis=1),
-      final=curves[:, -1],
+      best=accuracy.max(axis=1),
+      final=accuracy[:, -1],
       accepted=accepted.mean(axis=(1, 2)),
       updates=accepted.any(axis=2).sum(axis=1),
+      late_distance=_late(experiment.traces[arm.name].distance),
       from_wrong=from_wrong,
     )
   return summaries
+
+
+def _late(distance):
+  late = distance[:, -max(1, distance.shape[1] // 10) :]
+  number = np.isfinite(late).sum(axis=1)
+  total = np.nansum(late, axis=1)
+  return np.where(number > 0, total / np.maximum(number, 1), np.nan)
 
 
 def results_table(part, summaries: dict[str, Summary]) -> str:
@@ -173,18 +233,18 @@ def results_table(part, summaries: dict[str, Summary]) -> str:
     summary = summaries[arm.name]
     line = [
       arm.label,
-      _spread(summary.best),
-      _spread(summary.final),
+      spread(summary.best),
+      spread(summary.final),
       f"{summary.accepted.mean():.2f}",
     ]
     if part.wrong_sources:
       shares = summary.from_wrong
       line.append("" if shares is None else f"{shares.mean():.2f}")
     lines.append(line)
-  return _aligned(lines)
+  return aligned(lines)
 
 
-def _aligned(lines):
+def aligned(lines):
   """Markdown that can be read in a terminal too; the first line is the header."""
   widths = [max(map(len, column)) for column in zip(*lines)]
   lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
@@ -194,7 +254,7 @@ def _aligned(lines):
   )
 
 
-def _spread(values):
+def spread(values):
   if len(values) < _FEWEST_SEEDS:
     return f"{values.mean():.3f}"
   return f"{values.mean():.3f} ± {values.std(ddof=1):.3f}"
@@ -202,108 +262,154 @@ def _spread(values):
 
 def comparison(part, summaries: dict[str, Summary]) -> str:
   """A Markdown table of paired differences and what they allow to conclude."""
-  lines = [
-    [
-      "paired by seed",
-      "final, against plain",
-      "final, against random",
-      "best, against plain",
-      "best, against random",
-    ]
-  ]
-  found: dict[str, dict[str, tuple[Difference, Difference]]] = {}
-  for control in part.arms:
-    if control.imitates is None:
-      continue
-    label = part.arm(control.imitates).label
-    line = [label]
-    for measure in ("final", "best"):
-      ours, plain, random = (
-        getattr(summaries[name], measure)
-        for name in (control.imitates, "plain", control.name)
-      )
-      differences = Difference.of(ours, plain), Difference.of(ours, random)
-      found.setdefault(measure, {})[label] = differences
-      line += map(str, differences)
-    lines.append(line)
-  paragraphs = [_aligned(lines)]
-  paragraphs += [
-    conclusion(measure, part.seeds, differences)
-    for measure, differences in found.items()
-  ]
+  arms = [arm for arm in part.arms if arm.is_gaf]
+  kinds = [kind for kind in CONTROLS if kind in part.controls(arms[0].name)]
+  header = ["paired by seed"]
+  lines: list[list[str]] = [[arm.label] for arm in arms]
+  paragraphs = []
+  for measure in ("final", "best"):
+    header += [f"{measure}, against {name}" for name in ("plain", *map(_named, kinds))]
+    found = {}
+    for arm, line in zip(arms, lines):
+      plain, controls = differences(part, arm, summaries, measure)
+      line += map(str, (plain, *(controls[kind] for kind in kinds)))
+      found[arm.label] = plain, list(controls.values())
+    paragraphs.append(conclusion(measure, part.seeds, found))
   if part.wrong_sources:
     paragraphs.append(_sources(part, summaries))
+  number = (len(header) - 1) * len(lines)
   if part.seeds >= _FEWEST_SEEDS:
     paragraphs.append(
-      f"With {part.seeds} seeds chance alone makes about"
-      f" {chance_of_exceeding(part.seeds):.0%} of differences larger than their"
-      " spread where there is none; more --seeds make that fewer."
+      f"A 95 % interval leaves out zero by chance in 5 % of cases, so expect"
+      f" {0.05 * number:.1f} of the {number} above to do so where there is no"
+      " difference."
     )
-  return "\n\n".join(paragraphs)
+  return "\n\n".join([aligned([header, *lines]), *paragraphs])
 
 
-def chance_of_exceeding(seeds: int) -> float:
-  """How often a mean exceeds the standard deviation of its values by chance.
+def overview(measure: str, results: list[tuple[Any, dict[str, Summary]]]) -> str:
+  """A Markdown table with a line for each GAF arm of several parts.
 
-  Of `seeds` normal values around zero, in either direction: the mean over the
-  deviation, times the root of their number, is Student's t.
+  Args:
+    measure: 'final' or 'best'.
+    results: parts and their summaries.
   """
-  return float(2 * stats.t.sf(math.sqrt(seeds), seeds - 1))
+  parts = [part for part, _ in results]
+  kinds = [
+    kind
+    for kind in CONTROLS
+    if any(arm.control == kind for part in parts for arm in part.arms)
+  ]
+  sourced = any(part.wrong_sources for part in parts)
+  header = ["", "accepted", *["of these wrong"] * sourced, "plain mean", "GAF"]
+  header += [f"GAF - {name}" for name in ("plain", *map(_named, kinds))]
+  lines = [header]
+  for part, summaries in results:
+    plain = getattr(summaries["plain"], measure)
+    clean = summaries.get("clean")
+    said = f"**{part.title}**"
+    if clean is not None:
+      said += f"; with nothing wrong {getattr(clean, measure).mean():.3f}"
+    arms = [arm for arm in part.arms if arm.is_gaf]
+    empty = [""] * (len(header) - 4 - sourced)
+    lines.append([said, "", *[""] * sourced, spread(plain), "", *empty])
+    for arm in arms:
+      summary = summaries[arm.name]
+      against, controls = differences(part, arm, summaries, measure)
+      wrong = "" if summary.from_wrong is None else f"{summary.from_wrong.mean():.2f}"
+      lines.append(
+        [
+          arm.label,
+          f"{summary.accepted.mean():.2f}",
+          *[wrong] * sourced,
+          "",
+          spread(getattr(summary, measure)),
+          _marked(against),
+          *(_marked(controls[kind]) if kind in controls else "" for kind in kinds),
+        ]
+      )
+  return aligned(lines)
+
+
+def _marked(difference):
+  """In bold where it is not none."""
+  return f"**{difference}**" if difference.sign else str(difference)
+
+
+def _named(kind):
+  return f"random {kind}"
+
+
+def differences(part, arm, summaries: dict[str, Summary], measure: str):
+  """Of an arm, to the plain mean and by kind to each control.
+
+  Args:
+    part: the setting.
+    arm: a GAF arm of it.
+    summaries: by name of the arm.
+    measure: 'final' or 'best'.
+  """
+  of = lambda name: getattr(summaries[name], measure)
+  controls = {
+    kind: Difference.of(of(arm.name), of(control.name))
+    for kind, control in part.controls(arm.name).items()
+  }
+  return Difference.of(of(arm.name), of("plain")), controls
 
 
 def conclusion(
   measure: str,
   seeds: int,
-  versus: dict[str, tuple[Difference, Difference]],
+  versus: dict[str, tuple[Difference, list[Difference]]],
 ) -> str:
   """The sentence on one measure.
 
   Args:
     measure: 'final' or 'best'.
     seeds: how many there are.
-    versus: by arm, its difference to the plain mean and to its random control.
+    versus: by arm, its difference to the plain mean and to each of its controls.
   """
   start = f"{measure.capitalize()} accuracy: "
   if seeds < _FEWEST_SEEDS:
     number = "one seed gives" if seeds == 1 else f"{seeds} seeds give"
     return start + (
-      f"{number} no spread to compare the differences with, so they allow no"
+      f"{number} no interval to tell the differences from chance, so they allow no"
       " conclusion."
     )
 
   def having(signs):
     return [
       label
-      for label, differences in versus.items()
-      if tuple(d.sign for d in differences) == signs
+      for label, (plain, controls) in versus.items()
+      if (plain.sign, against_all(controls)) == signs
     ]
 
   verdicts = (
     (
       (1, 1),
-      "above the plain mean and above its random control too: which"
-      " micro-gradients are left out matters",
+      "above the plain mean and above chance too: which micro-gradients are left out"
+      " matters",
     ),
     (
       (1, 0),
-      "above the plain mean, but not told apart from its random control:"
-      " how much is left out is enough to explain it",
+      "above the plain mean, but not told apart from chance: how much is left out is"
+      " enough to explain it",
     ),
     (
       (1, -1),
-      "above the plain mean, but below its random control: leaving out as"
-      " much at random does better",
+      "above the plain mean, but below chance: leaving out as much at random does"
+      " better",
     ),
-    ((0, 1), "not told apart from the plain mean, though above its random control"),
-    ((0, 0), "told apart neither from the plain mean nor from its random control"),
-    ((0, -1), "not told apart from the plain mean, and below its random control"),
+    ((0, 1), "not told apart from the plain mean, though above chance"),
+    ((0, 0), "told apart neither from the plain mean nor from chance"),
+    ((0, -1), "not told apart from the plain mean, and below chance"),
     (
       (-1, 1),
-      "below the plain mean, though above its random control: it chooses"
-      " well, but leaving out as much costs more",
+      "below the plain mean, though above chance: it chooses well, but leaving out as"
+      " much costs more",
     ),
-    ((-1, 0), "below the plain mean, and not told apart from its random control"),
-    ((-1, -1), "below the plain mean and below its random control"),
+    ((-1, 0), "below the plain mean, and not told apart from chance"),
+    ((-1, -1), "below the plain mean and below chance"),
   )
   said = [
     f"{_listed(names)} {'is' if len(names) == 1 else 'are each'} {verdict}"
@@ -311,27 +417,32 @@ def conclusion(
     if (names := having(signs))
   ]
   return start + (
-    f"counting only differences larger than their spread over the {seeds} seeds, "
-    + "; ".join(said)
-    + "."
+    f"counting only differences whose 95 % confidence interval over the {seeds} seeds"
+    " leaves out zero, and as chance all random controls, " + "; ".join(said) + "."
   )
+
+
+def against_all(controls: list[Difference]) -> int:
+  """1 where the difference to every control is above zero, -1 where one is below."""
+  signs = [control.sign for control in controls]
+  return -1 if -1 in signs else min(signs, default=0)
 
 
 def _sources(part, summaries):
   """The sentence on what was accepted, and on how much of the harm remains."""
   words = {1: "above", 0: "not told apart from", -1: "below"}
   found = []
-  for control in part.arms:
-    if control.imitates is None:
+  for arm in part.arms:
+    if not arm.is_gaf:
       continue
-    ours = summaries[control.imitates]
+    ours = summaries[arm.name]
     if np.isnan(ours.from_wrong).all():
       continue  # Nothing was accepted.
     gap = Difference.of(ours.final, summaries["clean"].final)
-    verdict = "" if gap.spread is None else f" ({words[gap.sign]} it)"
+    verdict = "" if gap.margin is None else f" ({words[gap.sign]} it)"
     found.append(
       f"{np.nanmean(ours.from_wrong):.0%} of what"
-      f" {part.arm(control.imitates).label} accepted, whose final accuracy is"
+      f" {arm.label} accepted, whose final accuracy is"
       f" {gap} against the plain mean with nothing wrong{verdict}"
     )
   share = part.wrong_sources / part.num_microbatches

@@ -10,6 +10,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from errors import UserError
+from loggers import Loggers
+from plan import Arm, Part
 
 _CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -47,18 +49,26 @@ class RunDirectory:
     path: where it is.
   """
 
-  def __init__(self, path: pathlib.Path, options: dict, resume: bool):
+  def __init__(
+    self,
+    path: pathlib.Path,
+    options: dict,
+    resume: bool,
+    log: Loggers | None = None,
+  ):
     """Takes an empty or new directory, or with `resume` that of the same options.
 
     Args:
       path: where it is or shall be.
       options: what must be the same when a run is resumed, by flag.
       resume: whether to go on with what is there.
+      log: gets the lines of the metrics file too.
 
     Raises:
       UserError: if what is there does not allow it.
     """
     self.path = path
+    self._log = log or Loggers()
     try:
       path.mkdir(parents=True, exist_ok=True)
       held = [p.name for p in path.iterdir() if not p.name.startswith(".")]
@@ -102,9 +112,11 @@ class RunDirectory:
     }
     self._metrics.write((json.dumps(finite) + "\n").encode())
     self._metrics.flush()
+    self._log.log(row)
 
   def metrics_size(self) -> int:
     """Size of the metrics file, in bytes, when all of it is on the disk."""
+    self._log.flush()
     self._metrics.flush()
     os.fsync(self._metrics.fileno())
     return os.fstat(self._metrics.fileno()).st_size
@@ -118,6 +130,11 @@ class RunDirectory:
       )
     self._metrics.truncate(size)
 
+  def begin(self, part: Part, arm: Arm, metrics_size: int) -> None:
+    """Goes on to an arm, from the checkpoint that says `metrics_size` bytes."""
+    self.cut_metrics(metrics_size)
+    self._log.begin(part, arm, self.metrics())
+
   def metrics(self) -> list[dict[str, Any]]:
     """All lines of the metrics file."""
     self._metrics.flush()
@@ -130,6 +147,7 @@ class RunDirectory:
 
   def close(self) -> None:
     self._metrics.close()
+    self._log.close()
 
 
 class Nowhere:
@@ -141,7 +159,7 @@ class Nowhere:
   def metrics_size(self) -> int:
     return 0
 
-  def cut_metrics(self, size: int) -> None:
+  def begin(self, part: Part, arm: Arm, metrics_size: int) -> None:
     pass
 
   def checkpoints(self, part: str, arm: str) -> "Nowhere":

@@ -1,5 +1,6 @@
 """Training: one compiled stretch of steps, and the accuracy after it."""
 
+import functools
 import threading
 from typing import Any, NamedTuple
 
@@ -12,21 +13,28 @@ from jax.sharding import PartitionSpec as P
 
 import gaf_optax
 import models
+from batches import Batches, Chosen, cropped
 from data import Dataset
 from devices import AXIS
-from plan import RULES, Arm, Part
+from plan import RULES, SOFT_RULES, Arm, Part
 
+_momentum = functools.partial(optax.sgd, momentum=0.9)
+_nesterov = functools.partial(_momentum, nesterov=True)
 OPTIMIZERS = {
   "sgd": optax.sgd,
-  "momentum": lambda rate: optax.sgd(rate, momentum=0.9),
-  "nesterov": lambda rate: optax.sgd(rate, momentum=0.9, nesterov=True),
+  "momentum": _momentum,
+  "nesterov": _nesterov,
+  "nesterov-plateau": _nesterov,
   "adam": optax.adam,
   "adamw": optax.adamw,
-  "rmsprop": optax.rmsprop,
+  "rmsprop": functools.partial(optax.rmsprop, decay=0.99),
 }
+# The one that lowers the learning rate where the test loss no longer falls.
+PLATEAU = "nesterov-plateau"
+_ADAMW_DECAY = 0.01  # As in PyTorch; the others have none unless asked for.
 _EVALUATION_BATCH = 500
-# Of arrays with the steps in front, then the microbatches.
-_SPREAD = P(None, AXIS)
+# Steps after which a source with stale parameters takes up the newest.
+_STALE_STEPS = 100
 
 
 class Learner(NamedTuple):
@@ -36,11 +44,15 @@ class Learner(NamedTuple):
     params: of the model.
     batch_stats: BatchNorm's running statistics, empty without BatchNorm.
     opt_state: of the optimizer, GAF's within it.
+    plateau: of `optax.contrib.reduce_on_plateau`; None without it.
+    stale: older parameters, where some sources have those; else None.
   """
 
   params: Any
   batch_stats: Any
   opt_state: Any
+  plateau: Any = None
+  stale: Any = None
 
 
 class Trace(NamedTuple):
@@ -54,6 +66,7 @@ class Trace(NamedTuple):
     skipped_steps: int32, since the first step.
     nonfinite: int32, since the first step.
     accepted: bool `[k]`.
+    weights: float32 `[k]`, of the micro-gradients in the mean.
   """
 
   loss: Any
@@ -63,6 +76,7 @@ class Trace(NamedTuple):
   skipped_steps: Any
   nonfinite: Any
   accepted: Any
+  weights: Any
 
 
 def empty_trace(part: Part) -> Trace:
@@ -71,7 +85,8 @@ def empty_trace(part: Part) -> Trace:
   nan = lambda: np.full(shape, np.nan, np.float32)
   zero = lambda: np.zeros(shape, np.int32)
   accepted = np.zeros((*shape, part.num_microbatches), bool)
-  return Trace(nan(), nan(), nan(), nan(), zero(), zero(), accepted)
+  weights = np.zeros(accepted.shape, np.float32)
+  return Trace(nan(), nan(), nan(), nan(), zero(), zero(), accepted, weights)
 
 
 class Trainer:
@@ -82,7 +97,13 @@ class Trainer:
   ):
     """Args: `mesh` has the axis `devices.AXIS`; None for one device."""
     self._part, self._dataset, self._mesh = part, dataset, mesh
-    self._model = models.make(part.model, dataset.num_classes, part.width)
+    self._model = models.make(part.model, dataset.num_classes, part.width, part.depth)
+    # On a CPU, XLA's convolutions are several times slower inside a loop.
+    convolves = models.KINDS[part.model].convolves
+    self._looped = not (convolves and jax.default_backend() == "cpu")
+    self._plateau = optax.contrib.reduce_on_plateau(
+      factor=0.1, patience=part.plateau_patience
+    )
     self._compiled: dict[Any, Any] = {}
     self._compiling = threading.Lock()
     test = _test_batches(dataset, part.devices or 1)
@@ -100,57 +121,80 @@ class Trainer:
       "init", lambda: jax.jit(self._init), np.int32(seed)
     )
     transformation = self._transformation(arm, arm.tau, None)
-    return Learner(params, batch_stats, transformation.init(params))
+    plateau = stale = None
+    if self._part.optimizer == PLATEAU:
+      plateau = self._plateau.init(params)
+    if self._has_stale_sources:
+      stale = jax.tree.map(jnp.copy, params)
+    return Learner(params, batch_stats, transformation.init(params), plateau, stale)
 
   def placed(self, learner: Learner) -> Learner:
     """The learner on all devices of the mesh, the same on each."""
     return learner if self._mesh is None else self._placed(learner, P())
 
   def advance(
-    self,
-    arm: Arm,
-    learner: Learner,
-    indices: np.ndarray,
-    labels: np.ndarray,
-    keep: np.ndarray | None = None,
+    self, arm: Arm, learner: Learner, batches: Batches, chosen: Chosen | None = None
   ) -> tuple[Learner, Trace]:
     """Takes some steps.
 
     Args:
       arm: how.
       learner: where they start from; its buffers are given away.
-      indices: int32 `[n, k, b]`, which training images.
-      labels: int32 `[n, k, b]`.
-      keep: bool `[n, k]`, the choice of an arm that imitates.
+      batches: what they see.
+      chosen: what an arm that imitates keeps.
     """
+    seen = batches, chosen
+    if self._looped:
+      return self._advance(arm, learner, seen)
+    happened = []
+    for i in range(len(batches.steps)):
+      one = jax.tree.map(lambda x: x[i], seen)
+      learner, step = self._advance(arm, learner, one)
+      happened.append(step)
+    return learner, jax.tree.map(lambda *steps: np.stack(steps), *happened)
+
+  def _advance(self, arm, learner, seen):
+    front = (None,) if self._looped else ()
+    spread = P(*front, AXIS)
+    specs = (Batches(P(), *[spread] * 5), P())
     tau = np.float32(arm.tau)
-    batches = indices, labels, keep
     if self._mesh is not None:
-      tau, keep = self._placed((tau, keep), P())
-      batches = (*self._own_microbatches(indices, labels), keep)
+      tau = self._placed(tau, P())
+      batches, chosen = seen
+      images = self._own_images(batches.indices, spread)
+      batches = Batches(*map(self._placed, batches[:5], specs[0][:5]), images)
+      seen = batches, self._placed(chosen, P())
 
-    def advance(*args):
-      return self._advance(arm, *args)
+    def take(learner, tau, images, seen):
+      step = functools.partial(self._step, arm, tau, images)
+      return jax.lax.scan(step, learner, seen) if self._looped else step(learner, seen)
 
-    specs = (P(), P(), P(), (_SPREAD, _SPREAD, P()))
     return self._cached(
-      ("advance", _decision(arm), indices.shape),
-      lambda: jax.jit(self._on_devices(advance, specs), donate_argnums=0),
+      ("advance", _decision(arm), seen[0].indices.shape),
+      lambda: jax.jit(self._on_devices(take, (P(), P(), P(), specs)), donate_argnums=0),
       learner,
       tau,
       self._images,
-      batches,
+      seen,
     )
 
-  def accuracy(self, learner: Learner) -> float:
-    """Share of the test images that are classified correctly."""
-    correct = self._cached(
-      "accuracy",
-      lambda: jax.jit(self._on_devices(self._count_correct, (P(), P(AXIS), P(AXIS)))),
+  def evaluate(self, learner: Learner) -> tuple[float, float]:
+    """Share of the test images that are classified correctly, and the mean loss."""
+    correct, loss = self._cached(
+      "evaluate",
+      lambda: jax.jit(self._on_devices(self._evaluated, (P(), P(AXIS), P(AXIS)))),
       (learner.params, learner.batch_stats),
       *self._test,
     )
-    return int(correct) / len(self._dataset.test_labels)
+    number = len(self._dataset.test_labels)
+    return int(correct) / number, float(loss) / number
+
+  def observed(self, learner: Learner, loss: float) -> Learner:
+    """The learner after an evaluation; on a plateau it goes on more slowly."""
+    if learner.plateau is None:
+      return learner
+    _, plateau = self._plateau.update({}, learner.plateau, value=jnp.float32(loss))
+    return learner._replace(plateau=plateau)
 
   def _cached(self, key, make, *args):
     # Compiled by hand, since threads that call a new `jit` function at the same
@@ -176,15 +220,14 @@ class Trainer:
 
     return jax.tree.map(place, tree)
 
-  def _own_microbatches(self, indices, labels):
-    """Images and labels, on each device those of its microbatches alone."""
+  def _own_images(self, indices, spec):
+    """Images, on each device those of its microbatches alone."""
     images = self._dataset.train_images
-    pixels = jax.make_array_from_callback(
+    return jax.make_array_from_callback(
       (*indices.shape, *images.shape[1:]),
-      NamedSharding(self._mesh, _SPREAD),
+      NamedSharding(self._mesh, spec),
       lambda index: images[indices[index[: indices.ndim]]],
     )
-    return pixels, self._placed(labels, _SPREAD)
 
   def _inputs(self, images):
     data = self._dataset
@@ -194,17 +237,34 @@ class Trainer:
     std = jnp.array(data.std, jnp.float32).reshape(shape)
     return (x - mean) / std
 
-  def _transformation(self, arm, tau, keep):
-    rule = RULES[arm.rule]()
+  def _transformation(self, arm, tau, chosen):
+    part = self._part
+    optimizer = OPTIMIZERS[part.optimizer]
+    decay = part.weight_decay
+    if part.optimizer == "adamw":
+      decay = _ADAMW_DECAY if decay is None else decay
+      inner = optimizer(part.learning_rate, weight_decay=decay)
+    else:
+      inner = optimizer(part.learning_rate)
+      if decay:
+        inner = optax.chain(optax.add_decayed_weights(decay), inner)
+    softness = {"softness": arm.softness} if arm.rule in SOFT_RULES else {}
+    anchor_decay = arm.anchor_decay
+    rule = RULES[arm.rule](**softness) if anchor_decay is None else None
     if arm.target is not None:
       tau = gaf_optax.target_accept_rate(arm.target)
-    if arm.imitates is not None:
-      rule = _already_decided(keep)
+    if decides_itself(arm):
+      if arm.imitates is not None:
+        rule = _shuffled(rule)
+    else:
+      rule, anchor_decay, tau = _already_decided(chosen), None, 2.0
     return gaf_optax.apply_if_agreed(
-      OPTIMIZERS[self._part.optimizer](self._part.learning_rate),
+      inner,
       tau,
       rule=rule,
-      num_microbatches=self._part.num_microbatches,
+      anchor_decay=anchor_decay,
+      groups="leaf" if arm.by_leaf and decides_itself(arm) else None,
+      num_microbatches=part.num_microbatches,
       axis_name=None if self._mesh is None else AXIS,
       stacked=True,
     )
@@ -215,7 +275,13 @@ class Trainer:
     variables = self._model.init(jax.random.key(seed), x, train=False)
     return variables["params"], variables.get("batch_stats", {})
 
-  def _advance(self, arm, learner, tau, images, batches):
+  @property
+  def _has_stale_sources(self):
+    return bool(self._part.wrong_sources) and self._part.wrong_kind == "stale"
+
+  def _step(self, arm, tau, images, learner, seen):
+    batch, chosen = seen
+
     def loss(params, batch_stats, x, y):
       logits, updated = self._model.apply(
         {"params": params, "batch_stats": batch_stats},
@@ -226,60 +292,100 @@ class Trainer:
       losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
       return jnp.mean(losses), updated.get("batch_stats", {})
 
+    x = self._seen(batch, images)
+    params, params_axis, stale = self._local_params(learner, batch)
     micro_gradients = jax.vmap(
-      jax.value_and_grad(loss, has_aux=True), in_axes=(None, None, 0, 0)
+      jax.value_and_grad(loss, has_aux=True), in_axes=(params_axis, None, 0, 0)
     )
+    (losses, stats), grads = micro_gradients(
+      params, learner.batch_stats, x, batch.labels
+    )
+    transformation = self._transformation(arm, tau, chosen)
+    updates, opt_state = transformation.update(grads, learner.opt_state, learner.params)
+    if learner.plateau is not None:
+      updates = optax.tree.scale(learner.plateau.scale, updates)
+    measured = gaf_optax.metrics(opt_state)
+    trace = Trace(
+      self._mean(losses),
+      measured["cosine_distance"],
+      measured["threshold"],
+      measured["accept_rate"],
+      measured["skipped_steps"],
+      measured["nonfinite"],
+      opt_state.gaf_state.accepted,
+      _weights(arm, opt_state.gaf_state),
+    )
+    learner = Learner(
+      optax.apply_updates(learner.params, updates),
+      jax.tree.map(self._mean, stats),
+      opt_state,
+      learner.plateau,
+      stale,
+    )
+    return learner, trace
 
-    def step(learner, batch):
-      x, labels, keep = batch
-      x = self._inputs(x if images is None else images[x])
-      params = learner.params
-      if self._mesh is not None:
-        # So that a gradient is that of this device's microbatch, not of all.
-        params = jax.lax.pcast(params, AXIS, to="varying")
-      (losses, stats), grads = micro_gradients(params, learner.batch_stats, x, labels)
-      transformation = self._transformation(arm, tau, keep)
-      updates, opt_state = transformation.update(
-        grads, learner.opt_state, learner.params
-      )
-      measured = gaf_optax.metrics(opt_state)
-      trace = Trace(
-        self._mean(losses),
-        measured["cosine_distance"],
-        measured["threshold"],
-        measured["accept_rate"],
-        measured["skipped_steps"],
-        measured["nonfinite"],
-        opt_state.gaf_state.accepted,
-      )
-      learner = Learner(
-        optax.apply_updates(learner.params, updates),
-        jax.tree.map(self._mean, stats),
-        opt_state,
-      )
-      return learner, trace
+  def _seen(self, batch, images):
+    """Network inputs `[k, b, ...]`, those of wrong sources with what is wrong."""
+    raw = batch.images if images is None else images[batch.indices]
+    if batch.crops is not None:
+      raw = cropped(raw, batch.crops)
+    x = self._inputs(raw)
+    kind = self._part.wrong_kind
+    if self._part.wrong_sources and kind in ("pixels", "normalization"):
+      bad = raw.astype(jnp.float32)
+      if kind == "pixels":
+        height, width = x.shape[-3:-1]
+        order = np.random.default_rng(0).permutation(height * width)
+        flat = x.reshape(*x.shape[:2], height * width, -1)
+        bad = flat[:, :, order].reshape(x.shape)
+      x = jnp.where(batch.wrong[:, None, None, None, None], bad, x)
+    return x
 
-    return jax.lax.scan(step, learner, batches)
+  def _local_params(self, learner, batch):
+    """Parameters to differentiate at, their axis of microbatches, and stale ones."""
+    params, stale = learner.params, learner.stale
+    if self._mesh is not None:
+      # So that a gradient is that of this device's microbatch, not of all.
+      params = jax.lax.pcast(params, AXIS, to="varying")
+    if stale is None:
+      return params, None, None
+    renewed = batch.steps % _STALE_STEPS == 0
+    stale = jax.tree.map(
+      lambda new, old: jnp.where(renewed, new, old), learner.params, stale
+    )
+    local = lambda new, old: jnp.where(
+      batch.wrong.reshape(-1, *(1,) * new.ndim), old[None], new[None]
+    )
+    return jax.tree.map(local, params, stale), 0, stale
 
   def _mean(self, x):
     """Over all microbatches, which are in front."""
     x = jnp.mean(x, axis=0)
     return x if self._mesh is None else jax.lax.pmean(x, AXIS)
 
-  def _count_correct(self, variables, images, labels):
+  def _evaluated(self, variables, images, labels):
     params, batch_stats = variables
 
-    def count(batch):
-      x, y = batch
+    def count(x, y):
       logits = self._model.apply(
         {"params": params, "batch_stats": batch_stats},
         self._inputs(x),
         train=False,
       )
-      return jnp.sum(jnp.argmax(logits, axis=-1) == y)
+      losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits, jnp.maximum(y, 0)
+      )
+      correct = jnp.argmax(logits, axis=-1) == y
+      return jnp.sum(correct), jnp.sum(jnp.where(y >= 0, losses, 0))
 
-    correct = jnp.sum(jax.lax.map(count, (images, labels)))
-    return correct if self._mesh is None else jax.lax.psum(correct, AXIS)
+    if self._looped:
+      counts = jax.lax.map(lambda batch: count(*batch), (images, labels))
+    else:
+      counts = jax.tree.map(
+        lambda *x: jnp.stack(x), *(count(*b) for b in zip(images, labels))
+      )
+    total = jax.tree.map(jnp.sum, counts)
+    return total if self._mesh is None else jax.lax.psum(total, AXIS)
 
 
 def _test_batches(dataset, shares):
@@ -293,20 +399,70 @@ def _test_batches(dataset, shares):
   return images.reshape(-1, size, *images.shape[1:]), labels.reshape(-1, size)
 
 
+def decides_itself(arm: Arm) -> bool:
+  """Whether an arm's choices depend on its own gradients.
+
+  They do where a control draws within each leaf: what GAF accepted there is not in
+  its trace.
+  """
+  return arm.imitates is None or (arm.by_leaf and arm.control == "choice")
+
+
 def _decision(arm):
   """What of an arm is compiled in; a plain tau is an argument of the program."""
-  return arm.rule, arm.target, arm.imitates is not None
+  if not decides_itself(arm):
+    return "imitates"
+  return (
+    arm.rule,
+    arm.target,
+    arm.softness,
+    arm.anchor_decay,
+    arm.by_leaf,
+    arm.imitates is not None,
+  )
 
 
-def _already_decided(keep):
-  """A rule that accepts what `keep`, bool `[k]`, says.
+def _already_decided(chosen):
+  """A rule that keeps what was chosen, one step of a `Chosen`.
 
   Its distances are those of the sequential rule that accepts everything.
   """
 
   def rule(gram, valid, tau):
     distances = RULES["sequential"]()(gram, valid, tau).distances
-    accepted = keep & valid
-    return gaf_optax.Decision(accepted.astype(distances.dtype), accepted, distances)
+    weights = chosen.weights.astype(distances.dtype)
+    return gaf_optax.Decision(weights, chosen.accepted & valid, distances)
 
   return rule
+
+
+def _shuffled(rule):
+  """A rule that keeps as many micro-gradients as another one, drawn at random."""
+
+  def shuffled(gram, valid, tau):
+    decision = rule(gram, valid, tau)
+    # The Gram matrix's own digits: other ones in each step, leaf and seed.
+    digits = jax.lax.bitcast_convert_type(jnp.sum(gram).astype(jnp.float32), jnp.int32)
+    order = jax.random.permutation(
+      jax.random.fold_in(jax.random.key(0), digits), len(valid)
+    )
+    return decision._replace(
+      weights=decision.weights[order], accepted=decision.accepted[order]
+    )
+
+  return shuffled
+
+
+def _weights(arm, state):
+  """Weights `[k]` of the micro-gradients in the mean of the last step."""
+  accepted = state.accepted.astype(jnp.float32)
+  if arm.softness:
+    margin = (state.threshold - state.distances) / arm.softness
+    # What was compared with nothing is accepted or not.
+    soft = jnp.where(jnp.isnan(margin), accepted, jax.nn.sigmoid(margin))
+    return jnp.where(jnp.any(state.accepted), soft, 0)
+  if arm.rule == "running_average":
+    # Each one joins with half of the weight, the first two alike.
+    place = jnp.maximum(jnp.cumsum(accepted), 2)
+    return accepted * 2.0 ** (place - 1 - jnp.sum(accepted))
+  return accepted

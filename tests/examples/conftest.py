@@ -1,5 +1,7 @@
 """The example's modules are importable, and its command runs in the test's process."""
 
+import dataclasses
+import importlib
 import pathlib
 import sys
 import types
@@ -49,22 +51,45 @@ def shared_data():
 
 @pytest.fixture
 def refused(capsys):
-  """A function that runs the command and returns its one sentence of refusal."""
-  import train
+  """A function that runs a command and returns its one sentence of refusal."""
 
-  def run(*argv):
+  def run(*argv, command="train"):
     try:
-      code = train.main([str(a) for a in argv])
+      code = importlib.import_module(command).main([str(a) for a in argv])
     except SystemExit as error:
       code = error.code
     out, err = capsys.readouterr()
     lines = [line for line in err.splitlines() if ": note: " not in line]
     assert code == 2, err
     assert out == ""
-    assert len(lines) == 1 and lines[0].startswith("train.py: "), err
+    assert len(lines) == 1 and lines[0].startswith(f"{command}.py: "), err
     return lines[0]
 
   return run
+
+
+@pytest.fixture(scope="session")
+def digits():
+  import data
+
+  return data.load("digits", "")
+
+
+# What a trainer has nothing to do with, or takes the shape of from its batches.
+_UNTRAINED = dict(
+  name="",
+  title="",
+  arms=(),
+  label_noise=0.0,
+  random_labels=False,
+  noisy_labels=None,
+  noisy_labels_key=None,
+  balanced=False,
+  microbatch_size=0,
+  steps=0,
+  seeds=0,
+  eval_every=0,
+)
 
 
 @pytest.fixture(scope="module")
@@ -77,30 +102,34 @@ def compiled_once():
   trainers = {}
 
   def trainer(part, dataset, mesh):
-    key = part, models._MODELS[part.model]
+    shared = dataclasses.replace(part, **_UNTRAINED)
+    key = shared, models.KINDS[part.model], hash(dataset.train_images.tobytes())
     if key not in trainers:
       trainers[key] = training.Trainer(part, dataset, mesh)
     return trainers[key]
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(
-      experiment,
-      "training",
-      types.SimpleNamespace(
-        Trainer=trainer, Trace=training.Trace, empty_trace=training.empty_trace
-      ),
-    )
+    replaced = types.SimpleNamespace(**{**vars(training), "Trainer": trainer})
+    patch.setattr(experiment, "training", replaced)
     yield
+
+
+@pytest.fixture(scope="module")
+def quickly_compiled():
+  """Programs that are compiled in two thirds of the time, to be run a few times."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")
 def final_arrays():
   """A function from a run's directory to all arrays of its newest checkpoints."""
 
-  def read(path):
+  def read(path, part="experiment"):
     """By arm, read by orbax."""
     found = {}
-    for arm in sorted((path / "checkpoints" / "experiment").iterdir()):
+    for arm in sorted((path / "checkpoints" / part).iterdir()):
       manager = ocp.CheckpointManager(arm.absolute())
       items = manager.restore(
         manager.latest_step(),
@@ -119,9 +148,11 @@ def final_arrays():
 def assert_same_run(final_arrays):
   """A function that compares what two runs have written, byte for byte."""
 
-  def compare(path, other):
+  def compare(path, other, *parts):
     for name in ("metrics.jsonl", "results.md", "results.csv"):
       assert (path / name).read_bytes() == (other / name).read_bytes()
-    jax.tree.map(np.testing.assert_array_equal, final_arrays(path), final_arrays(other))
+    for part in parts or ("experiment",):
+      ours, theirs = final_arrays(path, part), final_arrays(other, part)
+      jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
   return compare

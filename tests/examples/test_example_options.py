@@ -30,6 +30,31 @@ import plan
     ("--num-microbatches 1", "at least 2"),
     ("--wrong-sources 3", "more than the 2"),
     ("--microbatch-size 600", "more than the 1197"),
+    ("--wrong-sources 1 --wrong-kind fog", "fog"),
+    ("--wrong-kind pixels", "--wrong-kind goes with --wrong-sources"),
+    ("--wrong-sources 0 --wrong-kind pixels", "goes with --wrong-sources"),
+    ("--augment", "--augment goes with --dataset cifar10 or cifar100"),
+    ("--augment --dataset digits", "--augment goes with --dataset"),
+    ("--plateau-patience 3", "goes with --optimizer nesterov-plateau"),
+    ("--plateau-patience 3 --optimizer adam", "goes with --optimizer"),
+    ("--plateau-patience 0 --optimizer nesterov-plateau", "at least 1"),
+    ("--softness -0.1", "at least 0"),
+    ("--softness 0.1 --rule running_average", "--softness goes with --rule"),
+    ("--softness 0.1 --rule min_neighbors", "leave_one_out, most_neighbors"),
+    ("--anchor-decay 1", "from 0 to below 1"),
+    ("--anchor-decay 0.9 --rule sequential", "replaces --rule and --softness"),
+    ("--anchor-decay 0.9 --softness 0.1", "replaces --rule and --softness"),
+    ("--weight-decay -1", "at least 0"),
+    ("--label-noise 0.1 --random-labels", "not allowed with"),
+    ("--model vit --width 24", "--width 24 is not a multiple of 16, as vit needs"),
+    ("--model vit-l16 --width 32", "not a multiple of 64"),
+    ("--depth 0", "at least 1"),
+    ("--train-images 0", "at least 1"),
+    ("--train-images 1198", "1198 training images are more than the 1197"),
+    ("--train-images 15", "2 microbatches of 10 are more than the 15"),
+    ("--balanced --microbatch-size 12", "--microbatch-size 12 must be a multiple"),
+    ("--balanced --microbatch-size 600", "more than the 1197"),
+    ("--balanced --train-images 30", "need 2 images of each class, but class"),
     ("--resume", "no runs/main-NUMBER"),
     ("--no-such-option", "--no-such-option"),
   ],
@@ -54,8 +79,13 @@ def test_main_job_has_both_parts_and_every_control():
   assert (sources.wrong_sources, sources.steps, sources.seeds) == (3, 1500, 5)
   for part in (noise, sources):
     gaf = [arm.name for arm in part.arms if arm.is_gaf]
-    imitated = [arm.imitates for arm in part.arms if arm.imitates]
-    assert gaf == imitated and gaf
+    kinds = ["steps"] if part is noise else ["choice", "steps"]
+    assert len(gaf) > 1
+    for name in gaf:
+      assert list(part.controls(name)) == kinds
+      for control in part.controls(name).values():
+        before = part.arms[: part.arms.index(control)]
+        assert part.arm(name) in before and not control.is_gaf
   assert sources.arms[-1].clean and not noise.arms[-1].clean
 
 
@@ -75,10 +105,77 @@ def test_single_experiment():
   assert plain == plan.PLAIN and clean.clean
   assert [arm.tau for arm in arms if arm.is_gaf] == [0.95, 0.99]
   assert all(arm.rule == "most_neighbors" for arm in arms if arm.is_gaf)
-  assert [arm.imitates for arm in arms[1::2]] == [arm.name for arm in arms[::2]]
+  # Each followed by its controls.
+  for gaf, choice, steps in (arms[:3], arms[3:]):
+    assert gaf.is_gaf and choice.imitates == steps.imitates == gaf.name
+    assert (choice.control, steps.control) == ("choice", "steps")
 
 
 def test_steered():
   (part,) = options.parts(options.parse(["--target-accept-rate", "0.2"]))
   _, gaf, control = part.arms
   assert gaf.target == 0.2 and gaf.is_gaf and control.imitates == gaf.name
+  assert control.control == "steps"
+
+
+def test_new_kinds_of_experiment():
+  argv = "--dataset cifar10 --train-images 500 --random-labels --augment --balanced"
+  argv += " --model resnet34-cifar --width 8 --depth 1 --optimizer nesterov-plateau"
+  argv += " --plateau-patience 3 --weight-decay 0.5 --microbatch-size 20"
+  argv += " --num-microbatches 4 --wrong-sources 2 --wrong-kind stale"
+  (part,) = options.parts(options.parse(argv.split()))
+  asked = dict(
+    dataset="cifar10",
+    train_images=500,
+    random_labels=True,
+    augment=True,
+    balanced=True,
+    model="resnet34-cifar",
+    width=8,
+    depth=1,
+    optimizer="nesterov-plateau",
+    plateau_patience=3,
+    weight_decay=0.5,
+    microbatch_size=20,
+    num_microbatches=4,
+    wrong_sources=2,
+    wrong_kind="stale",
+  )
+  assert {name: getattr(part, name) for name in asked} == asked
+  assert part.title == (
+    "cifar10, resnet34-cifar, 500 training images, random training labels, 2 of 4"
+    " microbatches with parameters up to 100 steps old"
+  )
+
+
+def test_what_is_not_asked_for_is_off():
+  (part,) = options.parts(options.parse(["--tau", "0.9"]))
+  given = {"title": part.title, "arms": part.arms}
+  assert part == plan.Part(name="experiment", **given)
+
+
+@pytest.mark.parametrize(
+  "argv, asked, label",
+  [
+    ("--rule leave_one_out --softness 0.1", {"softness": 0.1}, "soft 0.1 tau 0.97"),
+    ("--anchor-decay 0", {"anchor_decay": 0.0}, "anchor 0 tau 0.97"),
+    ("--by-leaf --tau 0.8", {"by_leaf": True, "tau": 0.8}, "by leaf tau 0.8"),
+    (
+      "--target-accept-rate 0.5 --rule min_neighbors",
+      {"target": 0.5, "rule": "min_neighbors"},
+      "min_neighbors steered to 50%",
+    ),
+  ],
+)
+@pytest.mark.parametrize("k", [2, 3])
+def test_ways_to_filter(argv, asked, label, k):
+  argv = [*argv.split(), "--num-microbatches", str(k)]
+  (part,) = options.parts(options.parse(argv))
+  plain, gaf, *controls = part.arms
+  assert [arm.control for arm in controls] == ["choice", "steps"][k == 2 :]
+  for name, value in asked.items():
+    assert getattr(gaf, name) == value and getattr(plain, name) != value
+  for arm in (gaf, *controls):
+    assert arm.label.endswith(label)
+  assert len({arm.name for arm in part.arms}) == len({a.label for a in part.arms})
+  assert len({arm.name for arm in part.arms}) == len(part.arms)

@@ -14,7 +14,6 @@ import optax
 import pytest
 
 import batches
-import data
 import experiment
 import models
 import options
@@ -51,6 +50,10 @@ def _lines(path):
   return path.read_text().splitlines()
 
 
+def _schedule(part, dataset, seed=0):
+  return batches.Schedule(part, dataset, dataset.train_labels, seed)
+
+
 # But for the process that is killed, which compiles its own.
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -78,7 +81,7 @@ def test_outputs(whole):
   for plot in whole.glob("*.png"):
     assert plot.read_bytes().startswith(b"\x89PNG")
   rows = [json.loads(line) for line in _lines(whole / "metrics.jsonl")]
-  arms = ["plain", "sequential_tau0.9", "sequential_tau0.9_control"]
+  arms = ["plain", "sequential_tau0.9", "sequential_tau0.9_random_steps"]
   # Every 20 steps and after the last, of 110.
   expected = [
     (arm, seed, step)
@@ -238,64 +241,15 @@ def test_stops_are_the_same_from_every_start():
       assert experiment._stops(part, stop) == stops[i + 1 :]
 
 
-@pytest.fixture(scope="module")
-def digits():
-  return data.load("digits", "")
-
-
 def _schedule(part, dataset, seed=0):
   return batches.Schedule(part, dataset, dataset.train_labels, seed)
-
-
-def test_batches_do_not_depend_on_how_they_are_asked_for(digits):
-  part = _part("--num-microbatches", "4", "--wrong-sources", "1")
-  at_once = _schedule(part, digits).batches(0, 200, clean=False)
-  schedule = _schedule(part, digits)
-  later = schedule.batches(130, 200, clean=False)
-  sooner = schedule.batches(0, 130, clean=False)
-  for whole_, first, second in zip(at_once, sooner, later):
-    np.testing.assert_array_equal(whole_, np.concatenate([first, second]))
-  assert at_once[0].shape == (200, 4, 5) and at_once[0].dtype == np.int32
-  # 59 whole steps of 20 images in an epoch of 1,197: none comes twice.
-  assert len(np.unique(at_once[0][:59])) == 59 * 20
-
-
-def test_batch_labels(digits):
-  part = _part("--num-microbatches", "4", "--wrong-sources", "1")
-  schedule = _schedule(part, digits)
-  indices, clean = schedule.batches(0, 50, clean=True)
-  _, wrong = schedule.batches(0, 50, clean=False)
-  np.testing.assert_array_equal(clean, schedule.labels[indices])
-  off_by_one = ((wrong - clean) % 10 == 1).all(axis=2)
-  np.testing.assert_array_equal(off_by_one, schedule.wrong[:50])
-  assert np.mean(schedule.labels != digits.train_labels) == pytest.approx(0.4, abs=1e-3)
-
-
-def test_seeds_differ(digits):
-  part = _part()
-  one, two = (_schedule(part, digits, seed) for seed in (0, 1))
-  assert np.any(one.labels != two.labels)
-  assert np.any(one.batches(0, 1, True)[0] != two.batches(0, 1, True)[0])
-
-
-@pytest.mark.parametrize("shuffled", [True, False])
-@pytest.mark.parametrize("k", [2, 8])
-def test_random_choice_takes_as_much(k, shuffled):
-  rng = np.random.default_rng(0)
-  accepted = rng.random((400, k)) < 0.4
-  accepted[accepted.sum(axis=1) == 1] = False
-  keep = batches.random_choice(accepted, 0, shuffled)
-  sizes, kept = accepted.sum(axis=1), keep.sum(axis=1)
-  np.testing.assert_array_equal(np.sort(sizes), np.sort(kept))
-  assert np.array_equal(sizes, kept) is not shuffled
-  assert np.any(keep != accepted) or (k == 2 and not shuffled)
 
 
 def test_control_updates_as_often_as_gaf(whole, final_arrays):
   arms = final_arrays(whole)
   gaf, control = (
     arms[name]["trace"]["accepted"]
-    for name in ("sequential_tau0.9", "sequential_tau0.9_control")
+    for name in ("sequential_tau0.9", "sequential_tau0.9_random_steps")
   )
   assert 0 < gaf.any(axis=2).sum() < gaf.any(axis=2).size
   np.testing.assert_array_equal(
@@ -303,7 +257,7 @@ def test_control_updates_as_often_as_gaf(whole, final_arrays):
   )
   skipped = control.shape[1] - control.any(axis=2).sum(axis=1)
   np.testing.assert_array_equal(
-    skipped, arms["sequential_tau0.9_control"]["trace"]["skipped_steps"][:, -1]
+    skipped, arms["sequential_tau0.9_random_steps"]["trace"]["skipped_steps"][:, -1]
   )
 
 
@@ -311,13 +265,18 @@ def test_control_averages_what_it_keeps_and_skips_the_rest(digits):
   """Against a few lines of NumPy and Optax that know no GAF."""
   part = _part("--num-microbatches", "4", "--optimizer", "adamw")
   trainer = training.Trainer(part, digits)
-  _, _, control = part.arms
-  indices, labels = _schedule(part, digits).batches(0, 5, clean=True)
-  keep = np.array([[1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 0, 1], [0] * 4, [0, 1, 1, 0]])
+  control = part.controls("sequential_tau0.9")["choice"]
+  seen = _schedule(part, digits).batches(0, 5, clean=True)
+  # In proportion to these, with which nothing else has to do.
+  weights = np.array(
+    [[1, 1, 1, 1], [0, 0, 0, 0], [0.25, 0, 0, 0.75], [0] * 4, [0, 0.5, 1, 0]]
+  )
+  keep = weights > 0
   start = trainer.init(control, 3)
   params = jax.tree.map(np.array, start.params)
-  learner, trace = trainer.advance(control, start, indices, labels, keep == 1)
-  np.testing.assert_array_equal(trace.accepted, keep == 1)
+  chosen = batches.Chosen(keep, weights.astype(np.float32))
+  learner, trace = trainer.advance(control, start, seen, chosen)
+  np.testing.assert_array_equal(trace.accepted, keep)
 
   model = models.make("mlp", 10, 8)
   images = digits.train_images.astype(np.float32) / 16
@@ -328,14 +287,18 @@ def test_control_averages_what_it_keeps_and_skips_the_rest(digits):
     logits = model.apply({"params": params}, x, train=True)
     return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
-  transformation = optax.adamw(0.02)
+  transformation = optax.adamw(0.02, weight_decay=0.01)
   state = transformation.init(params)
   for step in range(5):
     kept = np.flatnonzero(keep[step])
     if not len(kept):
       continue
-    grads = [gradient(params, images[indices[step, i]], labels[step, i]) for i in kept]
-    mean = jax.tree.map(lambda *g: sum(g) / len(g), *grads)
+    grads = [
+      gradient(params, images[seen.indices[step, i]], seen.labels[step, i])
+      for i in kept
+    ]
+    shares = weights[step, kept] / weights[step].sum()
+    mean = jax.tree.map(lambda *g: sum(map(np.multiply, shares, g)), *grads)
     updates, state = transformation.update(mean, state, params)
     params = optax.apply_updates(params, updates)
   jax.tree.map(
@@ -346,9 +309,11 @@ def test_control_averages_what_it_keeps_and_skips_the_rest(digits):
   assert int(optax.tree.get(learner.opt_state.inner_state, "count")) == 3
 
 
-def test_accuracy_counts_the_whole_test_set(digits):
+@pytest.mark.parametrize("looped", [True, False])
+def test_evaluation_is_of_the_whole_test_set(digits, looped):
   part = _part()
   trainer = training.Trainer(part, digits)
+  trainer._looped = looped
   learner = trainer.init(part.arms[0], 0)
   logits = models.make("mlp", 10, 8).apply(
     {"params": learner.params},
@@ -356,36 +321,31 @@ def test_accuracy_counts_the_whole_test_set(digits):
     train=False,
   )
   # 600 images do not fill whole batches of 500.
-  expected = float(np.mean(np.argmax(logits, axis=1) == digits.test_labels))
-  assert trainer.accuracy(learner) == pytest.approx(expected)
-
-
-def test_resnet18_has_the_papers_parameters():
-  model = models.make("resnet18", 100)
-  x = np.zeros((1, 32, 32, 3), np.float32)
-  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), x, train=False))
-  count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
-  assert count(shapes["params"]) == 11_227_812
-  # Mean and variance of the 4,800 channels of 20 norms.
-  assert count(shapes["batch_stats"]) == 2 * 4_800
+  logits = np.asarray(logits, float)
+  expected = np.mean(np.argmax(logits, axis=1) == digits.test_labels)
+  own = logits[np.arange(600), digits.test_labels]
+  loss = np.mean(np.log(np.exp(logits).sum(axis=1)) - own)
+  accuracy, found = trainer.evaluate(learner)
+  assert accuracy == pytest.approx(expected)
+  assert found == pytest.approx(loss, rel=1e-5)
 
 
 def test_batch_norm_statistics_are_averaged_over_microbatches(
   digits, monkeypatch, normed
 ):
-  monkeypatch.setitem(models._MODELS, "mlp", normed)
+  monkeypatch.setitem(models.KINDS, "mlp", models.Kind(normed, steps=100))
   part = _part()
   plain = part.arms[0]
-  indices, labels = _schedule(part, digits).batches(0, 2, clean=True)
+  seen = _schedule(part, digits).batches(0, 2, clean=True)
   # At this rate the weights stay what they are.
   part = dataclasses.replace(part, learning_rate=1e-30)
   trainer = training.Trainer(part, digits)
   start = trainer.init(plain, 0)
   dense = jax.tree.map(np.array, start.params["Dense_0"])
-  learner, _ = trainer.advance(plain, start, indices, labels)
+  learner, _ = trainer.advance(plain, start, seen)
 
   images = digits.train_images.reshape(1197, 64) / 16
-  hidden = images[indices] @ dense["kernel"] + dense["bias"]  # [2, 2, 5, 8]
+  hidden = images[seen.indices] @ dense["kernel"] + dense["bias"]  # [2, 2, 5, 8]
   found = learner.batch_stats["BatchNorm_0"]
   for name, before, now in (
     ("mean", 0.0, hidden.mean(axis=2)),
@@ -395,3 +355,36 @@ def test_batch_norm_statistics_are_averaged_over_microbatches(
     for step in range(2):
       expected = 0.9 * expected + 0.1 * now[step].mean(axis=0)
     np.testing.assert_allclose(found[name], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_plateau_survives_an_interruption(tmp_path, monkeypatch, assert_same_run):
+  argv = ("--optimizer", "nesterov-plateau", "--plateau-patience", "1")
+  # So high that the test loss rises now and then.
+  argv = (*argv, "--learning-rate", "0.5", "--steps", "100")
+  whole, path = tmp_path / "whole", tmp_path / "run"
+  scales = []
+  observed = training.Trainer.observed
+
+  def noted(self, learner, loss):
+    learner = observed(self, learner, loss)
+    scales.append(float(learner.plateau.scale))
+    return learner
+
+  with monkeypatch.context() as patch:
+    patch.setattr(training.Trainer, "observed", noted)
+    assert _run(whole, *argv) == 0
+  # Of plain averaging alone, before and after the stop.
+  first = scales[: 2 * 5]
+  assert min(first[:4]) < 1 and min(first[6:]) < min(first[:6])
+  append = storage.RunDirectory.append_metrics
+
+  def stop(self, row):
+    append(self, row)
+    if row["arm"] == "plain" and row["step"] == 60 and row["seed"] == 1:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(storage.RunDirectory, "append_metrics", stop)
+    assert _run(path, *argv) == 128 + signal.SIGTERM
+  assert _run(path, *argv, "--resume") == 0
+  assert_same_run(path, whole)

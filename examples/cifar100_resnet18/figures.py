@@ -1,0 +1,299 @@
+"""Figures: the experiments of the paper and those beyond it, one function each.
+
+Each takes a `Setting` and gives the parts that run; `FIGURES` says how they are drawn.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+
+import plan
+import training
+from errors import UserError
+from plan import CLEAN, PLAIN, Part, gaf_arms
+
+DIGITS, CIFAR10, CIFAR100 = "digits", "cifar10", "cifar100"
+_FLIPPED = 0.4
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """A data set, a model, and sizes that suit them.
+
+  Attributes:
+    base: fields of `Part`.
+    human: fields of `Part` for labels that people got wrong, or flipped ones where
+      there are none.
+    many: fields of `Part` for more than two microbatches.
+    taus: thresholds of GAF where one or two are wanted.
+    many_taus: likewise for more than two microbatches.
+    sizes: of microbatches, from small to large.
+    learning_rates: by optimizer, where it is not that of `base`.
+    vit: fields of `Part` for a vision transformer.
+  """
+
+  base: dict
+  human: dict
+  many: dict
+  taus: tuple[float, ...]
+  many_taus: tuple[float, ...]
+  sizes: tuple[int, ...]
+  learning_rates: dict
+  vit: dict
+
+  def part(self, name: str, arms, **changed) -> Part:
+    """A part, still without a title, of this setting but for what is given."""
+    return Part(name=name, title="", arms=tuple(arms), **{**self.base, **changed})
+
+
+SETTINGS = {
+  DIGITS: Setting(
+    base=dict(dataset=DIGITS, steps=3_000, seeds=5, eval_every=50),
+    human=dict(label_noise=_FLIPPED),
+    many=dict(microbatch_size=10, steps=1_000),
+    taus=(0.97, 0.8),
+    many_taus=(0.97, 0.8),
+    sizes=(5, 10, 25, 50, 100),
+    learning_rates={"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3, "rmsprop": 1e-3},
+    vit=dict(model="vit", optimizer="adam", learning_rate=1e-3, steps=600),
+  ),
+  CIFAR10: Setting(
+    base=dict(
+      dataset=CIFAR10,
+      model="resnet18",
+      width=16,
+      depth=1,
+      train_images=5_000,
+      microbatch_size=50,
+      optimizer="nesterov",
+      steps=600,
+      seeds=3,
+      eval_every=100,
+    ),
+    human=dict(noisy_labels_key="worse_label"),
+    many=dict(microbatch_size=12),
+    taus=(0.97, 0.9),
+    many_taus=(0.97,),
+    sizes=(10, 25, 50, 100, 200),
+    learning_rates={"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3, "rmsprop": 1e-3},
+    vit=dict(model="vit", optimizer="adam", learning_rate=1e-3, width=None, depth=None),
+  ),
+  CIFAR100: Setting(
+    base=dict(
+      dataset=CIFAR100,
+      model="resnet18",
+      microbatch_size=100,
+      balanced=True,
+      augment=True,
+      optimizer=training.PLATEAU,
+      plateau_patience=100,
+      learning_rate=0.01,
+      weight_decay=0.01,
+      steps=50_000,
+      seeds=3,
+      eval_every=500,
+    ),
+    human=dict(noisy_labels_key="noisy_label"),
+    many=dict(microbatch_size=100),
+    taus=(0.97,),
+    many_taus=(0.97,),
+    sizes=(100, 200, 300, 400, 500, 600, 700, 800, 900, 1_000),
+    learning_rates={"adam": 1e-3, "adamw": 1e-3, "rmsprop": 1e-3},
+    vit=dict(model="vit-l16", optimizer="adam", learning_rate=1e-4, steps=10_000),
+  ),
+}
+LABEL_FILES = {CIFAR10: "cifar10n_human_labels.npz", CIFAR100: "CIFAR-100_human.pt"}
+
+
+def _clean_and_noisy(setting, **changed):
+  arms = PLAIN, *gaf_arms(2, tau=setting.taus[0])
+  return (
+    setting.part("clean", arms, **changed),
+    setting.part("noisy", arms, **{**setting.human, **changed}),
+  )
+
+
+def distance(setting: Setting):
+  return _clean_and_noisy(setting)
+
+
+def vit(setting: Setting):
+  return _clean_and_noisy(setting, **setting.vit)
+
+
+def microbatch_distance(setting: Setting):
+  return tuple(
+    setting.part(f"size{size}", [PLAIN], microbatch_size=size) for size in setting.sizes
+  )
+
+
+def random_labels(setting: Setting):
+  arms = PLAIN, *gaf_arms(2, tau=setting.taus[0])
+  return (setting.part("random_labels", arms, random_labels=True),)
+
+
+def tau(setting: Setting):
+  taus = (0.9, 0.92, 0.95, 0.97, 0.99, 1.0, 1.02, 1.05, 1.1, 1.2, 1.5)
+  arms = [PLAIN]
+  for value in taus:
+    arms += gaf_arms(2, tau=value)
+  return tuple(
+    setting.part(f"flipped{share:g}", arms, label_noise=share)
+    for share in (0.0, _FLIPPED)
+  )
+
+
+def _compared(setting, k=2):
+  """The plain mean, GAF and its controls at the setting's thresholds."""
+  arms = [PLAIN]
+  for value in setting.taus:
+    arms += gaf_arms(k, tau=value)
+  return arms
+
+
+def _flipped(setting):
+  """Flipped labels, and fewer steps, since there are many parts or arms."""
+  return dict(label_noise=_FLIPPED, steps=setting.base["steps"] // 2)
+
+
+def microbatch_size(setting: Setting):
+  arms = [*_compared(setting), *gaf_arms(2, target=0.1)]
+  return tuple(
+    setting.part(f"size{size}", arms, microbatch_size=size, **_flipped(setting))
+    for size in setting.sizes
+  )
+
+
+def noise(setting: Setting):
+  shares = (0.0, 0.05, 0.15, 0.3, 0.4, 0.5, 0.6, 0.75, 0.8, 0.9)
+  arms = [*_compared(setting), *gaf_arms(2, target=0.1)]
+  return tuple(
+    setting.part(f"flipped{share:g}", arms, label_noise=share) for share in shares
+  )
+
+
+def human(setting: Setting):
+  if "noisy_labels_key" not in setting.human:
+    raise UserError("nobody labelled the digits wrong; choose another --setting.")
+  return (setting.part("human", _compared(setting), **setting.human),)
+
+
+def optimizers(setting: Setting):
+  usual = setting.base.get("learning_rate", 0.02)
+  return tuple(
+    setting.part(
+      name,
+      _compared(setting),
+      optimizer=name,
+      learning_rate=setting.learning_rates.get(name, usual),
+      **_flipped(setting),
+    )
+    for name in training.OPTIMIZERS
+  )
+
+
+_CHOICES = ("sequential", "leave_one_out", "most_neighbors")
+
+
+def rules(setting: Setting):
+  arms = [PLAIN]
+  for rule in (*_CHOICES, "min_neighbors"):
+    arms += gaf_arms(8, tau=0.8, rule=rule)
+  for decay in (0.9, 0.99):
+    arms += gaf_arms(8, tau=0.8, anchor_decay=decay)
+  for rule in ("sequential", "most_neighbors"):
+    arms += gaf_arms(8, tau=0.8, rule=rule, softness=0.05)
+    arms += gaf_arms(8, tau=0.8, rule=rule, by_leaf=True)
+    arms += gaf_arms(8, target=0.5, rule=rule)
+  eight = dict(num_microbatches=8, **setting.many)
+  return (
+    setting.part("even", arms, label_noise=_FLIPPED, **eight),
+    setting.part("sources", [*arms, CLEAN], wrong_sources=3, **eight),
+  )
+
+
+def num_microbatches(setting: Setting):
+  parts = []
+  for k in (2, 4, 8, 16):
+    arms = [PLAIN]
+    for rule in ("sequential", "most_neighbors") if k > 2 else ("sequential",):
+      arms += gaf_arms(k, tau=0.8, rule=rule)
+    size = dict(num_microbatches=k, **setting.many)
+    parts.append(setting.part(f"even{k}", arms, label_noise=_FLIPPED, **size))
+    if k > 2:
+      wrong = dict(wrong_sources=k // 4, **size)
+      parts.append(setting.part(f"sources{k}", [*arms, CLEAN], **wrong))
+  return tuple(parts)
+
+
+def steering(setting: Setting):
+  parts = []
+  for size in dict.fromkeys((*setting.sizes[1::2], setting.sizes[-1])):
+    arms = [PLAIN]
+    for value in (0.9, 0.8, 0.7, 0.5):
+      arms += gaf_arms(2, tau=value)
+    for target in (0.05, 0.1):
+      arms += gaf_arms(2, target=target)
+    parts.append(
+      setting.part(f"size{size}", arms, microbatch_size=size, **_flipped(setting))
+    )
+  return tuple(parts)
+
+
+def sources(setting: Setting):
+  arms = [PLAIN]
+  for rule, value in itertools.product(_CHOICES, setting.many_taus):
+    arms += gaf_arms(8, tau=value, rule=rule)
+  eight = dict(num_microbatches=8, **setting.many)
+  even = [setting.part("even", arms, label_noise=0.25, **eight)]
+  if "noisy_labels_key" in setting.human:
+    even.append(setting.part("human", arms, **setting.human, **eight))
+  return (
+    *even,
+    *(
+      setting.part(kind, [*arms, CLEAN], wrong_sources=2, wrong_kind=kind, **eight)
+      for kind in plan.CORRUPTIONS
+    ),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+  """An experiment that has a name on the command line.
+
+  Attributes:
+    parts: from a setting to what runs.
+    draw: a key of `charts.DRAW`.
+    title: what it shows, and where it is in the paper.
+    x: for charts over a number, its name; see `x_of`.
+  """
+
+  parts: Callable[[Setting], tuple[Part, ...]]
+  draw: str
+  title: str
+  x: str | None = None
+
+  def x_of(self, part: Part, arm: plan.Arm) -> float:
+    """Where an arm stands on the axis `x`."""
+    return arm.tau if self.x == "tau" else getattr(part, self.x)
+
+
+FIGURES = {
+  "distance": Figure(distance, "curves", "Distance and accuracy (Figure 1)"),
+  "vit": Figure(vit, "curves", "Distances of a vision transformer (Figure 3)"),
+  "microbatch-distance": Figure(
+    microbatch_distance, "distances", "Distance by microbatch size (Figure 4)"
+  ),
+  "random-labels": Figure(random_labels, "curves", "Random labels (Figure 5)"),
+  "tau": Figure(tau, "over_tau", "Accuracy against tau (Figure 7)", "tau"),
+  "microbatch-size": Figure(
+    microbatch_size, "over_x", "Accuracy against microbatch size", "microbatch_size"
+  ),
+  "noise": Figure(noise, "over_x", "Accuracy against label noise", "label_noise"),
+  "human": Figure(human, "curves", "Labels that people got wrong"),
+  "optimizers": Figure(optimizers, "forest", "Across optimizers"),
+  "rules": Figure(rules, "forest", "Rules, eight microbatches"),
+  "num-microbatches": Figure(num_microbatches, "forest", "Number of microbatches"),
+  "steering": Figure(steering, "forest", "A fixed tau or a steered one"),
+  "sources": Figure(sources, "forest", "Even noise, and two of eight sources wrong"),
+}

@@ -1,0 +1,343 @@
+"""Paper: every figure is planned as it says, and drawn from a run that may be cut."""
+
+import csv
+import json
+import os
+import pickle
+import signal
+
+import numpy as np
+import pytest
+
+import charts
+import figures
+import models
+import paper
+import plan
+import storage
+import training
+from errors import UserError
+
+pytestmark = pytest.mark.usefixtures("quickly_compiled", "compiled_once")
+_TINY = ("--seeds", "3", "--width", "8", "--steps", "6", "--eval-every", "3")
+_ROWS = {"digits": 1_197, "cifar10": 50_000, "cifar100": 50_000}
+_CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100}
+# Nobody labelled the digits wrong.
+_PLANNED = [
+  (name, setting)
+  for name in figures.FIGURES
+  for setting in figures.SETTINGS
+  if (name, setting) != ("human", "digits")
+]
+
+
+def _parts(name, *argv):
+  return paper.parts(paper.parse([name, *argv]))
+
+
+@pytest.mark.parametrize("name, setting", _PLANNED)
+def test_plans(name, setting):
+  parts = _parts(name, "--setting", setting)
+  assert len({part.name for part in parts}) == len(parts)
+  assert len({part.title for part in parts}) == len(parts)
+  for part in parts:
+    assert len({arm.name for arm in part.arms}) == len(part.arms)
+    assert len({arm.label for arm in part.arms}) == len(part.arms)
+    assert part.arms[0] == plan.PLAIN and part.dataset == setting
+    assert (plan.CLEAN in part.arms) is bool(part.wrong_sources)
+    for arm in part.arms:
+      # Names become folders.
+      assert not set(arm.name) & set("/ %")
+      kinds = []
+      if arm.is_gaf:
+        kinds = ["choice", "steps"] if part.num_microbatches > 2 else ["steps"]
+      controls = part.controls(arm.name)
+      assert sorted(controls) == kinds
+      for control in controls.values():
+        assert part.arms.index(control) > part.arms.index(arm)
+        for field in ("tau", "target", "rule", "softness", "anchor_decay", "by_leaf"):
+          assert getattr(control, field) == getattr(arm, field)
+    # What would only come out when it runs.
+    rows = part.train_images or _ROWS[setting]
+    assert part.microbatch_size * part.num_microbatches <= rows
+    if part.balanced:
+      assert part.microbatch_size % _CLASSES[setting] == 0
+    assert not part.augment or setting != "digits"
+    assert (part.width or 64) % models.KINDS[part.model].divisor == 0
+    assert part.optimizer in training.OPTIMIZERS
+    assert part.wrong_kind in plan.CORRUPTIONS
+    assert part.noisy_labels_key is None or part.noisy_labels
+
+
+def test_setting_of_the_paper():
+  for name in figures.FIGURES:
+    for part in _parts(name, "--setting", "cifar100"):
+      if name != "vit":
+        assert part.model == "resnet18" and part.width is part.depth is None
+      if name not in ("vit", "optimizers"):
+        assert part.optimizer == training.PLATEAU
+      if name not in ("microbatch-size", "microbatch-distance", "steering"):
+        assert part.microbatch_size == 100
+      assert part.balanced and part.augment
+      assert part.weight_decay == 0.01 and part.train_images is None
+  (_, vit) = _parts("vit", "--setting", "cifar100")
+  assert vit.model == "vit-l16"
+  sizes = [
+    p.microbatch_size for p in _parts("microbatch-size", "--setting", "cifar100")
+  ]
+  assert sizes == list(range(100, 1001, 100))
+
+
+def test_what_the_figures_vary():
+  taus = [arm.tau for arm in _parts("tau")[0].arms if arm.is_gaf]
+  assert len(taus) > 5 and taus == sorted(taus)
+  assert [part.label_noise for part in _parts("tau")] == [0.0, 0.4]
+  assert [part.optimizer for part in _parts("optimizers")] == list(training.OPTIMIZERS)
+  shares = [part.label_noise for part in _parts("noise")]
+  assert len(shares) > 5 and shares == sorted(shares) and shares[0] == 0
+  (random,) = _parts("random-labels")
+  assert random.random_labels
+  numbers = [p.num_microbatches for p in _parts("num-microbatches")]
+  assert sorted(set(numbers)) == [2, 4, 8, 16]
+  sources = _parts("sources")
+  kinds = {part.wrong_kind for part in sources if part.wrong_sources}
+  assert kinds == set(plan.CORRUPTIONS)
+  for part in sources:
+    # As much is wrong, in two of eight sources or evenly.
+    assert part.num_microbatches == 8
+    assert part.wrong_sources / 8 + part.label_noise == 0.25
+  for part in _parts("rules"):
+    rules = {arm.rule for arm in part.arms if arm.is_gaf}
+    assert rules == {*plan.RULES} - {"running_average"}
+    gaf = [arm for arm in part.arms if arm.is_gaf]
+    assert any(arm.softness for arm in gaf) and any(arm.by_leaf for arm in gaf)
+    assert any(arm.anchor_decay for arm in gaf) and any(arm.target for arm in gaf)
+  for name, figure in figures.FIGURES.items():
+    assert figure.draw in charts.DRAW
+    if figure.draw == "over_x":
+      x = [figure.x_of(part, part.arms[0]) for part in _parts(name)]
+      assert x == sorted(set(x)) and len(x) > 3
+
+
+def test_options_change_all_parts():
+  argv = "--steps 40 --seeds 4 --eval-every 8 --width 16 --depth 3"
+  for part in _parts("sources", "--setting", "cifar10", *argv.split()):
+    assert (part.steps, part.seeds, part.eval_every) == (40, 4, 8)
+    assert (part.model, part.width, part.depth) == ("resnet18", 16, 3)
+  for part in _parts("vit", "--setting", "cifar10", "--model", "resnet34-cifar"):
+    # The setting's width is of its own model.
+    assert (part.model, part.width, part.depth) == ("resnet34-cifar", None, None)
+  quick = _parts("num-microbatches", "--quick")
+  for part, usual in zip(quick, _parts("num-microbatches")):
+    assert part.steps == usual.steps // 10 and part.seeds == 2
+  for part in _parts("tau", "--quick", "--steps", "77", "--seeds", "5"):
+    assert (part.steps, part.seeds) == (77, 5)
+  some = _parts("noise", "--only", "flipped0.4", "flipped0.05")
+  assert [part.name for part in some] == ["flipped0.05", "flipped0.4"]
+
+
+def test_label_files(tmp_path):
+  for setting, file in figures.LABEL_FILES.items():
+    argv = ["--setting", setting, "--data-dir", str(tmp_path)]
+    (part,) = _parts("human", *argv)
+    assert part.noisy_labels == str(tmp_path / file)
+    (part,) = _parts("human", *argv, "--noisy-labels", "mine.npz")
+    assert part.noisy_labels == "mine.npz"
+    with pytest.raises(UserError, match="nobody labelled the digits wrong"):
+      _parts("human", "--setting", "digits")
+
+
+# By kind of drawing: a figure, and parts of it that are enough.
+_DRAWN = {
+  "curves": ("random-labels", ["random_labels"]),
+  "distances": ("microbatch-distance", ["size5", "size10"]),
+  "over_tau": ("tau", ["flipped0.4"]),
+  "over_x": ("noise", ["flipped0", "flipped0.4"]),
+  "forest": ("num-microbatches", ["sources4"]),
+}
+
+
+def _run(kind, path, *more):
+  name, only = _DRAWN[kind]
+  return paper.main([name, *_TINY, "--only", *only, "--out", str(path), *more])
+
+
+@pytest.fixture(scope="module")
+def over_x(tmp_path_factory, quickly_compiled, compiled_once):
+  """A run that nothing interrupted."""
+  path = tmp_path_factory.mktemp("over_x") / "run"
+  assert _run("over_x", path) == 0
+  return path
+
+
+@pytest.mark.parametrize("kind", list(charts.DRAW))
+def test_from_the_command_to_the_chart(kind, tmp_path, request, capsys):
+  path = request.getfixturevalue("over_x") if kind == "over_x" else tmp_path / "run"
+  if kind != "over_x":
+    assert _run(kind, path) == 0
+    text = (path / "results.md").read_text()
+    assert capsys.readouterr().out.startswith(text)
+  name, only = _DRAWN[kind]
+  figure = figures.FIGURES[name]
+  assert figure.draw == kind
+  parts = _parts(name, *_TINY, "--only", *only)
+  files = {p.name for p in path.iterdir()}
+  outputs = {"config.json", "metrics.jsonl", "results.md", "results.csv", "checkpoints"}
+  assert files == outputs | {f"{name}.png"}
+  png = (path / f"{name}.png").read_bytes()
+  assert png.startswith(b"\x89PNG") and len(png) > 10_000
+  text = (path / "results.md").read_text()
+  assert text.startswith(f"## {figure.title}\n\n")
+  gaf = any(arm.is_gaf for arm in parts[0].arms)
+  for part in parts:
+    assert text.count(f"| **{part.title}**") == (2 if gaf else 0)
+    labels = [arm.label for arm in part.arms if arm.is_gaf]
+    for label in labels:
+      assert text.count(f"| {label} ") == 2 * len(parts)
+  assert not gaf or "95 % confidence interval" in text
+  rows = [
+    json.loads(line) for line in (path / storage.METRICS).read_text().splitlines()
+  ]
+  with open(path / "results.csv") as file:
+    table = list(csv.DictReader(file))
+  expected = [
+    (p.name, arm.name, str(seed)) for p in parts for arm in p.arms for seed in range(3)
+  ]
+  assert [(row["part"], row["arm"], row["seed"]) for row in table] == expected
+  for line in table:
+    own = [
+      row["test_accuracy"]
+      for row in rows
+      if (row["part"], row["arm"], str(row["seed"]))
+      == (line["part"], line["arm"], line["seed"])
+    ]
+    assert len(own) == 2
+    assert float(line["final_accuracy"]) == own[-1]
+    assert float(line["best_accuracy"]) == max(own)
+
+
+def test_stopped_and_resumed(over_x, tmp_path, monkeypatch, capsys, assert_same_run):
+  path = tmp_path / "run"
+  append = storage.RunDirectory.append_metrics
+  seen, stopped = [], []
+
+  def stop(self, row):
+    append(self, row)
+    seen.append(row)
+    # In the second part, in the control, whose choices come from a trace.
+    second = row["part"] == "flipped0.4" and row["arm"].endswith("random_steps")
+    if second and (row["step"], row["seed"]) == (3, 0) and not stopped:
+      stopped.append(row)
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(storage.RunDirectory, "append_metrics", stop)
+    assert _run("over_x", path) == 128 + signal.SIGTERM
+  assert "paper.py: stopped" in capsys.readouterr().err
+  assert not (path / "results.md").exists()
+  number = len(seen)
+  assert _run("over_x", path, "--resume") == 0
+  assert_same_run(path, over_x, "flipped0", "flipped0.4")
+  assert number < len((path / "metrics.jsonl").read_text().splitlines())
+  assert (path / "noise.png").read_bytes() == (over_x / "noise.png").read_bytes()
+
+
+def test_resume_with_other_parts(over_x, refused):
+  """They would take the place of the first ones' metrics."""
+  before = (over_x / "metrics.jsonl").read_bytes()
+  argv = ("noise", *_TINY, "--only", "flipped0.9", "--out", over_x, "--resume")
+  assert "--only was flipped0 flipped0.4" in refused(*argv, command="paper")
+  assert (over_x / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+  "argv, said",
+  [
+    (("tau", *_TINY), "NAME was noise, now it is tau"),
+    (("noise", *_TINY, "--setting", "cifar10"), "--setting was digits"),
+    (("noise", *_TINY[2:], "--seeds", "4"), "--seeds was 3, now it is 4"),
+  ],
+)
+def test_resume_of_something_else(over_x, refused, argv, said, tmp_path):
+  if "cifar10" in argv:
+    argv = (*argv, "--data-dir", _write_cifar(tmp_path, "cifar10"))
+  only = ("--only", "flipped0.4", "--out", over_x, "--resume")
+  assert said in refused(*argv, *only, command="paper")
+
+
+def _write_cifar(root, name):
+  """Small archives in the official layout."""
+  rng = np.random.default_rng(0)
+  folder, files, key = {
+    "cifar10": (
+      "cifar-10-batches-py",
+      [f"data_batch_{i}" for i in range(1, 6)],
+      "labels",
+    ),
+    "cifar100": ("cifar-100-python", ["train"], "fine_labels"),
+  }[name]
+  path = root / folder
+  path.mkdir()
+  for file in (*files, "test" if name == "cifar100" else "test_batch"):
+    rows = 1_000
+    batch = {
+      key: (np.arange(rows) % _CLASSES[name]).tolist(),
+      "data": rng.integers(0, 256, (rows, 3072)).astype(np.uint8),
+    }
+    (path / file).write_bytes(pickle.dumps(batch, protocol=2))
+  return root
+
+
+@pytest.mark.parametrize(
+  "argv, said",
+  [
+    ("nothing", "nothing"),
+    ("", "NAME"),
+    ("tau --setting mnist", "mnist"),
+    ("tau --only flipped0.5", "--only flipped0.5: the parts are flipped0, flipped0.4."),
+    ("tau --only flipped0 nothing", "--only nothing: the parts are"),
+    ("human", "nobody labelled the digits wrong; choose another --setting."),
+    ("human --setting cifar100", "cifar-100-python"),
+    ("tau --setting cifar10", "cifar-10-python.tar.gz"),
+    ("tau --seeds 0", "at least 1"),
+    ("tau --model vgg", "vgg"),
+    (
+      "vit --steps 1 --seeds 1 --width 10",
+      "--width 10 is not a multiple of 16, as vit needs",
+    ),
+    (
+      "tau --steps 1 --model vit --width 10",
+      "--width 10 is not a multiple of 16, as vit needs",
+    ),
+    ("vit --setting cifar100 --width 96", "not a multiple of 64, as vit-l16 needs"),
+    ("tau --resume", "there is no runs/tau-digits-NUMBER"),
+  ],
+)
+def test_refusals(refused, tmp_path, monkeypatch, argv, said):
+  monkeypatch.chdir(tmp_path)
+  assert said in refused(*argv.split(), command="paper")
+  assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("setting", ["cifar10", "cifar100"])
+def test_missing_label_file(refused, tmp_path, monkeypatch, setting):
+  monkeypatch.chdir(tmp_path)
+  _write_cifar(tmp_path, setting)
+  argv = ("human", "--setting", setting, "--data-dir", tmp_path, "--width", "4")
+  said = refused(*argv, command="paper")
+  path = tmp_path / figures.LABEL_FILES[setting]
+  assert f"{path} cannot be read: No such file or directory." in said
+  assert not (tmp_path / "runs").exists()
+
+
+def test_train_does_not_resume_a_run_of_the_paper(over_x, refused):
+  assert "begun with other options" in refused("--out", over_x, "--resume")
+
+
+def test_default_directory(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  argv = ["microbatch-distance", *_TINY, "--only", "size10"]
+  for number in (1, 2):
+    assert paper.main(argv) == 0
+    path = tmp_path / "runs" / f"microbatch-distance-digits-{number}"
+    assert (path / "microbatch-distance.png").exists()

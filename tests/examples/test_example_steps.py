@@ -1,0 +1,470 @@
+"""Steps: soft weights, wrong sources, plateaus and devices, against gradients by hand.
+
+The gradient of each microbatch is taken by itself, of inputs made in NumPy; what
+becomes of them is computed in NumPy too, in double precision.
+"""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import batches
+import data
+import devices
+import gaf_optax
+import models
+import options
+import plan
+import training
+
+pytestmark = pytest.mark.usefixtures("quickly_compiled")
+_K, _SIZE = 4, 6
+_CONTROLLED = (plan.PLAIN, *plan.gaf_arms(_K, tau=0.9))
+_WIDTH = 4
+
+
+@pytest.fixture(scope="module")
+def images():
+  """A small data set in colour; the labels can be read from the images."""
+  rng = np.random.default_rng(0)
+  labels = np.arange(300, dtype=np.int32) % 3
+  pixels = rng.integers(0, 120, (300, 6, 6, 3)) + 40 * labels[:, None, None, None]
+  pixels = pixels.astype(np.uint8)
+  return data.Dataset(
+    *(pixels, labels, pixels[:50], labels[:50]),
+    *(3, 255.0, (0.3, 0.4, 0.5), (0.2, 0.25, 0.3)),
+  )
+
+
+def _part(arms=(plan.PLAIN,), **changed):
+  settings = dict(
+    model="mlp",
+    width=_WIDTH,
+    depth=1,
+    optimizer="sgd",
+    learning_rate=0.1,
+    label_noise=0.3,
+    microbatch_size=_SIZE,
+    num_microbatches=_K,
+    steps=20,
+    seeds=1,
+  )
+  return plan.Part(name="x", title="", arms=tuple(arms), **{**settings, **changed})
+
+
+def _seen(part, dataset, start, stop, clean=False):
+  schedule = batches.Schedule(part, dataset, dataset.train_labels, 0)
+  return schedule.batches(start, stop, clean)
+
+
+def _normalized(dataset, pixels):
+  return (pixels / dataset.scale - np.array(dataset.mean)) / np.array(dataset.std)
+
+
+@jax.jit
+def _gradient(params, x, y):
+  def loss(params):
+    model = models.MLP(3, _WIDTH, 1)
+    logits = model.apply({"params": params}, x, train=True)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+  return jax.grad(loss)(params)
+
+
+def _gradients(params, x, y):
+  """Of each microbatch, in double precision."""
+  each = [_gradient(params, jnp.float32(a), b) for a, b in zip(x, y)]
+  return [jax.tree.map(lambda g: np.asarray(g, float), one) for one in each]
+
+
+def _mean(grads, weights):
+  shares = np.array(weights, float) / np.sum(weights)
+  return jax.tree.map(lambda *g: sum(s * x for s, x in zip(shares, g)), *grads)
+
+
+def _host(tree):
+  return jax.tree.map(np.array, tree)
+
+
+def _assert_close(found, expected, tolerance=1e-5):
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=tolerance),
+    found,
+    expected,
+  )
+
+
+def _is_close(found, expected):
+  same = jax.tree.map(lambda a, b: np.allclose(a, b, 1e-4, 1e-5), found, expected)
+  return all(jax.tree.leaves(same))
+
+
+def _flat(tree):
+  return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def _distance(a, b):
+  return 1 - a @ b / (np.linalg.norm(a) * np.linalg.norm(b))
+
+
+def _sigmoid(x):
+  return 1 / (1 + np.exp(-x))
+
+
+def _by_hand(rule, vectors, tau, softness):
+  """Weights and what is accepted, by the definitions."""
+  k = len(vectors)
+  soft = lambda d: _sigmoid((tau - d) / softness)
+  if rule == "sequential":
+    s, weights, accepted = vectors[0], [1.0], [True]
+    for vector in vectors[1:]:
+      d = _distance(s, vector)
+      weights.append(soft(d))
+      accepted.append(d <= tau)
+      s = s + weights[-1] * vector
+  elif rule == "leave_one_out":
+    total = np.sum(vectors, axis=0)
+    d = np.array([_distance(v, total - v) for v in vectors])
+    weights, accepted = soft(d), d <= tau
+  elif rule == "most_neighbors":
+    d = np.array([[_distance(a, b) for b in vectors] for a in vectors])
+    np.fill_diagonal(d, 0)
+    center = np.argmax((d <= tau).sum(axis=1))
+    weights, accepted = soft(d[center]), d[center] <= tau
+    weights[center] = 1
+  elif rule == "running_average":
+    s, weights, accepted = vectors[0], np.eye(k)[0], [True]
+    for i, vector in enumerate(vectors[1:], 1):
+      accepted.append(_distance(s, vector) <= tau)
+      if accepted[-1]:
+        s, weights = (s + vector) / 2, weights / 2 + np.eye(k)[i] / 2
+  accepted = np.array(accepted)
+  if accepted.sum() < 2:
+    return np.zeros(k), np.zeros(k, bool)
+  return np.asarray(weights, float), accepted
+
+
+@pytest.mark.parametrize(
+  "rule, tau, softness",
+  [
+    ("sequential", 0.7, 0.1),
+    ("leave_one_out", 0.8, 0.1),
+    ("most_neighbors", 0.7, 0.1),
+    ("running_average", 0.8, 0.0),
+  ],
+)
+def test_weights_in_the_trace_are_those_of_the_mean(images, rule, tau, softness):
+  arm = plan.Arm("a", "a", tau=tau, rule=rule, softness=softness)
+  part = _part([arm])
+  trainer = training.Trainer(part, images)
+  learner = trainer.init(arm, 1)
+  numbers, patterns = set(), set()
+  for step in range(12):
+    seen = _seen(part, images, step, step + 1)
+    params = _host(learner.params)
+    x = _normalized(images, images.train_images[seen.indices[0]])
+    grads = _gradients(params, x, seen.labels[0])
+    weights, accepted = _by_hand(rule, [_flat(g) for g in grads], tau, softness)
+    learner, trace = trainer.advance(arm, learner, seen)
+    np.testing.assert_array_equal(trace.accepted[0], accepted)
+    # Only in proportion do they matter.
+    if accepted.any():
+      np.testing.assert_allclose(trace.weights[0], weights, rtol=1e-3, atol=1e-4)
+      mean = _mean(grads, weights)
+      expected = jax.tree.map(lambda p, g: p - 0.1 * g, params, mean)
+      _assert_close(learner.params, expected)
+      assert not _is_close(learner.params, params)
+    else:
+      np.testing.assert_array_equal(trace.weights[0], 0)
+      jax.tree.map(np.testing.assert_array_equal, learner.params, params)
+    numbers.add(int(accepted.sum()))
+    patterns.add(tuple(np.asarray(trace.weights[0], float)))
+  assert 0 in numbers and len(numbers) > 2
+  if rule == "running_average":
+    assert (0.125, 0.125, 0.25, 0.5) in patterns
+
+
+def _applied(trainer, arm, seen, weights):
+  """Parameters before and after one step, with the micro-gradients so weighted."""
+  learner = trainer.init(arm, 0)
+  before = _host(learner.params)
+  weights = np.float32(weights)[None]
+  chosen = batches.Chosen(weights > 0, weights)
+  learner, _ = trainer.advance(arm, learner, seen, chosen)
+  return before, _host(learner.params)
+
+
+@pytest.mark.parametrize("kind, augment", [("pixels", True), ("normalization", False)])
+def test_wrong_sources_see_something_wrong(images, kind, augment):
+  part = _part(_CONTROLLED, wrong_sources=1, wrong_kind=kind, augment=augment)
+  trainer = training.Trainer(part, images)
+  control = part.controls("sequential_tau0.9")["choice"]
+  seen, spared = (_seen(part, images, 5, 6, clean) for clean in (False, True))
+  (wrong,) = np.flatnonzero(seen.wrong[0])
+  raw, labels = images.train_images[seen.indices[0]], seen.labels[0]
+  if augment:
+    moved = np.zeros_like(raw)
+    for i, j in np.ndindex(_K, _SIZE):
+      row, column, mirrored = seen.crops[0, i, j]
+      padded = np.pad(raw[i, j], ((4, 4), (4, 4), (0, 0)))
+      moved[i, j] = padded[row : row + 6, column : column + 6]
+      if mirrored:
+        moved[i, j] = moved[i, j, :, ::-1]
+    raw = moved
+  right = _normalized(images, raw)
+  bad = right.copy()
+  if kind == "normalization":
+    bad[wrong] = raw[wrong]
+  else:
+    order = np.random.default_rng(0).permutation(36)
+    bad[wrong] = right[wrong].reshape(_SIZE, 36, 3)[:, order].reshape(_SIZE, 6, 6, 3)
+  for i in range(_K):
+    before, after = _applied(trainer, control, seen, np.eye(_K)[i])
+
+    def expected(x):
+      (gradient,) = _gradients(before, x[i : i + 1], labels[i : i + 1])
+      return jax.tree.map(lambda p, g: p - 0.1 * g, before, gradient)
+
+    # Values of up to 255 make large gradients.
+    _assert_close(after, expected(bad), 1e-4)
+    assert _is_close(after, expected(right)) == (i != wrong)
+    # The plain mean that is spared sees the same, with nothing wrong.
+    _, after = _applied(trainer, control, spared, np.eye(_K)[i])
+    _assert_close(after, expected(right))
+
+
+def test_stale_sources_use_older_parameters(images, monkeypatch):
+  """Those of the last step whose number is a multiple, here of 3."""
+  monkeypatch.setattr(training, "_STALE_STEPS", 3)
+  part = _part(wrong_sources=2, wrong_kind="stale", learning_rate=0.5)
+  trainer = training.Trainer(part, images)
+  for arm in (plan.PLAIN, plan.CLEAN):
+    learner = trainer.init(arm, 0)
+    params, old = _host(learner.params), None
+    # In two stretches, of which the second begins between two multiples.
+    for start, stop in ((0, 4), (4, 8)):
+      seen = _seen(part, images, start, stop, arm.clean)
+      learner, _ = trainer.advance(arm, learner, seen)
+    differing = 0
+    for step in range(8):
+      if step % 3 == 0:
+        old = params
+      seen = _seen(part, images, step, step + 1, arm.clean)
+      x = _normalized(images, images.train_images[seen.indices[0]])
+      new, stale = (_gradients(p, x, seen.labels[0]) for p in (params, old))
+      grads = [stale[i] if seen.wrong[0, i] else new[i] for i in range(_K)]
+      mean = _mean(grads, np.ones(_K))
+      differing += not _is_close(mean, _mean(new, np.ones(_K)))
+      params = jax.tree.map(lambda p, g: p - 0.5 * g, params, mean)
+    _assert_close(learner.params, params, 1e-4)
+    assert differing == (0 if arm.clean else 5)
+
+
+def test_number_of_steps_that_parameters_are_stale():
+  assert training._STALE_STEPS == 100
+  assert "100 steps" in plan.CORRUPTIONS["stale"]
+
+
+def test_choice_within_each_leaf(images):
+  """The control takes of each parameter array as many as its rule, but others."""
+  arms = plan.gaf_arms(_K, tau=0.6, rule="leave_one_out", by_leaf=True)
+  part = _part(arms)
+  gaf, control = part.arms[0], part.controls(arms[0].name)["choice"]
+  trainer = training.Trainer(part, images)
+  others, sizes = 0, set()
+  learner = trainer.init(control, 1)
+  for step in range(8):
+    seen = _seen(part, images, step, step + 1)
+    params = _host(learner.params)
+    x = _normalized(images, images.train_images[seen.indices[0]])
+    grads = [jax.tree.leaves(g) for g in _gradients(params, x, seen.labels[0])]
+    learner, _ = trainer.advance(control, learner, seen)
+    updates = jax.tree.map(lambda a, b: np.asarray(b - a), params, learner.params)
+    for leaf, update in enumerate(jax.tree.leaves(updates)):
+      vectors = [g[leaf].ravel() for g in grads]
+      _, accepted = _by_hand("leave_one_out", vectors, 0.6, 1.0)
+      number = int(accepted.sum())
+      sizes.add(number)
+      if not number:
+        np.testing.assert_allclose(update, 0, atol=1e-8)
+        continue
+      means = {
+        members: -0.1 * np.mean([vectors[i] for i in members], axis=0)
+        for members in itertools.combinations(range(_K), number)
+      }
+      errors = {m: np.abs(update.ravel() - mean).max() for m, mean in means.items()}
+      nearest = min(errors, key=errors.get)
+      assert errors[nearest] < 1e-6
+      others += nearest != tuple(np.flatnonzero(accepted))
+  assert len(sizes) > 2 and others > 4
+  # GAF's own choice is another program.
+  assert training._decision(gaf) != training._decision(control)
+
+
+def test_shuffled_rule():
+  def rule(gram, valid, tau):
+    # As many as the first entry says, and the first ones.
+    accepted = jnp.arange(4) < gram[0, 0]
+    weights = jnp.where(accepted, jnp.array([0.5, 0.25, 0.125, 0.0625]), 0)
+    return gaf_optax.Decision(weights, accepted, gram[1])
+
+  rng = np.random.default_rng(0)
+  grams = rng.random((3000, 4, 4)).astype(np.float32)
+  numbers = np.arange(3000) % 5
+  grams[:, 0, 0] = numbers
+  shuffled = jax.jit(jax.vmap(training._shuffled(rule), in_axes=(0, None, None)))
+  valid = np.ones(4, bool)
+  weights, accepted, distances = map(np.asarray, shuffled(grams, valid, 0.5))
+  np.testing.assert_array_equal(accepted.sum(axis=1), numbers)
+  np.testing.assert_array_equal(weights > 0, accepted)
+  usual = np.array([0.5, 0.25, 0.125, 0.0625])
+  expected = np.where(np.arange(4) < numbers[:, None], usual, 0)
+  np.testing.assert_array_equal(np.sort(weights), np.sort(expected))
+  np.testing.assert_array_equal(distances, grams[:, 1])
+  for number in (1, 2, 3):
+    # Each of the 600 has another one of all choices, each as often.
+    chosen, counts = np.unique(accepted[numbers == number], axis=0, return_counts=True)
+    assert len(chosen) == (4, 6, 4)[number - 1]
+    share = 1 / len(chosen)
+    assert np.all(np.abs(counts - 600 * share) < 5 * np.sqrt(600 * share * (1 - share)))
+  again = shuffled(grams, valid, 0.5)
+  np.testing.assert_array_equal(again.accepted, accepted)
+
+
+def _runs(trainer, arm, seen):
+  learner = trainer.init(arm, 0)
+  learner, trace = trainer.advance(arm, trainer.placed(learner), seen)
+  return _host(learner), trace, trainer.evaluate(learner)
+
+
+def _assert_same(ours, theirs):
+  for found, expected in zip(ours, theirs):
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+      found,
+      expected,
+    )
+
+
+def test_what_runs_without_a_loop(images):
+  for model in models.KINDS:
+    part = _part(model=model, width=models.KINDS[model].divisor)
+    assert training.Trainer(part, images)._looped is ("resnet" not in model)
+
+
+def _mesh():
+  asked = options.parse(["--devices", "2", "--num-microbatches", str(_K)])
+  return devices.join(asked).mesh
+
+
+@pytest.mark.parametrize(
+  "kind, others",
+  [
+    # On how many devices, and whether in a loop.
+    ("normalization", [(2, True)]),
+    ("stale", [(None, False), (2, False)]),
+  ],
+)
+def test_on_many_devices_and_without_a_loop(images, kind, others, monkeypatch):
+  monkeypatch.setattr(training, "_STALE_STEPS", 2)
+  (arm, *_) = plan.gaf_arms(_K, tau=0.6)
+  part = _part([arm], augment=True, wrong_sources=2, wrong_kind=kind)
+  part = dataclasses.replace(part, balanced=True, weight_decay=0.1, optimizer="adamw")
+  seen = _seen(part, images, 0, 5)
+  results = []
+  for number, looped in ((None, True), *others):
+    one = dataclasses.replace(part, devices=number)
+    trainer = training.Trainer(one, images, _mesh() if number else None)
+    assert trainer._looped
+    trainer._looped = looped
+    results.append(_runs(trainer, arm, seen))
+  expected = results[0]
+  for found in results[1:]:
+    _assert_same(found, expected)
+    assert jax.tree.map(np.shape, found[1]) == jax.tree.map(np.shape, expected[1])
+    np.testing.assert_array_equal(found[1].accepted, expected[1].accepted)
+  assert 0 < expected[1].accepted.mean() < 1
+
+
+def test_plateau(images):
+  """After two evaluations without a lower loss a step is a tenth as large."""
+  part = _part(optimizer="nesterov-plateau", plateau_patience=2, devices=2)
+  trainer = training.Trainer(part, images, _mesh())
+  seen = _seen(part, images, 0, 1)
+
+  def step(losses):
+    learner = trainer.placed(trainer.init(plan.PLAIN, 0))
+    for loss in losses:
+      learner = trainer.observed(learner, loss)
+    before = _host(learner.params)
+    learner, _ = trainer.advance(plan.PLAIN, learner, seen)
+    return jax.tree.map(lambda a, b: b - a, before, _host(learner.params)), learner
+
+  first, _ = step([])
+  for losses, scale in (
+    ([1.0, 0.9, 0.8], 1),
+    ([1.0, 1.0], 1),
+    ([1.0, 2.0, 0.9, 1.0], 1),
+    ([1.0, 1.0, 1.0], 0.1),
+    ([0.5, 0.6, 0.7, 0.3, 0.3], 0.1),
+    ([0.5, 0.6, 0.7, 0.6, 0.5], 0.01),
+  ):
+    found, learner = step(losses)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, scale * b, rtol=2e-2, atol=1e-6),
+      found,
+      first,
+    )
+    assert float(learner.plateau.scale) == pytest.approx(scale)
+  # The optimizer itself is Nesterov's: the first step is 1.9 gradients.
+  learner = trainer.init(plan.PLAIN, 0)
+  x = _normalized(images, images.train_images[seen.indices[0]])
+  mean = _mean(_gradients(_host(learner.params), x, seen.labels[0]), np.ones(_K))
+  _assert_close(first, jax.tree.map(lambda g: -0.19 * g, mean))
+
+
+def test_others_have_no_plateau(images):
+  part = _part(optimizer="nesterov")
+  trainer = training.Trainer(part, images)
+  learner = trainer.init(plan.PLAIN, 0)
+  assert learner.plateau is None and trainer.observed(learner, 1.0) is learner
+
+
+def test_weight_decay(images):
+  part = _part(weight_decay=0.5)
+  trainer = training.Trainer(part, images)
+  learner = trainer.init(plan.PLAIN, 0)
+  params, seen = _host(learner.params), _seen(part, images, 0, 1)
+  x = _normalized(images, images.train_images[seen.indices[0]])
+  mean = _mean(_gradients(params, x, seen.labels[0]), np.ones(_K))
+  learner, _ = trainer.advance(plan.PLAIN, learner, seen)
+  expected = jax.tree.map(lambda p, g: p - 0.1 * (g + 0.5 * p), params, mean)
+  _assert_close(learner.params, expected)
+
+
+@pytest.mark.parametrize(
+  "name, decay, expected",
+  [
+    ("adamw", None, 0.01),
+    ("adamw", 0.0, 0),
+    ("adamw", 0.25, 0.25),
+    ("adam", None, 0),
+    ("sgd", None, 0),
+    ("sgd", 0.25, 0.25),
+    ("nesterov-plateau", 0.25, 1.9 * 0.25),
+  ],
+)
+def test_usual_weight_decay(images, name, decay, expected):
+  """With a gradient of zero nothing else moves the weights."""
+  part = _part(optimizer=name, weight_decay=decay)
+  trainer = training.Trainer(part, images)
+  params = {"w": jnp.ones((3,))}
+  transformation = trainer._transformation(plan.PLAIN, 2.0, None)
+  zero = {"w": jnp.zeros((_K, 3))}
+  updates, _ = transformation.update(zero, transformation.init(params), params)
+  np.testing.assert_allclose(updates["w"], -0.1 * expected, atol=1e-8)
