@@ -90,7 +90,8 @@ def _distances(path, figure, results, rows):
   axes[1, 0].set_ylabel("test accuracy")
   axes[1, 0].set_xlabel("step")
   drawn.suptitle(
-    f"{figure.title}\n{part.title}, plain mean; {plots.spread_note(part)}", fontsize=10
+    f"{figure.title}\n{_shared(part)}, plain mean; {plots.spread_note(part)}",
+    fontsize=10,
   )
   _finish(path, drawn, axes, axes[0, 0])
 
@@ -155,13 +156,17 @@ def _panels(figure, results, xlabel):
   axes[2, 0].set_xlabel(xlabel)
   axes[2, 0].set_ylim(-0.02, 1.02)
   part = results[0][0].part
-  shared = ", ".join(part.title.split(", ")[:2])
   drawn.suptitle(
-    f"{figure.title}\n{shared}; mean of {part.seeds} seeds, bars: 95 % confidence"
-    " interval of each mean",
+    f"{figure.title}\n{_shared(part)}; mean of {part.seeds} seeds, bars: 95 %"
+    " confidence interval of each mean",
     fontsize=10,
   )
   return drawn, axes
+
+
+def _shared(part):
+  """What all parts of a chart have in common: data and model."""
+  return f"{part.dataset}, {part.model}"
 
 
 def _points(ax, x, arms, summaries, measure, label, color, linestyle):

@@ -331,7 +331,10 @@ def _check_together(parser, options):
     parser.error(f"--softness goes with --rule {', '.join(plan.SOFT_RULES)}")
   if options.anchor_decay is not None and (options.rule or options.softness):
     parser.error("--anchor-decay replaces --rule and --softness")
-  check_model(parser, options.model or default_model(options.dataset), options.width)
+  if wrong := wrong_width(
+    options.model or default_model(options.dataset), options.width
+  ):
+    parser.error(wrong)
   if options.tau and len(set(options.tau)) < len(options.tau):
     parser.error("--tau has the same value twice")
   if options.devices is not None:
@@ -346,11 +349,12 @@ def _check_together(parser, options):
   _check_processes(parser, options)
 
 
-def check_model(parser, model: str, width: int | None) -> None:
-  """Ends the program if a model cannot have that width."""
+def wrong_width(model: str, width: int | None) -> str | None:
+  """What is wrong with a width of a model, or None."""
   divisor = models.KINDS[model].divisor
   if width and width % divisor:
-    parser.error(f"--width {width} is not a multiple of {divisor}, as {model} needs")
+    return f"--width {width} is not a multiple of {divisor}, as {model} needs"
+  return None
 
 
 def default_model(dataset: str | None) -> str:

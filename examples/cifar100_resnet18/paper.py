@@ -16,9 +16,11 @@ import plan
 import report
 from errors import UserError
 
-# These say where and how, not what: a run may be resumed with others.
+# What a resumed run must have been begun with.
 _COMPARED = (
   "setting",
+  "only",
+  "noisy_labels",
   "model",
   "width",
   "depth",
@@ -96,7 +98,14 @@ def parts(options) -> tuple[plan.Part, ...]:
     if part.noisy_labels_key:
       default = pathlib.Path(options.data_dir, figures.LABEL_FILES[part.dataset])
       changed["noisy_labels"] = options.noisy_labels or str(default)
-    made.append(dataclasses.replace(part, **changed))
+    part = dataclasses.replace(part, **changed)
+    if wrong := options_lib.wrong_width(part.model, part.width):
+      raise UserError(f"{wrong}.")
+    made.append(part)
+  if options.noisy_labels and not any(part.noisy_labels for part in made):
+    raise UserError(
+      f"--noisy-labels: nothing in {options.name} of this setting has human labels."
+    )
   return tuple(plan.titled(made))
 
 

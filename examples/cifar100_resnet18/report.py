@@ -219,7 +219,7 @@ def summarize(experiment: Any, rows: list[dict]) -> dict[str, Summary]:
 def _late(distance):
   late = distance[:, -max(1, distance.shape[1] // 10) :]
   number = np.isfinite(late).sum(axis=1)
-  total = np.nansum(late, axis=1)
+  total = np.sum(late, axis=1, where=np.isfinite(late))
   return np.where(number > 0, total / np.maximum(number, 1), np.nan)
 
 

@@ -261,7 +261,7 @@ def test_resume_with_other_parts(over_x, refused):
 def test_resume_of_something_else(over_x, refused, argv, said, tmp_path):
   if "cifar10" in argv:
     argv = (*argv, "--data-dir", _write_cifar(tmp_path, "cifar10"))
-  only = ("--only", "flipped0.4", "--out", over_x, "--resume")
+  only = ("--only", "flipped0", "flipped0.4", "--out", over_x, "--resume")
   assert said in refused(*argv, *only, command="paper")
 
 
