@@ -218,7 +218,7 @@ def _forest(path, figure, results, rows):
   for part, summaries, arm in lines:
     if part is not before:
       at += 1.2
-      axes[0, 0].annotate(
+      heading = axes[0, 0].annotate(
         part.title,
         (0, at),
         xycoords=("axes fraction", "data"),
@@ -226,6 +226,7 @@ def _forest(path, figure, results, rows):
         fontweight="bold",
         va="center",
       )
+      heading.set_in_layout(False)  # A long one takes no width from the axes.
       before = part
     at += 1
     ticks.append(at)
