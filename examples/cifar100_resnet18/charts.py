@@ -213,6 +213,7 @@ def _forest(path, figure, results, rows):
   height = 2.5 + 0.3 * len(lines) + 0.35 * len(results)
   drawn = Figure(figsize=(12, height), dpi=100, layout="constrained")
   axes = drawn.subplots(1, 2, squeeze=False, sharey=True)
+  axes[0, 1].patch.set_visible(False)
   at, ticks, labels = 0.0, [], []
   before = None
   for part, summaries, arm in lines:
@@ -226,7 +227,7 @@ def _forest(path, figure, results, rows):
         fontweight="bold",
         va="center",
       )
-      heading.set_in_layout(False)  # A long one takes no width from the axes.
+      heading.set_in_layout(False)  # A long one goes on over the other axes.
       before = part
     at += 1
     ticks.append(at)
