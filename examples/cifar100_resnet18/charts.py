@@ -5,7 +5,6 @@ import pathlib
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
-from scipy import stats
 
 import plots
 import report
@@ -43,7 +42,7 @@ def _curves(path, figure, results, rows):
     part = experiment.part
     styles = plots.styles(part)
     of_part = [row for row in rows if row["part"] == part.name]
-    width = max(1, min(100, part.steps // 20))
+    width = _rolling_width(part)
     steps = np.arange(1, part.steps + 1)
     for arm in part.arms:
       style = styles[arm.name]
@@ -62,10 +61,14 @@ def _curves(path, figure, results, rows):
   part = results[0][0].part
   drawn.suptitle(
     f"{figure.title}\n{plots.spread_note(part)}; distance: mean of the last"
-    f" {max(1, min(100, part.steps // 20))} steps",
+    f" {_rolling_width(part)} steps",
     fontsize=10,
   )
   _finish(path, drawn, axes, axes[1, 0])
+
+
+def _rolling_width(part):
+  return max(1, min(100, part.steps // 20))
 
 
 def _distances(path, figure, results, rows):
@@ -77,7 +80,7 @@ def _distances(path, figure, results, rows):
     part = experiment.part
     label = f"microbatches of {part.microbatch_size}"
     style = dict(color=color, linestyle="-")
-    width = max(1, min(100, part.steps // 20))
+    width = _rolling_width(part)
     rolling = plots.rolling(experiment.traces["plain"].distance, width)
     steps = np.arange(1, part.steps + 1)
     axes[0, 0].plot(steps, rolling, label=label, linewidth=1.2, **style)
@@ -195,10 +198,7 @@ def _at_most_one(ax):
 
 
 def _margin(values):
-  n = len(values)
-  if n < 3:
-    return 0.0
-  return stats.t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n)
+  return report.Difference.of(values, np.zeros_like(values, float)).margin or 0.0
 
 
 def _forest(path, figure, results, rows):
