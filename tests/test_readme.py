@@ -1,12 +1,36 @@
 """The Python of each page runs as one program; README's commands are what CI runs."""
 
+import doctest
 import pathlib
 import re
 import subprocess
+import warnings
 
 import pytest
 
+import gaf_optax
+
+with warnings.catch_warnings():
+  # The oldest Flax that is admitted reads a name that the oldest JAX has deprecated.
+  warnings.simplefilter("ignore", DeprecationWarning)
+  from flax import linen, nnx  # noqa: F401
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+PAGES = ["README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+
+# How many blocks of Python a page has at least; the other pages have none.
+LEAST = {
+  "README.md": 5,
+  "docs/choosing.md": 3,
+  "docs/comparison.md": 4,
+  "docs/devices.md": 5,
+  "docs/how_it_works.md": 3,
+  "docs/index.md": 2,
+  "docs/recipes.md": 18,
+  "docs/troubleshooting.md": 15,
+}
+
+SAME = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
 def blocks(language, page="README.md"):
@@ -14,14 +38,38 @@ def blocks(language, page="README.md"):
   return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/devices.md"])
-def test_python_blocks_run(page, capsys):
-  found = blocks("python", page)
-  assert len(found) >= 5
-  names = {}
-  for block in found:
-    exec(compile(block, page, "exec"), names)
-  assert "accept_rate" in capsys.readouterr().out
+def programs(page):
+  """Blocks of Python, each with the block of output that follows it, or None."""
+  text = (ROOT / page).read_text(encoding="utf-8")
+  pattern = r"```python\n(.*?)```(?:\s*```text\n(.*?)```)?"
+  return [match.groups() for match in re.finditer(pattern, text, re.DOTALL)]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_blocks_run_and_print_what_the_page_says(page, capsys):
+  found = programs(page)
+  assert len(found) >= LEAST.get(page, 0)
+  assert (page in LEAST) == bool(found)
+  names, everything = {}, ""
+  for code, expected in found:
+    exec(compile(code, page, "exec"), names)
+    printed = capsys.readouterr().out
+    everything += printed
+    if expected is not None:
+      if not doctest.OutputChecker().check_output(expected, printed, SAME):
+        pytest.fail(f"{page}\n{code}\nsays\n{expected}\nand prints\n{printed}")
+  if page in ("README.md", "docs/devices.md"):  # They print all metrics.
+    assert "accept_rate" in everything
+
+
+def test_every_public_name_is_in_the_api_reference():
+  text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+  documented = set(re.findall(r"auto(?:function|class|module):: (\S+)", text))
+  public = {f"gaf_optax.{name}" for name in gaf_optax.__all__}
+  public |= {f"gaf_optax.rules.{name}" for name in gaf_optax.rules.__all__}
+  # Documented once, where it is defined.
+  public.remove("gaf_optax.Decision")
+  assert documented == public
 
 
 @pytest.mark.parametrize("name, part", [("main", "train.py"), ("test", "pytest")])
