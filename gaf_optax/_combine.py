@@ -1,5 +1,7 @@
 """Combine: the weighted mean of stacked micro-gradients, without the rejected."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -9,6 +11,10 @@ from gaf_optax import _numerics
 # Micro-gradients that one pass over the result adds up. XLA fuses a written-out sum
 # into one loop that streams them; its reduction over a leading axis is much slower.
 _UNROLL = 8
+
+# Values of a leaf up to which it is one matrix product: fewer instructions to compile,
+# and a result that XLA computes once, where parts of it are used in many places.
+SMALL = 1 << 14
 
 
 def normalized(weights: jax.Array) -> jax.Array:
@@ -33,6 +39,13 @@ def weighted_mean(leaf: jax.Array, weights: jax.Array, dtype=None) -> jax.Array:
   k, result_dtype = leaf.shape[0], dtype or leaf.dtype
   dtype = _numerics.accumulator_dtype(leaf.dtype)
   weights = weights.astype(jnp.finfo(dtype).dtype)
+
+  if math.prod(leaf.shape[1:]) <= SMALL:
+    rows = leaf.reshape(k, math.prod(leaf.shape[1:])).astype(dtype)
+    rows = jnp.where(weights[:, None] != 0, rows, 0)
+    total = jnp.matmul(weights.astype(dtype), rows, precision=lax.Precision.HIGHEST)
+    total = total.reshape(leaf.shape[1:])
+    return _numerics.without_overflow(total).astype(result_dtype)
 
   def term(i):
     row = lax.dynamic_index_in_dim(leaf, i, 0, keepdims=False).astype(dtype)

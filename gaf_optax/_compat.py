@@ -7,6 +7,10 @@ from typing import Any
 import jax
 from jax import lax
 
+# Up to how many rows XLA's CPU compiler turns sums of products of all pairs of rows,
+# kept in so many lanes each, into a loop that is faster than matrix products.
+FEW_ROWS, LANES = (8, 128) if jax.__version_info__ >= (0, 12) else (3, 512)
+
 
 def varying(x: Any) -> frozenset:
   """Mesh axes over which a value's type says that it varies.

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from gaf_optax import _compat, _leaves
+from gaf_optax import _combine, _compat, _leaves
 
 # Exchanges that a tree of one dtype is cut into. While one runs, its values are
 # there up to three times, so that more of them need less memory at a time.
@@ -23,6 +23,10 @@ _BUCKETS = 4
 
 # Values of an exchange, at least: smaller ones cost more time than they save memory.
 _LEAST = 1 << 14
+
+# Values of a leaf on one device up to which it is joined with others, and of what it
+# is joined to: so many that `_combine` does not cut its loop into the parts again.
+_SMALL, _JOINED = 1 << 12, _combine.SMALL
 
 
 class Axes(NamedTuple):
@@ -208,7 +212,7 @@ def spread(axes: Axes, others: int = 0) -> Spread:
 
 
 def scatter(
-  arrays: Sequence[jax.Array], members: Sequence[int], axes: Axes, with_padding: bool
+  arrays: Sequence[jax.Array], members: Sequence[int], axes: Axes, embedded: bool
 ) -> Rows:
   """Hands each device its part of all micro-gradients.
 
@@ -216,10 +220,11 @@ def scatter(
     arrays: leaves `[k, *shape]` if stacked, else `[*shape]`.
     members: for each leaf the number of its group.
     axes: an `Axes`.
-    with_padding: whether `spread.real` is wanted.
+    embedded: whether a function is applied to them: `spread.real` is wanted, and
+      leaves that are all here are not joined.
   """
   if not axes.members:
-    return Rows(list(arrays), tuple(members), spread(axes), list, list)
+    return _bundled(arrays, members, axes, embedded)
 
   n = size(axes)
   replicated = axes.replicated or ((),) * len(arrays)
@@ -264,9 +269,60 @@ def scatter(
     Spread(
       axes.members + axes.params,
       tuple(_counted(part.replicated) for part in parts),
-      tuple(_real(p, n, axes.members) if with_padding else None for p in parts),
+      tuple(_real(p, n, axes.members) if embedded else None for p in parts),
     ),
     own,
+    join,
+  )
+
+
+def _bundled(arrays, members, axes, embedded):
+  """Stacks `[k, *shape]` that are all here: small leaves lie behind one another.
+
+  A leaf's own loops and calls would take longer, to compile and to run, than copying
+  its few values.
+  """
+  replicated = axes.replicated or ((),) * len(arrays)
+  found: list[list[int]] = []
+  open_bundles: dict[Any, tuple[list[int] | None, int]] = {}
+  for i, x in enumerate(arrays):
+    size = math.prod(x.shape[1:])
+    if embedded or size > _SMALL or any(_compat.explicit_spec(x)):
+      found.append([i])
+      continue
+    label = (x.dtype, _compat.varying(x), members[i], replicated[i])
+    of, values = open_bundles.get(label, (None, 0))
+    if of is None or values + size > _JOINED:
+      found.append(of := [])
+      values = 0
+    of.append(i)
+    open_bundles[label] = of, values + size
+
+  def bundle(leaves, first):
+    """Joins leaves of each bundle, but for their axes before `first`."""
+    flat = lambda x: x.reshape(*x.shape[:first], math.prod(x.shape[first:]))
+    return [
+      leaves[of[0]]
+      if len(of) == 1
+      else jnp.concatenate([flat(leaves[i]) for i in of], axis=first)
+      for of in found
+    ]
+
+  def join(values):
+    results: dict[int, jax.Array] = {}
+    for of, value in zip(found, values):
+      shapes = [arrays[i].shape[1:] for i in of]
+      ends = list(itertools.accumulate(math.prod(shape) for shape in shapes))
+      parts = jnp.split(value, ends[:-1]) if len(of) > 1 else [value]
+      results |= {i: x.reshape(s) for i, x, s in zip(of, parts, shapes)}
+    return [results[i] for i in range(len(arrays))]
+
+  counted = tuple(_counted(replicated[of[0]]) for of in found) if axes.params else ()
+  return Rows(
+    bundle(arrays, 1),
+    tuple(members[of[0]] for of in found),
+    Spread(axes.params, counted, ()),
+    lambda leaves: bundle(leaves, 0),
     join,
   )
 

@@ -22,6 +22,9 @@ _BLOCK_VALUES = 1 << 17
 # Columns of such a block, at most: sums of more terms round more on some versions.
 _BLOCK_WIDTH = 1 << 13
 
+# Values in a row from which on products of few rows are added up by pairs.
+_LEAST_SIZE = 1 << 14
+
 _HIGHEST = lax.Precision.HIGHEST
 
 
@@ -124,11 +127,10 @@ def gram(
     return jnp.stack(total)
 
   def largest_values():
-    total = [jnp.zeros((k,), dtype) for _ in range(num_groups)]
+    found: list[list[jax.Array]] = [[] for _ in range(num_groups)]
     for leaf_rows, member, _ in rows:
-      for part in leaf_rows:
-        total[member] = jnp.maximum(total[member], _largest(part, dtype))
-    largest = jnp.stack(total)
+      found[member] += [_largest(part, dtype) for part in leaf_rows]
+    largest = jnp.stack([jnp.max(jnp.stack(x), axis=0) for x in found])
     # What a maximum over devices makes of NaN is up to the network.
     return spread.max(jnp.where(jnp.isfinite(largest), largest, jnp.inf))
 
@@ -144,13 +146,18 @@ def gram(
     (squares >= _ORDINARY[0]) & (squares <= _ORDINARY[1])
   )
 
+  # Two conditions for one reason: a branch's result is computed once, while within
+  # one branch XLA would repeat the maximum over all leaves in each leaf's loop.
+  largest = _compat.cond(
+    ordinary, lambda: jnp.ones((num_groups, k), dtype), largest_values
+  )
+  valid = unread_finite & jnp.all(jnp.isfinite(largest), axis=0)
+
   def as_computed():
     exponents = jnp.zeros((num_groups, k), jnp.int32)
-    return Gram(raw, exponents), jnp.ones((k,), bool)
+    return Gram(raw, exponents)
 
   def rescaled():
-    largest = largest_values()
-    valid = unread_finite & jnp.all(jnp.isfinite(largest), axis=0)
     info = jnp.finfo(dtype)
     exponents = jnp.frexp(jnp.where(valid, largest, 0))[1]
     exponents = jnp.clip(exponents, info.minexp, -info.minexp)
@@ -158,9 +165,9 @@ def gram(
     scaled = spread.sum(products(jnp.where(valid, scale, jnp.nan)))
     squares = jnp.diagonal(scaled, axis1=1, axis2=2)
     exponents = jnp.where(squares > 0, exponents, _numerics.ZERO_EXPONENT)
-    return Gram(scaled, exponents.astype(jnp.int32)), valid
+    return Gram(scaled, exponents.astype(jnp.int32))
 
-  return _compat.cond(ordinary, as_computed, rescaled)
+  return _compat.cond(ordinary, as_computed, rescaled), valid
 
 
 def cosine_distance(a: Any, b: Any) -> jax.Array:
@@ -278,9 +285,47 @@ def _inner_products(part, dtype, scale):
     *part,
     # XLA's CPU products of long rows copy both operands and run far below the
     # memory's speed; in blocks that fit in the cache they do neither.
-    cpu=lambda *part: _blocked(part, dtype, None),
+    cpu=lambda *part: (
+      _by_pairs(part, dtype)
+      if sum(x.shape[0] for x in part) <= _compat.FEW_ROWS
+      and part[0].shape[1] >= _LEAST_SIZE
+      else _blocked(part, dtype, None)
+    ),
     default=lambda *part: _products(part, dtype),
   )
+
+
+def _by_pairs(part, dtype):
+  """`_inner_products` of few rows: for each pair one sum in each of some lanes.
+
+  On CPU this runs at the memory's speed, which small matrix products do not.
+  """
+  lanes = _compat.LANES
+  places = [(block, i) for block in part for i in range(block.shape[0])]
+  pairs = [(i, j) for i in range(len(places)) for j in range(i, len(places))]
+  size = part[0].shape[1]
+  whole = size // lanes
+
+  def add(step, sums):
+    rows = [
+      lax.dynamic_slice(block, (i, step * lanes), (1, lanes))[0].astype(dtype)
+      for block, i in places
+    ]
+    return [total + rows[i] * rows[j] for total, (i, j) in zip(sums, pairs)]
+
+  zero = _numerics.typed_zero(part)
+  start = [_numerics.typed(jnp.zeros(lanes, dtype), zero) for _ in pairs]
+  sums = [jnp.sum(x) for x in lax.fori_loop(0, whole, add, start)]
+  found = {pair: total for pair, total in zip(pairs, sums)}
+  total = jnp.stack(
+    [
+      jnp.stack([found[min(i, j), max(i, j)] for j in range(len(places))])
+      for i in range(len(places))
+    ]
+  )
+  if size % lanes:
+    total += _products([x[:, whole * lanes :] for x in part], dtype)
+  return total
 
 
 def _blocked(part, dtype, scale):

@@ -91,13 +91,18 @@ def axes(leaves: _leaves.Leaves, options: _options.Options) -> _exchange.Axes:
 def start(params: Any, options: _options.Options) -> Stream:
   """An empty stream for micro-gradients shaped like the parameters."""
   leaves = _leaves.read(params, None, options.groups, stacked=False)
-  zeros = lambda: _leaves.accumulators(params)
-  m = leaves.layout.num_groups
-  dtype = _numerics.real_accumulator_dtype(x.dtype for x in leaves.arrays)
   with_anchor = options.anchor_decay is not None
+  with_embed = options.embed is not None and not with_anchor
+  return _empty(params, leaves.arrays, leaves.layout, with_embed, with_anchor)
+
+
+def _empty(params, arrays, layout, with_embed=False, with_anchor=False):
+  zeros = lambda: _leaves.accumulators(params)
+  m = layout.num_groups
+  dtype = _numerics.real_accumulator_dtype(x.dtype for x in arrays)
   return Stream(
     means=zeros(),
-    embedded=zeros() if options.embed and not with_anchor else None,
+    embedded=zeros() if with_embed else None,
     plain=zeros() if with_anchor else None,
     total=jnp.zeros((m,), dtype),
     num_accepted=jnp.zeros((m,), jnp.int32),
@@ -106,6 +111,43 @@ def start(params: Any, options: _options.Options) -> Stream:
     seen=jnp.zeros((), jnp.int32),
     finite=jnp.zeros((), jnp.int32),
   )
+
+
+def in_turn(
+  arrays: Sequence[jax.Array],
+  threshold: jax.Array,
+  *,
+  rule: rules.SequentialRule,
+  members: tuple[int, ...],
+  num_groups: int,
+) -> tuple[list[jax.Array], None, jax.Array, jax.Array, jax.Array]:
+  """Filters stacked leaves `[k, *shape]` by pushing one row after the other.
+
+  `members` are the numbers of their groups. Returns what `_transform._filtered`
+  does.
+  """
+  first = [x[0] for x in arrays]
+  paths = tuple((jax.tree_util.SequenceKey(i),) for i in range(len(arrays)))
+  layout = _leaves.Layout(paths, members, num_groups)
+  empty = _numerics.typed(
+    _empty(first, first, layout), _numerics.typed_zero((arrays, threshold))
+  )
+  stream, found = jax.lax.scan(
+    lambda stream, row: push(
+      stream,
+      row,
+      threshold,
+      rule=rule,
+      embed=None,
+      layout=layout,
+      axes=_exchange.Axes(),
+    ),
+    empty,
+    list(arrays),
+  )
+  means, agreed = finish(stream, first, layout, 2)
+  accepted = found.accepted.T & agreed[:, None]
+  return means, None, accepted, found.distances.T, found.finite
 
 
 @functools.partial(jax.jit, static_argnames=("rule", "embed", "layout", "axes"))
@@ -135,7 +177,8 @@ def push(
       values = [_gram.embedded(x, embed, dtype) for x in arrays]
     kept = stream.means if embed is None else stream.embedded
     means = _leaves.pick(kept, layout)
-    gram, finite = _pair(means, values, layout, None, axes, unread=arrays)
+    unread = () if embed is None else arrays
+    gram, finite = _pair(means, values, layout, None, axes, unread)
     first = stream.total == 0
     distances = _numerics.distance(
       rule.distance,

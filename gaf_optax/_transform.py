@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from gaf_optax import (
   _combine,
@@ -16,9 +17,14 @@ from gaf_optax import (
   _options,
   _sharded,
   _state,
+  _stream,
   _threshold,
   rules,
 )
+
+# From so many micro-gradients on, a running sum (k P products) is faster on CPU than
+# the Gram matrix (k^2 P); benchmarks/RESULTS.md has both. Not measured elsewhere.
+_MANY = 32
 
 
 def gaf(
@@ -341,25 +347,44 @@ def _filtered(arrays, anchor, anchored, threshold, *, rule, embed, layout, axes)
   """
   rows = _exchange.scatter(arrays, layout.members, axes, embed is not None)
   k = rows.leaves[0].shape[0]
-  blocks: list[tuple[jax.Array, ...]] = [(x,) for x in rows.leaves]
-  if anchor is not None:
-    blocks = [(a[None], x) for a, x in zip(rows.own(anchor), rows.leaves)]
 
-  gram, finite = _gram.gram(blocks, rows.members, layout.num_groups, embed, rows.spread)
-  finite = finite[-k:]
-  decision = rules.decide_groups(rule, gram, finite, threshold, anchored)
-  weights = _combine.normalized(decision.weights)
-  plain = _combine.normalized(finite.astype(weights.dtype))
-  # Leaves of no group get the plain mean.
-  weights = jnp.concatenate([weights, plain[None]])
-  means = [
-    _combine.weighted_mean(x, weights[member])
-    for x, member in zip(rows.leaves, rows.members)
-  ]
-  plain_means = None
-  if anchor is not None:
-    dtypes = {x.dtype: a.dtype for x, a in zip(arrays, anchor)}
-    plain_means = rows.join(
-      [_combine.weighted_mean(x, plain, dtypes[x.dtype]) for x in rows.leaves]
+  def at_once(leaves, threshold):
+    blocks: list[tuple[jax.Array, ...]] = [(x,) for x in leaves]
+    if anchor is not None:
+      blocks = [(a[None], x) for a, x in zip(rows.own(anchor), leaves)]
+    gram, finite = _gram.gram(
+      blocks, rows.members, layout.num_groups, embed, rows.spread
     )
-  return rows.join(means), plain_means, decision.accepted, decision.distances, finite
+    finite = finite[-k:]
+    decision = rules.decide_groups(rule, gram, finite, threshold, anchored)
+    weights = _combine.normalized(decision.weights)
+    plain = _combine.normalized(finite.astype(weights.dtype))
+    # Leaves of no group get the plain mean.
+    weights = jnp.concatenate([weights, plain[None]])
+    means = [
+      _combine.weighted_mean(x, weights[member])
+      for x, member in zip(leaves, rows.members)
+    ]
+    plain_means = None
+    if anchor is not None:
+      dtypes = {x.dtype: a.dtype for x, a in zip(arrays, anchor)}
+      plain_means = [_combine.weighted_mean(x, plain, dtypes[x.dtype]) for x in leaves]
+    distances = decision.distances.astype(jnp.float32)
+    return means, plain_means, decision.accepted, distances, finite
+
+  if (
+    k >= _MANY
+    and isinstance(rule, rules.SequentialRule)
+    and embed is None
+    and not (axes.members or axes.params)
+  ):
+    in_turn = functools.partial(
+      _stream.in_turn, rule=rule, members=rows.members, num_groups=layout.num_groups
+    )
+    result = lax.platform_dependent(
+      rows.leaves, threshold, cpu=in_turn, default=at_once
+    )
+  else:
+    result = at_once(rows.leaves, threshold)
+  means, plain_means, *rest = result
+  return rows.join(means), plain_means and rows.join(plain_means), *rest

@@ -32,6 +32,21 @@ def test_sizes_below_at_and_above_a_block(size, k):
   assert finite.all()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
+@pytest.mark.parametrize("split", [[2], [1, 1], [1, 2], [8], [9]])
+def test_few_long_rows(split, dtype):
+  """Which may be added up by pairs: of blocks, and of any dtype."""
+  x = draw(6, sum(split), 40_001) + draw(7, 40_001)
+  if dtype == "complex64":
+    x = x + 1j * draw(8, *x.shape)
+  x = jnp.asarray(x).astype(dtype)
+  blocks = tuple(jnp.split(x, np.cumsum(split)[:-1]))
+  gram, finite = jax.jit(lambda blocks: _gram.gram([blocks], [0], 1))(blocks)
+  v = oracle.vectors([x])
+  assert finite.all()
+  np.testing.assert_allclose(dense(gram), v @ v.T, rtol=0, atol=5e-6 * (v @ v.T).max())
+
+
 @pytest.mark.parametrize("split", [(1, 1), (1, 4), (2, 3)])
 @pytest.mark.parametrize("scale", [1.0, 1e25])
 def test_rows_in_blocks(split, scale):

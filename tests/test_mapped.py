@@ -11,11 +11,12 @@ import gaf_optax
 import oracle
 
 N, K = 4, 12
+MANY = 40  # So many are compared with a running sum, on CPU.
 
 
-def stacks():
+def stacks(k=K):
   rng = np.random.default_rng(0)
-  x = rng.standard_normal((N, K, 7)) + rng.standard_normal((N, 1, 7))
+  x = rng.standard_normal((N, k, 7)) + rng.standard_normal((N, 1, 7))
   x[1, 2] = np.nan  # so that the members take both forms of the Gram matrix
   return jnp.asarray(x, jnp.float32)
 
@@ -29,9 +30,10 @@ def filtered(x, **options):
   return tx.update(x, tx.init(x[0]))[0]
 
 
+@pytest.mark.parametrize("k", [K, MANY])
 @pytest.mark.parametrize("mapping", [jax.vmap, jax.pmap])
-def test_vmap_and_pmap(mapping):
-  x = stacks()
+def test_vmap_and_pmap(mapping, k):
+  x = stacks(k)
   np.testing.assert_allclose(mapping(filtered)(x), expected(x), atol=1e-6)
 
 
@@ -43,9 +45,10 @@ def shard_mapped(f, check):
   )
 
 
+@pytest.mark.parametrize("k", [K, MANY])
 @pytest.mark.parametrize("check", [True, False])
-def test_shard_map(check):
-  x = stacks()
+def test_shard_map(check, k):
+  x = stacks(k)
   got = shard_mapped(lambda x: filtered(x[0])[None], check)(x)
   np.testing.assert_allclose(got, expected(x), atol=1e-6)
 

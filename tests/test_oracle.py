@@ -127,6 +127,47 @@ def test_stacked_form_is_the_oracles(drawn, tau, kind, softness, name):
     check(forms.stacked(leaves, tau, rule=rule), expected, leaves)
 
 
+@settings(max_examples=12)
+@given(
+  st.sampled_from([31, 32, 40]),
+  st.sampled_from(["float32", "bfloat16", "complex64"]),
+  st.data(),
+  taus,
+  kinds,
+  st.sampled_from(["sequential", "running_average"]),
+)
+def test_stacks_of_many_are_the_oracles(k, dtype, data, tau, kind, name):
+  """From 32 on they are compared with a running sum on CPU, not by the Gram matrix."""
+  rule = getattr(rules, name)(kind)
+  for _ in range(3):
+    leaves = data.draw(stack(k, SHAPES["net"], dtype))
+    expected = oracle.gaf(leaves, tau, name, kind=kind)
+    check(forms.stacked(leaves, tau, rule=rule), expected, leaves)
+
+
+@pytest.mark.parametrize("k", [3, 32])
+@pytest.mark.parametrize("options", [{}, {"anchor_decay": 0.5}], ids=str)
+def test_leaves_of_all_sizes(k, options):
+  """Small leaves are joined, up to a size; large ones and other dtypes are not."""
+  sizes = [5000, 4096, 1, 4096, 4096, 0, 17, 4096, 4096, 70_000, 3]
+  rng = np.random.default_rng(0)
+  leaves = []
+  for i, size in enumerate(sizes):
+    shape = (size // 4, 4) if size % 4 == 0 else (size,)
+    x = rng.standard_normal((k, *shape)) + rng.standard_normal(shape)
+    x[1] *= -1
+    leaves.append(jnp.asarray(x).astype("bfloat16" if i % 4 == 3 else "float32"))
+  if options:  # The first step accepts all.
+    accepted, want = k, [oracle.wide(leaf).mean(0) for leaf in leaves]
+  else:
+    accepted, want = k - 1, oracle.gaf(leaves, 0.97).gradient
+  result = forms.stacked(leaves, 0.97, **options)
+  assert result.accepted == accepted
+  for got, expected, leaf in zip(result.gradient, want, leaves):
+    assert got.dtype == leaf.dtype and got.shape == leaf.shape[1:]
+    np.testing.assert_allclose(oracle.wide(got), expected, atol=4 * EPS[str(got.dtype)])
+
+
 @settings(max_examples=24)
 @given(
   stacks(dtypes=("float32", "bfloat16")),
