@@ -283,21 +283,25 @@ def growth(quick: bool) -> str:
 
 def compilation(quick: bool) -> str:
   """Seconds to compile `gaf`, against k and the number of leaves."""
-  settings = [(k, 10) for k in (2, 8, 32, 128, 256)] + [(8, 100), (8, 1000)]
+  settings = [(k, 10, 512) for k in (2, 8, 32, 128, 256)]
+  settings += [(8, 100, 512), (8, 1000, 512)]
+  settings += [(k, leaves, 32768) for k in (2, 4, 8) for leaves in (10, 100)]
   rows = []
-  for k, leaves in [(2, 1)] if quick else settings:
+  for k, leaves, size in [(2, 1, 512)] if quick else settings:
+    # Each of another shape, so that no program is shared.
     stack = {
-      f"{i:04d}": jax.ShapeDtypeStruct((k, 8, 1 + i % 64), jnp.float32)
+      f"{i:04d}": jax.ShapeDtypeStruct((k, size // 64, 64 - i % 32), jnp.float32)
       for i in range(leaves)
     }
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stack)
-    cells = [k, leaves]
+    cells = [k, leaves, f"{size // 2:,} to {size:,}"]
     for rule in (rules.sequential(), rules.most_neighbors()):
       tx = gaf_optax.gaf(_TAU, rule=rule)
       state = jax.eval_shape(tx.init, like)
       cells.append(_seconds(tx.update, stack, state))
     rows.append([*cells, _seconds(library_mean, stack)])
-  header = ["k", "leaves", "`gaf`, s", "`gaf`, `most_neighbors`, s", "`jnp.mean`, s"]
+  header = ["k", "leaves", "values in each"]
+  header += ["`gaf`, s", "`gaf`, `most_neighbors`, s", "`jnp.mean`, s"]
   return "Tracing and compiling, median of 3.\n\n" + measure.table(header, rows)
 
 

@@ -46,6 +46,7 @@ _PAGES = {
   "README.md": "index.md",
   "CHANGELOG.md": "changelog.md",
   "benchmarks/RESULTS.md": "benchmarks.md",
+  "examples/byte_lm/README.md": "byte_lm.md",
   "examples/cifar100_resnet18/README.md": "experiments.md",
   "examples/cifar100_resnet18/RESULTS.md": "results.md",
 }
