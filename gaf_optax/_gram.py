@@ -316,7 +316,7 @@ def _by_pairs(part, dtype):
   zero = _numerics.typed_zero(part)
   start = [_numerics.typed(jnp.zeros(lanes, dtype), zero) for _ in pairs]
   sums = [jnp.sum(x) for x in lax.fori_loop(0, whole, add, start)]
-  found = {pair: total for pair, total in zip(pairs, sums)}
+  found = dict(zip(pairs, sums))
   total = jnp.stack(
     [
       jnp.stack([found[min(i, j), max(i, j)] for j in range(len(places))])
