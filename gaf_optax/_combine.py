@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gaf_optax import _numerics
+from gaf_optax import _jax_types
 
 # Micro-gradients that one pass over the result adds up. XLA fuses a written-out sum
 # into one loop that streams them; its reduction over a leading axis is much slower.
@@ -37,7 +37,7 @@ def weighted_mean(leaf: jax.Array, weights: jax.Array, dtype=None) -> jax.Array:
     `[*shape]`; the sum is kept in at least float32.
   """
   k, result_dtype = leaf.shape[0], dtype or leaf.dtype
-  dtype = _numerics.accumulator_dtype(leaf.dtype)
+  dtype = _jax_types.accumulator_dtype(leaf.dtype)
   weights = weights.astype(jnp.finfo(dtype).dtype)
 
   if math.prod(leaf.shape[1:]) <= SMALL:
@@ -45,7 +45,7 @@ def weighted_mean(leaf: jax.Array, weights: jax.Array, dtype=None) -> jax.Array:
     rows = jnp.where(weights[:, None] != 0, rows, 0)
     total = jnp.matmul(weights.astype(dtype), rows, precision=lax.Precision.HIGHEST)
     total = total.reshape(leaf.shape[1:])
-    return _numerics.without_overflow(total).astype(result_dtype)
+    return without_overflow(total).astype(result_dtype)
 
   def term(i):
     row = lax.dynamic_index_in_dim(leaf, i, 0, keepdims=False).astype(dtype)
@@ -57,8 +57,7 @@ def weighted_mean(leaf: jax.Array, weights: jax.Array, dtype=None) -> jax.Array:
       total += term(start + i)
     return total
 
-  zero = _numerics.typed_zero((leaf, weights))
-  total = _numerics.typed(jnp.zeros(leaf.shape[1:], dtype), zero)
+  total = _jax_types.typed_like(jnp.zeros(leaf.shape[1:], dtype), (leaf, weights))
   whole = k // _UNROLL
   if whole > 1:
     total = lax.fori_loop(
@@ -67,4 +66,12 @@ def weighted_mean(leaf: jax.Array, weights: jax.Array, dtype=None) -> jax.Array:
   elif whole:
     total = add_terms(0, _UNROLL, total)
   total = add_terms(whole * _UNROLL, k % _UNROLL, total)
-  return _numerics.without_overflow(total).astype(result_dtype)
+  return without_overflow(total).astype(result_dtype)
+
+
+def without_overflow(mean: jax.Array) -> jax.Array:
+  """A mean of finite values, which rounding alone can have carried to infinity."""
+  if jnp.iscomplexobj(mean):
+    return lax.complex(without_overflow(mean.real), without_overflow(mean.imag))
+  top = jnp.finfo(mean.dtype).max
+  return jnp.clip(mean, -top, top)

@@ -1,4 +1,4 @@
-"""Multi steps: the filter on one micro-gradient a call, as an Optax transformation."""
+"""Multi steps: the filter on one micro-gradient per call, as Optax accumulates."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import optax
 
 from gaf_optax import (
-  _compat,
-  _leaves,
+  _gaf,
+  _jax_types,
   _options,
   _state,
   _stream,
-  _threshold,
-  _transform,
+  _tree,
   _validate,
 )
 
@@ -23,32 +22,28 @@ class MultiStepsState(NamedTuple):
   """State of `multi_steps`.
 
   Attributes:
-    mini_step: int32 scalar, micro-gradients seen in this cycle, in [0, every_k).
+    mini_step: int32 scalar, micro-gradients seen in this cycle, in
+      [0, every_k_schedule).
     gaf_state: a `GafState` of the last finished cycle, whose `ready` is False
       within a cycle.
     inner_state: the state of the inner transformation.
-    stream: the running mean of this cycle.
-    cycle_distances: float32 `[m, k]` of this cycle with `num_microbatches`, or
-      None.
-    cycle_accepted: bool `[m, k]` likewise.
+    stream: what is kept of this cycle's micro-gradients.
   """
 
   mini_step: jax.Array
   gaf_state: _state.GafState
   inner_state: Any
   stream: _stream.Stream
-  cycle_distances: jax.Array | None
-  cycle_accepted: jax.Array | None
 
 
-@_options.spelled_out(_transform.gaf)
+@_options.shown(_gaf.gaf, *_stream.OPTIONS)
 def multi_steps(
   inner: optax.GradientTransformation,
-  every_k: int | Callable[[jax.Array], jax.Array],
-  tau: Any = 0.97,
+  every_k_schedule: int | Callable[[jax.Array], jax.Array],
+  tau: _options.Tau = 0.97,
   **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-  """Takes one micro-gradient a call and runs `inner` on every k-th, if they agree.
+  """Takes one micro-gradient per call and runs `inner` on every k-th, if they agree.
 
   The drop-in for `optax.MultiSteps`: calls before the k-th of a cycle emit zero
   updates, the k-th emits the update of `inner` for the filtered mean of the k
@@ -59,11 +54,12 @@ def multi_steps(
 
   Args:
     inner: the transformation that takes the filtered gradient.
-    every_k: micro-gradients in a cycle, at least 2 (1 with an anchor), or a
-      function from the number of finished cycles to it.
+    every_k_schedule: micro-gradients in a cycle, at least 2 (1 with an anchor), or
+      a function from the number of finished cycles to it.
     tau: see :func:`gaf`; a schedule is called with the number of finished cycles.
     **options: `rule` (`rules.sequential()` or `rules.running_average()`),
-      `embed`, `groups`, `anchor_decay` and `num_microbatches`, see :func:`gaf`.
+      `embed`, `param_axes`, `groups`, `anchor_decay` and `num_microbatches`, see
+      :func:`gaf`.
 
   Returns:
     A transformation whose `update(micro_grad, state, params=None)` takes and
@@ -77,7 +73,7 @@ def multi_steps(
   Examples:
     >>> import jax.numpy as jnp, optax
     >>> from gaf_optax import multi_steps
-    >>> tx = multi_steps(optax.sgd(1.0), every_k=2)
+    >>> tx = multi_steps(optax.sgd(1.0), every_k_schedule=2)
     >>> state = tx.init(jnp.zeros(2))
     >>> updates, state = tx.update(jnp.array([2.0, 0.0]), state)
     >>> print(updates)
@@ -90,123 +86,77 @@ def multi_steps(
     Chaubard et al., `Beyond Gradient Averaging in Parallel Optimization
     <https://arxiv.org/abs/2412.18052>`_, 2024, algorithm 1.
   """
-  checked = _stream.streamed_options(tau, **options)
-  least = 1 if checked.anchor_decay is not None else 2
-  if not callable(every_k):
-    _validate.count(least, every_k=every_k)
-    if checked.num_microbatches not in (None, every_k):
+  checked = _stream.check_options(tau, **options)
+  k = checked.num_microbatches
+  if not callable(every_k_schedule):
+    _validate.count(checked.min_accepted, every_k_schedule=every_k_schedule)
+    if k not in (None, every_k_schedule):
       raise ValueError(
-        f"num_microbatches is {checked.num_microbatches}, but every_k is {every_k}."
+        f"num_microbatches is {k}, but every_k_schedule is {every_k_schedule}."
       )
-  elif checked.num_microbatches is not None:
+  elif k is not None:
     raise ValueError(
-      "num_microbatches needs a fixed every_k, since it sets the shape of the"
-      f" state; got the function {every_k!r}."
+      "num_microbatches needs a fixed every_k_schedule, since it sets the shape of the"
+      f" state; got the function {every_k_schedule!r}."
     )
   inner = optax.with_extra_args_support(inner)
-  target = tau if isinstance(tau, _threshold.TargetAcceptRate) else None
-
-  def fresh(params):
-    stream = _stream.start(params, checked)
-    if checked.num_microbatches is None:
-      return stream, None, None
-    shape = (stream.total.shape[0], checked.num_microbatches)
-    return (
-      stream,
-      jnp.full(shape, jnp.nan, jnp.float32),
-      jnp.zeros(shape, bool),
-    )
 
   def init_fn(params):
-    stream, distances, accepted = fresh(params)
     return MultiStepsState(
       mini_step=jnp.zeros((), jnp.int32),
-      gaf_state=_state.init(
-        params, tau, checked.anchor_decay, checked.num_microbatches
-      ),
+      gaf_state=_state.init(params, checked),
       inner_state=inner.init(params),
-      stream=stream,
-      cycle_distances=distances,
-      cycle_accepted=accepted,
+      stream=_stream.start(params, checked, k),
     )
 
   def update_fn(micro_grad, state, params=None, **extra_args):
     gaf_state = state.gaf_state
-    _leaves.check_not_empty(micro_grad)
+    _tree.check_not_empty(micro_grad)
     like = state.stream.means if params is None else params
-    leaves = _leaves.read(micro_grad, like, checked.groups, stacked=False)
+    leaves = _tree.flatten(micro_grad, like, checked.groups, stacked=False)
     if not leaves.arrays:
-      return leaves.rebuild([]), state
-    if (leaves.layout.num_groups,) != state.stream.total.shape:
-      raise ValueError(
-        f"groups made {leaves.layout.num_groups} groups of the micro-gradient's"
-        f" leaves, but {state.stream.total.shape[0]} of the parameters' leaves at"
-        " init. Is a leaf missing, or does the label depend on more than path,"
-        " shape and dtype?"
-      )
-    threshold = _threshold.value(tau, gaf_state.num_updates, gaf_state.steered)
-    anchor = None
-    if checked.anchor_decay is not None:
-      anchor = _leaves.pick(gaf_state.anchor, leaves.layout)
-    stream, found = _stream.push(
-      state.stream,
-      leaves.arrays,
-      threshold,
-      anchor,
-      gaf_state.anchored,
-      rule=checked.rule,
-      embed=checked.embed,
-      layout=leaves.layout,
-      axes=_stream.axes(leaves, checked),
+      return leaves.unflatten([]), state
+    layout = leaves.layout
+    _tree.check_num_groups(layout, state.stream.num_in_mean.shape[0])
+    plan = checked.plan(leaves)
+    threshold = checked.threshold(gaf_state.num_updates, gaf_state.steered)
+    has_anchor = checked.anchor_decay is not None
+    anchor = _tree.pick(gaf_state.anchor, layout) if has_anchor else None
+    stream, _ = _stream.push(
+      state.stream, leaves.arrays, threshold, anchor, gaf_state.anchored, plan=plan
     )
-    distances, accepted = state.cycle_distances, state.cycle_accepted
-    if distances is not None:
-      distances = distances.at[:, state.mini_step].set(found.distances)
-      accepted = accepted.at[:, state.mini_step].set(found.accepted)
-    k = every_k(gaf_state.num_updates) if callable(every_k) else every_k
 
     def end_of_cycle():
-      means, agreed = _stream.finish(stream, leaves.arrays, leaves.layout, least)
-      step = _stream.outcome(stream, agreed, distances, accepted)
+      means, decision = _stream.finish(
+        stream, leaves.arrays, layout, checked.min_accepted
+      )
+      step = _stream.outcome(stream, decision, checked.min_accepted)
       new_state = gaf_state
-      if checked.anchor_decay is not None:
+      if has_anchor:
+        plain = _tree.pick(stream.plain, layout)
         new_state = _state.move_anchor(
-          gaf_state,
-          leaves.layout,
-          checked.anchor_decay,
-          _leaves.pick(stream.plain, leaves.layout),
-          stream.finite > 0,
+          gaf_state, layout, checked.anchor_decay, plain, stream.num_finite > 0
         )
-      new_state = _state.advance(new_state, target, threshold, step)
-      updates, inner_state = _transform.run_if(
-        step.agreed,
-        inner,
-        leaves.rebuild(means),
-        state.inner_state,
-        params,
-        extra_args,
+      new_state = _state.advance(new_state, plan.steering, threshold, step)
+      grads = leaves.unflatten(means)
+      updates, inner_state = _gaf.run_if(
+        step.agreed, inner, grads, state.inner_state, params, extra_args
       )
-      return updates, MultiStepsState(
-        jnp.zeros((), jnp.int32),
-        new_state,
-        inner_state,
-        jax.tree.map(jnp.zeros_like, state.stream),
-        distances,
-        accepted,
-      )
+      empty = jax.tree.map(jnp.zeros_like, state.stream)
+      zero = jnp.zeros((), jnp.int32)
+      return updates, MultiStepsState(zero, new_state, inner_state, empty)
 
     def within_cycle():
       updates = optax.tree.zeros_like(jax.eval_shape(end_of_cycle)[0])
+      # Nothing is ready for what may follow, until the end of the cycle.
+      waiting = gaf_state._replace(ready=jnp.zeros((), bool))
       return updates, MultiStepsState(
-        state.mini_step + 1,
-        # Nothing is ready for what may follow, until the end of the cycle.
-        gaf_state._replace(ready=jnp.zeros((), bool)),
-        state.inner_state,
-        stream,
-        distances,
-        accepted,
+        state.mini_step + 1, waiting, state.inner_state, stream
       )
 
-    return _compat.cond(state.mini_step + 1 >= k, end_of_cycle, within_cycle)
+    every_k: Any = every_k_schedule
+    if callable(every_k):
+      every_k = every_k(gaf_state.num_updates)
+    return _jax_types.cond(state.mini_step + 1 >= every_k, end_of_cycle, within_cycle)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)

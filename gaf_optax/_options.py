@@ -3,38 +3,90 @@
 import dataclasses
 import inspect
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
+import optax
 
-from gaf_optax import _exchange, _threshold, _validate, rules
+from gaf_optax import _mesh, _threshold, _tree, _validate, rules
+
+# A float, an array of one, an `optax.Schedule`, or a `target_accept_rate`.
+Tau: TypeAlias = float | jax.Array | optax.Schedule | _threshold.TargetAcceptRate
+AxisNames: TypeAlias = Hashable | tuple[Hashable, ...]
+# Names of axes, or a tree of `PartitionSpec`.
+ParamAxes: TypeAlias = Any
+Groups: TypeAlias = Literal["leaf"] | _tree.GroupsFn
+
+
+class Plan(NamedTuple):
+  """What is fixed when a step is traced; hashable.
+
+  Attributes:
+    rule: an `AnchorRule` with an anchor, a `RememberingRule` with a memory.
+    embed: a function or None.
+    layout: which leaves take part in which decision.
+    axes: over which devices they are spread.
+    steering: how tau moves, if it is steered.
+  """
+
+  rule: Any
+  embed: Callable[[jax.Array], jax.Array] | None
+  layout: _tree.Layout
+  axes: _mesh.Axes
+  steering: _threshold.TargetAcceptRate | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """Checked arguments of `gaf`, without tau.
+  """Checked arguments of `gaf`.
 
   Attributes:
-    rule: None with an anchor.
+    tau: as it was given.
+    rule: a rule, an `AnchorRule` with an anchor, a `RememberingRule` with a memory.
     embed: hashable, or None.
-    members: names of the axes along which the micro-gradients lie, () without.
+    axis_names: names of the axes along which the micro-gradients lie, () without.
     stacked: whether a device holds several micro-gradients, on a leading axis.
     param_axes: names of the axes over which the parameters are sharded.
     param_specs: a tree of `PartitionSpec` of the parameters, or None.
     groups: None, 'leaf' or a function.
     anchor_decay: None without an anchor.
+    memory_decay: None without a memory.
     num_microbatches: None, or how many micro-gradients a step has.
   """
 
-  rule: Callable[..., rules.Decision] | None
+  tau: Any
+  rule: Any
   embed: Callable[[jax.Array], jax.Array] | None
-  members: tuple[Hashable, ...]
+  axis_names: tuple[Hashable, ...]
   stacked: bool
   param_axes: tuple[Hashable, ...]
   param_specs: Any
-  groups: Any
+  groups: Groups | None
   anchor_decay: Any
+  memory_decay: Any
   num_microbatches: int | None
+
+  @property
+  def min_accepted(self) -> int:
+    """How many micro-gradients a step needs, and a decision of streamed ones."""
+    return 2 if self.anchor_decay is None else 1
+
+  def threshold(self, num_updates, steered) -> jax.Array:
+    """Tau of a step, a scalar; see `_threshold.value`."""
+    return _threshold.value(self.tau, num_updates, steered)
+
+  def plan(self, leaves: _tree.Leaves) -> Plan:
+    """What is fixed for a step on these leaves.
+
+    Raises:
+      ValueError: see `_mesh.axes`.
+    """
+    axes = _mesh.axes(
+      leaves, self.axis_names, self.stacked, self.param_axes, self.param_specs
+    )
+    steered = isinstance(self.tau, _threshold.TargetAcceptRate)
+    steering = self.tau if steered else None
+    return Plan(self.rule, self.embed, leaves.layout, axes, steering)
 
 
 def checked(
@@ -47,6 +99,7 @@ def checked(
   stacked=None,
   groups=None,
   anchor_decay=None,
+  memory_decay=None,
   num_microbatches=None,
 ) -> Options:
   """Checks the arguments of `gaf` as far as they can be known without data.
@@ -55,18 +108,18 @@ def checked(
     ValueError: naming the argument, what was found and what was expected.
   """
   _threshold.check(tau)
-  members = () if axis_name is None else _axis_names("axis_name", axis_name)
-  if axis_name is not None and not members:
+  axis_names = () if axis_name is None else _as_names("axis_name", axis_name)
+  if axis_name is not None and not axis_names:
     raise ValueError("axis_name must name at least one axis, got ().")
   param_specs = None
   if _holds_specs(param_axes):
-    param_specs, param_axes = param_axes, _exchange.spec_axes(param_axes)
-  param_axes = _axis_names("param_axes", param_axes)
-  both = set(members) & set(param_axes)
+    param_specs, param_axes = param_axes, _mesh.spec_axes(param_axes)
+  param_axes = _as_names("param_axes", param_axes)
+  both = set(axis_names) & set(param_axes)
   if both:
     raise ValueError(
       f"axis {min(both, key=str)!r} is in axis_name and in param_axes, but the"
-      " micro-gradients of different members cannot be compared where each holds"
+      " micro-gradients of different replicas cannot be compared where each holds"
       " another part of the parameters. Gather the parameters before jax.grad, or"
       " use a mesh with one axis for the microbatches and one for the parameters."
     )
@@ -79,6 +132,7 @@ def checked(
         f" and rule={rule!r}."
       )
     _validate.in_interval(0, 1, anchor_decay=anchor_decay, open_end=True)
+    rule = rules.AnchorRule()
   elif rule is None:
     rule = rules.sequential()
   else:
@@ -91,6 +145,9 @@ def checked(
         f"rule must be a rule, not what makes one, got {rule!r}. Was the call"
         " forgotten, as in rules.most_neighbors()?"
       )
+  if memory_decay is not None:
+    _check_memory(memory_decay, anchor_decay, num_microbatches)
+    rule = rules.RememberingRule(_hashable(rule))
   if embed is not None:
     _validate.function(" An elementwise function such as jnp.sign.", embed=embed)
   if groups is not None and groups != "leaf":
@@ -109,22 +166,28 @@ def checked(
       num_microbatches=num_microbatches,
     )
   return Options(
+    tau,
     _hashable(rule),
     _hashable(embed),
-    members,
-    not members or bool(stacked),
+    axis_names,
+    not axis_names or bool(stacked),
     param_axes,
     param_specs,
     groups,
     anchor_decay,
+    memory_decay,
     None if num_microbatches is None else int(num_microbatches),
   )
 
 
-def spelled_out(like):
-  """A decorator: `**options` becomes the options of `like` in the signature.
+def shown(like, *names):
+  """A decorator: `**options` becomes options of `like` in the signature.
 
   For `help`, and for `optax.inject_hyperparams`, which binds by the signature.
+
+  Args:
+    like: a function.
+    *names: of its keyword arguments; all of them if there is none.
   """
 
   def decorate(function):
@@ -133,7 +196,9 @@ def spelled_out(like):
     parameters += [
       p
       for name, p in inspect.signature(like).parameters.items()
-      if p.kind == p.KEYWORD_ONLY and name not in own.parameters
+      if p.kind == p.KEYWORD_ONLY
+      and name not in own.parameters
+      and (name in names or not names)
     ]
     function.__signature__ = own.replace(parameters=parameters)
     return function
@@ -141,7 +206,23 @@ def spelled_out(like):
   return decorate
 
 
-def _axis_names(argument, value):
+def _check_memory(memory_decay, anchor_decay, num_microbatches):
+  _validate.in_interval(0, 1, memory_decay=memory_decay, open_end=True)
+  if anchor_decay is not None:
+    raise ValueError(
+      "memory_decay and anchor_decay exclude each other: a memory is of the cosines"
+      " among the micro-gradients, which an anchor does not compare. Got"
+      f" memory_decay={memory_decay!r} and anchor_decay={anchor_decay!r}."
+    )
+  if num_microbatches is None:
+    raise ValueError(
+      f"memory_decay={memory_decay!r} needs num_microbatches, since the state holds a"
+      " number for every pair of micro-gradients. Give num_microbatches=k, the number"
+      " of sources."
+    )
+
+
+def _as_names(argument, value):
   """One name, or several, as a tuple."""
   names = tuple(value) if isinstance(value, (tuple, list)) else (value,)
   for name in names:
@@ -171,7 +252,7 @@ def _check_stacked(stacked, axis_name):
   if stacked is False and axis_name is None:
     raise ValueError(
       "stacked=False needs an axis_name: without one the micro-gradients are on a"
-      " leading axis of every leaf. For one micro-gradient a call there is"
+      " leading axis of every leaf. For one micro-gradient per call use"
       " multi_steps."
     )
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gaf_optax import _leaves, _threshold
+from gaf_optax import _options, _threshold, _tree, rules
 
 
 class GafState(NamedTuple):
@@ -19,41 +19,50 @@ class GafState(NamedTuple):
     threshold: float32 scalar, tau of the last step.
     steered: float32 scalar, tau of the next step, or None unless tau is a
       `target_accept_rate`.
-    last_accepted: float32 scalar, how many micro-gradients the last step
+    num_accepted: float32 scalar, how many micro-gradients the last step
       accepted (the mean over the groups).
-    last_microbatches: int32 scalar, of how many.
+    num_seen: int32 scalar, of how many.
     mean_distance: float32 scalar, the mean of the last step's finite distances;
       NaN if there was none.
     accept_rate: float32 scalar in [0, 1], the accepted share of all
       micro-gradients since `init`.
-    total_microbatches: float32 scalar, their number.
+    num_seen_total: float32 scalar, their number.
     skipped_steps: int32 scalar, steps without agreement since `init`.
     nonfinite: int32 scalar, micro-gradients with a NaN or an infinity since
       `init`.
+    noise_scale: float32 scalar, the gradient noise scale in microbatches of the
+      last step; NaN where it cannot be known.
     anchor: with `anchor_decay` the moving average, shaped like the parameters;
       else None.
     anchored: bool scalar, whether the moving average holds a step yet, or None.
+    memory: with `memory_decay` a `rules.Memory`, else None.
     distances: float32 `[k]` with `num_microbatches`, else None. NaN where there
       was nothing to compare. The mean over the groups.
     accepted: bool `[k]` with `num_microbatches`, else None. Accepted in any
       group.
+    weights: float32 `[k]` with `num_microbatches`, else None: the weight of each in
+      the result. They sum to 1, or are all 0 without agreement. The mean over the
+      groups.
   """
 
   num_updates: jax.Array
   ready: jax.Array
   threshold: jax.Array
   steered: jax.Array | None
-  last_accepted: jax.Array
-  last_microbatches: jax.Array
+  num_accepted: jax.Array
+  num_seen: jax.Array
   mean_distance: jax.Array
   accept_rate: jax.Array
-  total_microbatches: jax.Array
+  num_seen_total: jax.Array
   skipped_steps: jax.Array
   nonfinite: jax.Array
+  noise_scale: jax.Array
   anchor: Any
   anchored: jax.Array | None
+  memory: Any
   distances: jax.Array | None
   accepted: jax.Array | None
+  weights: jax.Array | None
 
 
 class Outcome(NamedTuple):
@@ -61,33 +70,44 @@ class Outcome(NamedTuple):
 
   Attributes:
     agreed: bool scalar.
-    accepted: float32 scalar, the mean over the groups of how many they accepted.
+    num_accepted: float32 scalar, the mean over the groups of how many they accepted.
     mean_distance: float32 scalar, NaN where nothing was compared.
-    microbatches: int32 scalar.
+    num_seen: int32 scalar.
     nonfinite: int32 scalar.
-    member_distances: float32 `[k]`, or None where they are not kept.
-    member_accepted: bool `[k]`, or None.
+    noise_scale: float32 scalar.
+    each: for each micro-gradient a `rules.Decision` `[k]`, or None where not kept.
   """
 
   agreed: jax.Array
-  accepted: jax.Array
+  num_accepted: jax.Array
   mean_distance: jax.Array
-  microbatches: jax.Array
+  num_seen: jax.Array
   nonfinite: jax.Array
-  member_distances: jax.Array | None
-  member_accepted: jax.Array | None
+  noise_scale: jax.Array
+  each: rules.Decision | None
 
 
-def outcome(accepted: jax.Array, distances: jax.Array, finite: jax.Array) -> Outcome:
-  """The outcome of a step, from `accepted` and `distances` `[m, k]` by group."""
+def outcome(
+  decision: rules.Decision, finite: jax.Array, noise_scale: jax.Array
+) -> Outcome:
+  """The outcome of a step, from the decision `[m, k]` by group."""
   return Outcome(
-    agreed=jnp.any(accepted),
-    accepted=jnp.mean(jnp.sum(accepted, axis=1, dtype=jnp.float32)),
-    mean_distance=nanmean(nanmean(distances, axis=1)),
-    microbatches=jnp.full((), finite.shape[0], jnp.int32),
+    agreed=jnp.any(decision.accepted),
+    num_accepted=jnp.mean(jnp.sum(decision.accepted, axis=1, dtype=jnp.float32)),
+    mean_distance=nanmean(nanmean(decision.distances, axis=1)),
+    num_seen=jnp.full((), finite.shape[0], jnp.int32),
     nonfinite=jnp.sum(~finite, dtype=jnp.int32),
-    member_distances=nanmean(distances, axis=0),
-    member_accepted=jnp.any(accepted, axis=0),
+    noise_scale=noise_scale,
+    each=over_groups(decision),
+  )
+
+
+def over_groups(decision: rules.Decision) -> rules.Decision:
+  """For each micro-gradient `[k]`, from `[m, k]` by group."""
+  return rules.Decision(
+    weights=jnp.mean(decision.weights, axis=0, dtype=jnp.float32),
+    accepted=jnp.any(decision.accepted, axis=0),
+    distances=nanmean(decision.distances, axis=0),
   )
 
 
@@ -100,68 +120,75 @@ def nanmean(values: jax.Array, axis: int | None = None) -> jax.Array:
   return jnp.where(number > 0, mean, jnp.nan).astype(jnp.float32)
 
 
-def init(params, tau, anchor_decay, num_microbatches) -> GafState:
+def init(params: Any, options: _options.Options) -> GafState:
   """The state before the first step."""
-  steered = isinstance(tau, _threshold.TargetAcceptRate)
+  steered = isinstance(options.tau, _threshold.TargetAcceptRate)
+  k = options.num_microbatches
   # A function each, since a donated state must not hold a buffer twice.
   zero = lambda dtype=jnp.int32: jnp.zeros((), dtype)
-  initial = lambda: jnp.array(_threshold.value(tau, zero(), None), jnp.float32)
-  anchor = anchored = distances = accepted = None
-  if anchor_decay is not None:
-    anchor = _leaves.accumulators(params)
-    anchored = zero(bool)
-  if num_microbatches is not None:
-    distances = jnp.full((num_microbatches,), jnp.nan, jnp.float32)
-    accepted = jnp.zeros((num_microbatches,), bool)
+  nan = lambda *shape: jnp.full(shape, jnp.nan, jnp.float32)
+  initial = lambda: jnp.array(options.threshold(zero(), None), jnp.float32)
+  memory = None
+  if options.memory_decay is not None:
+    leaves = _tree.flatten(params, None, options.groups, stacked=False)
+    memory = options.rule.init(leaves.layout.num_groups, k)
+  has_anchor = options.anchor_decay is not None
   return GafState(
     num_updates=zero(),
     ready=zero(bool),
     threshold=initial(),
     steered=initial() if steered else None,
-    last_accepted=zero(jnp.float32),
-    last_microbatches=zero(),
-    mean_distance=jnp.full((), jnp.nan, jnp.float32),
+    num_accepted=zero(jnp.float32),
+    num_seen=zero(),
+    mean_distance=nan(),
     accept_rate=zero(jnp.float32),
-    total_microbatches=zero(jnp.float32),
+    num_seen_total=zero(jnp.float32),
     skipped_steps=zero(),
     nonfinite=zero(),
-    anchor=anchor,
-    anchored=anchored,
-    distances=distances,
-    accepted=accepted,
+    noise_scale=nan(),
+    anchor=_tree.accumulators(params) if has_anchor else None,
+    anchored=zero(bool) if has_anchor else None,
+    memory=memory,
+    distances=None if k is None else nan(k),
+    accepted=None if k is None else jnp.zeros((k,), bool),
+    weights=None if k is None else jnp.zeros((k,), jnp.float32),
   )
 
 
-def advance(state: GafState, tau, threshold: jax.Array, step: Outcome) -> GafState:
-  """The state after a step; the anchor stays as it is.
+def advance(
+  state: GafState,
+  steering: _threshold.TargetAcceptRate | None,
+  threshold: jax.Array,
+  step: Outcome,
+) -> GafState:
+  """The state after a step; anchor and memory stay as they are.
 
   Args:
     state: the state before.
-    tau: as the user gave it, if it is a `TargetAcceptRate`.
+    steering: how tau moves, if it is steered.
     threshold: the tau of this step.
     step: what the step did.
   """
-  k = step.microbatches.astype(jnp.float32)
-  total = state.total_microbatches + k
+  k = step.num_seen.astype(jnp.float32)
+  total = state.num_seen_total + k
   # A running mean, since a float32 count of all that was accepted stops at 2**24.
-  rate = state.accept_rate + (step.accepted - k * state.accept_rate) / total
-  members = {}
-  if state.distances is not None:
-    members = {
-      "distances": step.member_distances,
-      "accepted": step.member_accepted,
-    }
+  rate = state.accept_rate + (step.num_accepted - k * state.accept_rate) / total
   threshold = threshold.astype(jnp.float32)
+  each = {}
+  if state.distances is not None and step.each is not None:
+    each = step.each._asdict()
   return state._replace(
     num_updates=optax.safe_increment(state.num_updates),
     ready=step.agreed,
     threshold=threshold,
-    steered=_threshold.steer(tau, threshold, step.accepted, k - step.nonfinite),
-    last_accepted=step.accepted,
-    last_microbatches=step.microbatches,
+    steered=_threshold.steer(
+      steering, threshold, step.num_accepted, k - step.nonfinite
+    ),
+    num_accepted=step.num_accepted,
+    num_seen=step.num_seen,
     mean_distance=step.mean_distance,
     accept_rate=jnp.clip(rate, 0, 1),
-    total_microbatches=total,
+    num_seen_total=total,
     skipped_steps=jnp.where(
       step.agreed,
       state.skipped_steps,
@@ -169,7 +196,8 @@ def advance(state: GafState, tau, threshold: jax.Array, step: Outcome) -> GafSta
     ),
     # A count that would overflow stays where it is.
     nonfinite=jnp.maximum(state.nonfinite + step.nonfinite, state.nonfinite),
-    **members,
+    noise_scale=step.noise_scale,
+    **each,
   )
 
 
@@ -182,10 +210,10 @@ def move_anchor(
   """
   anchor = [
     jnp.where(any_finite, decay * a + (1 - decay) * mean, a).astype(a.dtype)
-    for a, mean in zip(_leaves.pick(state.anchor, layout), means)
+    for a, mean in zip(_tree.pick(state.anchor, layout), means)
   ]
   return state._replace(
-    anchor=_leaves.put(state.anchor, layout, anchor),
+    anchor=_tree.put(state.anchor, layout, anchor),
     anchored=jnp.asarray(state.anchored) | any_finite,
   )
 
@@ -200,17 +228,22 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
   Returns:
     A dict of scalar arrays:
 
-    * `accepted`: micro-gradients accepted in the last step (float32; with
+    * `num_accepted`: micro-gradients accepted in the last step (float32; with
       `groups` the mean over the groups);
-    * `microbatches`: of how many (int32);
+    * `num_microbatches`: of how many (int32);
     * `accept_rate`: the accepted share since `init`, in [0, 1] (float32);
-    * `cosine_distance`: mean of the finite distances of the last step, in
+    * `mean_distance`: mean of the finite distances of the last step, in
       [0, 2], NaN if there was none (float32);
     * `threshold`: tau of the last step (float32);
     * `agreed`: whether the last step agreed (bool);
     * `skipped_steps`: steps without agreement since `init` (int32);
     * `nonfinite`: micro-gradients with a NaN or an infinity since `init`
-      (int32).
+      (int32);
+    * `noise_scale`: the simple gradient noise scale of the last step, in
+      microbatches (float32): how much larger than their common part the
+      micro-gradients' own parts are, squared. From the inner products of the finite
+      ones, whether accepted or not. Inf where they have nothing in common, NaN where
+      it cannot be known: streamed forms, and fewer than two finite.
 
   Raises:
     ValueError: if there is no `GafState` in it, or more than one.
@@ -221,8 +254,12 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
     >>> tx = optax.chain(gaf(0.97), optax.sgd(0.1))
     >>> state = tx.init(jnp.zeros(2))
     >>> _, state = tx.update(jnp.array([[1., 0.], [1., 0.], [0., 1.]]), state)
-    >>> float(metrics(state)['accepted']), bool(metrics(state)['agreed'])
+    >>> float(metrics(state)['num_accepted']), bool(metrics(state)['agreed'])
     (2.0, True)
+
+  References:
+    McCandlish et al., `An Empirical Model of Large-Batch Training
+    <https://arxiv.org/abs/1812.06162>`_, 2018, for the noise scale.
   """
   is_state = lambda node: isinstance(node, GafState)
   flat, _ = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=is_state)
@@ -240,14 +277,15 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
     )
   state = found[0][1]
   values = {
-    "accepted": state.last_accepted,
-    "microbatches": state.last_microbatches,
+    "num_accepted": state.num_accepted,
+    "num_microbatches": state.num_seen,
     "accept_rate": state.accept_rate,
-    "cosine_distance": state.mean_distance,
+    "mean_distance": state.mean_distance,
     "threshold": state.threshold,
     # Not `ready`, which is False within a cycle of `multi_steps`.
-    "agreed": jnp.asarray(state.last_accepted) > 0,
+    "agreed": jnp.asarray(state.num_accepted) > 0,
     "skipped_steps": state.skipped_steps,
     "nonfinite": state.nonfinite,
+    "noise_scale": state.noise_scale,
   }
   return {name: jnp.asarray(value) for name, value in values.items()}

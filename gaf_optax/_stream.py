@@ -8,18 +8,21 @@ import jax
 import jax.numpy as jnp
 
 from gaf_optax import (
-  _exchange,
-  _gram,
-  _leaves,
-  _numerics,
+  _combine,
+  _inner_products,
+  _jax_types,
+  _mesh,
   _options,
-  _sharded,
   _state,
+  _tree,
   rules,
 )
 
+# The options of `gaf` that the streamed forms take.
+OPTIONS = ("rule", "embed", "param_axes", "groups", "anchor_decay", "num_microbatches")
 
-def streamed_options(tau, **options) -> _options.Options:
+
+def check_options(tau, **options) -> _options.Options:
   """Checked options, without what needs all micro-gradients at once."""
   for name in ("axis_name", "stacked"):
     if options.get(name) is not None:
@@ -29,13 +32,19 @@ def streamed_options(tau, **options) -> _options.Options:
         " the result to gaf(axis_name=...), or let each device stack its"
         " micro-gradients and use gaf(axis_name=..., stacked=True)."
       )
+  if options.get("memory_decay") is not None:
+    raise ValueError(
+      f"memory_decay={options['memory_decay']!r} remembers how all pairs of"
+      " micro-gradients compare, but streamed ones are compared with a running mean"
+      " alone. Stack them and use gaf."
+    )
   checked = _options.checked(tau, **options)
   if checked.anchor_decay is None and not isinstance(
     checked.rule, rules.SequentialRule
   ):
     raise ValueError(
       f"rule {checked.rule!r} has to see all micro-gradients at once. Streamed"
-      " micro-gradients are compared with a running sum: use rules.sequential(),"
+      " micro-gradients are compared with a running mean: use rules.sequential(),"
       " rules.running_average() or anchor_decay, or stack them and use gaf."
     )
   return checked
@@ -49,108 +58,95 @@ class Stream(NamedTuple):
       accepted.
     embedded: with `embed`, the same of the embedded leaves, else None.
     plain: with an anchor, the mean of all finite ones, else None.
-    total: `[m]`, the sums of the weights.
-    num_accepted: int32 `[m]`.
+    mean: a `rules.RunningMean` `[m]`.
+    num_in_mean: int32 `[m]`, how many were accepted.
     distance_sum: float32 `[m]`, over the micro-gradients that were compared.
-    compared: int32 `[m]`, how many those are.
-    seen: int32 scalar.
-    finite: int32 scalar, how many of those seen are finite.
+    num_compared: int32 `[m]`, how many those are.
+    num_pushed: int32 scalar.
+    num_finite: int32 scalar, how many of those pushed are finite.
+    each: the weights, `accepted` and distances `[m, k]` of a `rules.Decision`, where k
+      is known; else None. A plain tuple, so that `optax.tree.get` finds them once.
   """
 
   means: Any
   embedded: Any
   plain: Any
-  total: jax.Array
-  num_accepted: jax.Array
+  mean: rules.RunningMean
+  num_in_mean: jax.Array
   distance_sum: jax.Array
-  compared: jax.Array
-  seen: jax.Array
-  finite: jax.Array
+  num_compared: jax.Array
+  num_pushed: jax.Array
+  num_finite: jax.Array
+  each: tuple[jax.Array, jax.Array, jax.Array] | None
 
 
-class Comparison(NamedTuple):
-  """What was found of one micro-gradient: `[m]` by group, and a bool scalar."""
-
-  accepted: jax.Array
-  distances: jax.Array
-  finite: jax.Array
-
-
-def axes(leaves: _leaves.Leaves, options: _options.Options) -> _exchange.Axes:
-  """Over which devices the parameters of a micro-gradient are spread."""
-  return _exchange.axes(
-    leaves.arrays,
-    leaves.layout.paths,
-    (),
-    False,
-    options.param_axes,
-    options.param_specs,
+def start(
+  params: Any, options: _options.Options, num_microbatches: int | None = None
+) -> Stream:
+  """An empty stream for micro-gradients shaped like the parameters."""
+  leaves = _tree.flatten(params, None, options.groups, stacked=False)
+  with_anchor = options.anchor_decay is not None
+  with_embed = options.embed is not None and not with_anchor
+  return _empty(
+    params, leaves.arrays, leaves.layout, num_microbatches, with_embed, with_anchor
   )
 
 
-def start(params: Any, options: _options.Options) -> Stream:
-  """An empty stream for micro-gradients shaped like the parameters."""
-  leaves = _leaves.read(params, None, options.groups, stacked=False)
-  with_anchor = options.anchor_decay is not None
-  with_embed = options.embed is not None and not with_anchor
-  return _empty(params, leaves.arrays, leaves.layout, with_embed, with_anchor)
-
-
-def _empty(params, arrays, layout, with_embed=False, with_anchor=False):
-  zeros = lambda: _leaves.accumulators(params)
+def _empty(params, arrays, layout, k, with_embed=False, with_anchor=False):
+  zeros = lambda: _tree.accumulators(params)
   m = layout.num_groups
-  dtype = _numerics.real_accumulator_dtype(x.dtype for x in arrays)
+  dtype = _jax_types.real_accumulator_dtype(x.dtype for x in arrays)
+  counts = lambda *shape: jnp.zeros(shape, jnp.int32)
+  numbers = lambda *shape: jnp.zeros(shape, jnp.float32)
+  each = None
+  if k is not None:
+    nothing = jnp.full((m, k), jnp.nan, jnp.float32)
+    each = numbers(m, k), jnp.zeros((m, k), bool), nothing
   return Stream(
     means=zeros(),
     embedded=zeros() if with_embed else None,
     plain=zeros() if with_anchor else None,
-    total=jnp.zeros((m,), dtype),
-    num_accepted=jnp.zeros((m,), jnp.int32),
-    distance_sum=jnp.zeros((m,), jnp.float32),
-    compared=jnp.zeros((m,), jnp.int32),
-    seen=jnp.zeros((), jnp.int32),
-    finite=jnp.zeros((), jnp.int32),
+    mean=rules.RunningMean(jnp.zeros((m,), dtype), jnp.zeros((m,), dtype), counts(m)),
+    num_in_mean=counts(m),
+    distance_sum=numbers(m),
+    num_compared=counts(m),
+    num_pushed=counts(),
+    num_finite=counts(),
+    each=each,
   )
 
 
-def in_turn(
+def filter_rows(
   arrays: Sequence[jax.Array],
+  group_ids: tuple[int, ...],
   threshold: jax.Array,
-  *,
-  rule: rules.SequentialRule,
-  members: tuple[int, ...],
-  num_groups: int,
-) -> tuple[list[jax.Array], None, jax.Array, jax.Array, jax.Array]:
+  plan: _options.Plan,
+) -> tuple[list[jax.Array], rules.Decision, jax.Array]:
   """Filters stacked leaves `[k, *shape]` by pushing one row after the other.
 
-  `members` are the numbers of their groups. Returns what `_transform._filtered`
-  does.
+  Args:
+    arrays: the leaves.
+    group_ids: for each the number of its group.
+    threshold: tau.
+    plan: of the leaves of the tree, which these are made of.
+
+  Returns:
+    The means, the decision `[m, k]`, and bool `[k]`, which are finite.
   """
   first = [x[0] for x in arrays]
   paths = tuple((jax.tree_util.SequenceKey(i),) for i in range(len(arrays)))
-  layout = _leaves.Layout(paths, members, num_groups)
-  empty = _numerics.typed(
-    _empty(first, first, layout), _numerics.typed_zero((arrays, threshold))
+  layout = _tree.Layout(paths, group_ids, plan.layout.num_groups)
+  plan = plan._replace(layout=layout)
+  empty = _empty(first, first, layout, arrays[0].shape[0])
+  empty = _jax_types.typed_like(empty, (arrays, threshold))
+  stream, finite = jax.lax.scan(
+    lambda stream, row: push(stream, row, threshold, plan=plan), empty, list(arrays)
   )
-  stream, found = jax.lax.scan(
-    lambda stream, row: push(
-      stream,
-      row,
-      threshold,
-      rule=rule,
-      embed=None,
-      layout=layout,
-      axes=_exchange.Axes(),
-    ),
-    empty,
-    list(arrays),
-  )
-  means, agreed = finish(stream, first, layout, 2)
-  accepted = found.accepted.T & agreed[:, None]
-  return means, None, accepted, found.distances.T, found.finite
+  means, decision = finish(stream, first, layout, min_accepted=2)
+  return means, decision, finite
 
 
-@functools.partial(jax.jit, static_argnames=("rule", "embed", "layout", "axes"))
+@functools.partial(jax.jit, static_argnames="plan")
 def push(
   stream: Stream,
   arrays: Sequence[jax.Array],
@@ -158,96 +154,106 @@ def push(
   anchor: Sequence[jax.Array] | None = None,
   anchored: jax.Array | None = None,
   *,
-  rule: Any,
-  embed: Any,
-  layout: _leaves.Layout,
-  axes: _exchange.Axes,
-) -> tuple[Stream, Comparison]:
-  """Compares one micro-gradient with the stream, or the anchor, and takes it up."""
-  dtype = stream.total.dtype
+  plan: _options.Plan,
+) -> tuple[Stream, jax.Array]:
+  """Compares a micro-gradient with the running mean, or the anchor, and takes it up.
+
+  Returns the stream, and a bool scalar: whether the micro-gradient is finite.
+  """
+  layout, dtype = plan.layout, stream.mean.total_weight.dtype
+  embedded = arrays
   if anchor is not None:
-    gram, finite = _pair(anchor, arrays, layout, embed, axes)
-    pair_valid = jnp.ones((1,), bool)
-    decision = rules.decide_groups(None, gram, pair_valid, threshold, anchored)
-    distances, accepted = decision.distances[:, 0], decision.accepted[:, 0]
-    keep, add = 1, accepted
+    gram, finite = _pair(anchor, arrays, (), plan, plan.embed)
+    mean, step = _against_anchor(stream.mean, gram, finite, threshold, anchored, plan)
   else:
-    values = arrays
-    if embed is not None:
-      values = [_gram.embedded(x, embed, dtype) for x in arrays]
-    kept = stream.means if embed is None else stream.embedded
-    means = _leaves.pick(kept, layout)
-    unread = () if embed is None else arrays
-    gram, finite = _pair(means, values, layout, None, axes, unread)
-    first = stream.total == 0
-    distances = _numerics.distance(
-      rule.distance,
-      gram.products[:, 0, 1],
-      gram.products[:, 0, 0],
-      gram.products[:, 1, 1],
-      tau=threshold,
-      shift=gram.exponents[:, 1] - gram.exponents[:, 0],
+    if plan.embed is not None:
+      embedded = [_inner_products.embedded(x, plan.embed, dtype) for x in arrays]
+    kept = stream.means if plan.embed is None else stream.embedded
+    unread = () if plan.embed is None else arrays
+    gram, finite = _pair(_tree.pick(kept, layout), embedded, unread, plan, None)
+    products, exponents = gram
+    pair = rules.Pair(
+      products[:, 0, 0],
+      products[:, 0, 1],
+      products[:, 1, 1],
+      exponents[:, 0],
+      exponents[:, 1],
     )
-    keep, add, accepted = rule.merge(distances, threshold, first)
-    distances = jnp.where(first, jnp.nan, distances)
-  accepted &= finite
-  distances = jnp.where(finite, distances, jnp.nan)
-  before = jnp.where(finite, keep, 1).astype(dtype) * stream.total
-  add = jnp.where(finite, add, 0).astype(dtype)
-  total = before + add
+    mean, step = plan.rule.step(stream.mean, pair, finite, threshold)
 
   # One more slot at the end: the mean of all finite ones, which leaves of no group
   # have and which moves the anchor.
-  number = stream.finite.astype(dtype)
-  after = jnp.append(total, number + finite)
-  after = jnp.where(after > 0, after, 1)
-  keeps = jnp.append(before, number) / after
-  adds = jnp.append(add, finite.astype(dtype)) / after
+  number = stream.num_finite.astype(dtype)
+  share = jnp.where(finite, 1 / (number + 1), 0)
+  keeps, adds = jnp.append(step.keep, 1 - share), jnp.append(step.add, share)
 
-  def taken_up(tree, values, members):
+  def taken_up(tree, values, group_ids):
+    if tree is None:
+      return None
     mixed = [
       _mixed(mean, keeps[g], value, adds[g])
-      for mean, value, g in zip(_leaves.pick(tree, layout), values, members)
+      for mean, value, g in zip(_tree.pick(tree, layout), values, group_ids)
     ]
-    return _leaves.put(tree, layout, mixed)
+    return _tree.put(tree, layout, mixed)
 
-  members = layout.members
-  all_plain = (layout.num_groups,) * len(members)
-  compared = jnp.isfinite(distances)
+  all_plain = (layout.num_groups,) * len(layout.group_ids)
+  compared = jnp.isfinite(step.distance)
+  distance = jnp.where(compared, step.distance, 0).astype(jnp.float32)
   stream = Stream(
-    means=taken_up(stream.means, arrays, members),
-    embedded=None
-    if stream.embedded is None
-    else taken_up(stream.embedded, values, members),
-    plain=None if stream.plain is None else taken_up(stream.plain, arrays, all_plain),
-    total=total,
-    num_accepted=stream.num_accepted + accepted,
-    distance_sum=stream.distance_sum
-    + jnp.where(compared, distances, 0).astype(jnp.float32),
-    compared=stream.compared + compared,
-    seen=stream.seen + 1,
-    finite=stream.finite + finite,
+    means=taken_up(stream.means, arrays, layout.group_ids),
+    embedded=taken_up(stream.embedded, embedded, layout.group_ids),
+    plain=taken_up(stream.plain, arrays, all_plain),
+    mean=mean,
+    num_in_mean=stream.num_in_mean + step.accepted,
+    distance_sum=stream.distance_sum + distance,
+    num_compared=stream.num_compared + compared,
+    num_pushed=stream.num_pushed + 1,
+    num_finite=stream.num_finite + finite,
+    each=_recorded(stream, step),
   )
-  return stream, Comparison(accepted, distances.astype(jnp.float32), finite)
+  return stream, finite
 
 
-def _pair(left, right, layout, embed, axes, unread=()):
+def _against_anchor(mean, gram, finite, threshold, anchored, plan):
+  """As the `step` of a sequential rule, but compared with the anchor."""
+  valid = jnp.stack([jnp.asarray(anchored, bool), finite])
+  decision, _ = rules.decide_groups(plan.rule, gram, valid, threshold)
+  accepted, distance = decision.accepted[:, 0], decision.distances[:, 0]
+  total = mean.total_weight + accepted
+  add = accepted / jnp.where(total > 0, total, 1)
+  keep = jnp.where(mean.total_weight > 0, 1 - add, 0)
+  return mean._replace(total_weight=total), rules.Step(keep, add, accepted, distance)
+
+
+def _recorded(stream, step):
+  """What is kept of each micro-gradient, with this one's."""
+  if stream.each is None:
+    return None
+  i = stream.num_pushed
+  weights, accepted, distances = stream.each
+  weights = weights * step.keep[:, None].astype(jnp.float32)
+  return (
+    weights.at[:, i].set(step.add.astype(jnp.float32)),
+    accepted.at[:, i].set(step.accepted),
+    distances.at[:, i].set(step.distance.astype(jnp.float32)),
+  )
+
+
+def _pair(left, right, unread, plan, embed):
   """The Gram of two vectors, and whether the second is finite.
 
   `unread` are the leaves of the second as they were before an embedding.
   """
+  layout = plan.layout
   pairs = [(a[None], b[None]) for a, b in zip(left, right)]
   pairs += [(jnp.zeros_like(x)[None], x[None]) for x in unread]
-  options = dict(
-    members=layout.members + (layout.num_groups,) * len(unread),
-    num_groups=layout.num_groups,
-    embed=embed,
+  gram, finite = _inner_products.gram(
+    pairs,
+    layout.group_ids + (layout.num_groups,) * len(unread),
+    layout.num_groups,
+    embed,
+    _mesh.shards(plan.axes, len(unread)),
   )
-  if _sharded.is_sharded([x for pair in pairs for x in pair]):
-    gram, finite = _sharded.gram(_gram.gram, pairs, **options)
-  else:
-    spread = _exchange.spread(axes, len(unread))
-    gram, finite = _gram.gram(pairs, spread=spread, **options)
   return gram, finite[1]
 
 
@@ -256,42 +262,54 @@ def _mixed(mean, keep, value, add):
   real = jnp.finfo(mean.dtype).dtype
   value = jnp.where(add != 0, value.astype(mean.dtype), 0)
   mixed = keep.astype(real) * mean + add.astype(real) * value
-  return _numerics.without_overflow(mixed)
+  return _combine.without_overflow(mixed)
 
 
 def finish(
   stream: Stream,
   arrays: Sequence[jax.Array],
-  layout: _leaves.Layout,
-  least: int,
-) -> tuple[list[jax.Array], jax.Array]:
-  """The result of a cycle, of the dtypes of `arrays`, and bool `[m]`: who agreed.
+  layout: _tree.Layout,
+  min_accepted: int,
+) -> tuple[list[jax.Array], Any]:
+  """The result of a cycle, of the dtypes of `arrays`, and the decision `[m, k]`.
 
-  `least` is how many micro-gradients have to be accepted.
+  `min_accepted` is how many micro-gradients have to be accepted. The decision is None
+  where the stream has no record of it.
   """
-  agreed = stream.num_accepted >= least
+  agreed = _agreed(stream, min_accepted)
   slots = jnp.append(agreed, True)
   results = [
     jnp.where(slots[g], mean, 0).astype(x.dtype)
-    for mean, x, g in zip(_leaves.pick(stream.means, layout), arrays, layout.members)
+    for mean, x, g in zip(_tree.pick(stream.means, layout), arrays, layout.group_ids)
   ]
-  return results, agreed
+  if stream.each is None:
+    return results, None
+  weights, accepted, distances = stream.each
+  return results, rules.Decision(
+    jnp.where(agreed[:, None], weights, 0), accepted & agreed[:, None], distances
+  )
 
 
-def outcome(stream, agreed, distances, accepted):
-  """The outcome of a cycle; the last two `[m, k]`, or None where not kept."""
-  compared = jnp.maximum(stream.compared, 1)
-  mean = jnp.where(stream.compared > 0, stream.distance_sum / compared, jnp.nan)
-  member_distances = member_accepted = None
-  if distances is not None:
-    member_distances = _state.nanmean(distances, axis=0)
-    member_accepted = jnp.any(accepted & agreed[:, None], axis=0)
+def _agreed(stream, min_accepted):
+  return stream.num_in_mean >= min_accepted
+
+
+def outcome(
+  stream: Stream, decision: rules.Decision | None, min_accepted: int
+) -> _state.Outcome:
+  """The outcome of a cycle, with the decision that `finish` gave."""
+  agreed = _agreed(stream, min_accepted)
+  mean = jnp.where(
+    stream.num_compared > 0,
+    stream.distance_sum / jnp.maximum(stream.num_compared, 1),
+    jnp.nan,
+  )
   return _state.Outcome(
-    jnp.any(agreed),
-    jnp.mean(jnp.where(agreed, stream.num_accepted, 0).astype(jnp.float32)),
-    _state.nanmean(mean),
-    stream.seen,
-    stream.seen - stream.finite,
-    member_distances,
-    member_accepted,
+    agreed=jnp.any(agreed),
+    num_accepted=jnp.mean(jnp.where(agreed, stream.num_in_mean, 0).astype(jnp.float32)),
+    mean_distance=_state.nanmean(mean),
+    num_seen=stream.num_pushed,
+    nonfinite=stream.num_pushed - stream.num_finite,
+    noise_scale=jnp.full((), jnp.nan, jnp.float32),
+    each=None if decision is None else _state.over_groups(decision),
   )

@@ -7,34 +7,42 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gaf_optax import _leaves, _numerics, _options, _stream, _transform, _validate
+from gaf_optax import _gaf, _jax_types, _options, _state, _stream, _tree, _validate
 
 
 class Agreement(NamedTuple):
-  """What `value_and_grad` found of k microbatches.
+  """What was found of k micro-gradients.
 
   Attributes:
     agreed: bool scalar, whether any two agreed; the gradient is zero if not.
-    accepted: float32 scalar, how many micro-gradients were accepted (the mean over
-      the groups).
+    num_accepted: float32 scalar, how many were accepted (the mean over the groups).
+    accepted: bool `[k]`, accepted in any group.
+    weights: float32 `[k]`, the weight of each in the gradient: of sum 1, or all 0
+      without agreement (the mean over the groups).
     distances: float32 `[k]`, in [0, 2], NaN where there was nothing to compare.
     nonfinite: int32 scalar, how many had a NaN or an infinity.
   """
 
   agreed: jax.Array
+  num_accepted: jax.Array
   accepted: jax.Array
+  weights: jax.Array
   distances: jax.Array
   nonfinite: jax.Array
 
 
-@_options.spelled_out(_transform.gaf)
+# The options of `gaf` that it takes: those of streamed forms, but what needs a state.
+_OPTIONS = ("rule", "embed", "param_axes", "groups")
+
+
+@_options.shown(_gaf.gaf, *_OPTIONS)
 def value_and_grad(
   fun: Callable[..., Any],
   num_microbatches: int,
-  tau: Any = 0.97,
+  tau: float | jax.Array = 0.97,
   *,
   argnums: int | Sequence[int] = 0,
-  batch_argnums: int | Sequence[int] = 1,
+  batch_argnums: int | Sequence[int] | None = None,
   has_aux: bool = False,
   **options: Any,
 ) -> Callable[..., Any]:
@@ -52,10 +60,11 @@ def value_and_grad(
       array, traced or not.
     argnums: which positional arguments to differentiate with respect to.
     batch_argnums: which positional arguments hold the batch: pytrees of arrays
-      `[batch, ...]`.
+      `[batch, ...]`; all but those of `argnums` if None. A typed PRNG key among them,
+      a scalar, is split into one for each microbatch.
     has_aux: whether `fun` returns a pair.
-    **options: `rule` (`rules.sequential()` or `rules.running_average()`), `embed`
-      and `groups`, see :func:`gaf`.
+    **options: `rule` (`rules.sequential()` or `rules.running_average()`), `embed`,
+      `param_axes` and `groups`, see :func:`gaf`.
 
   Returns:
     A function with the signature of `fun` that returns `(value, grads, agreement)`,
@@ -76,8 +85,8 @@ def value_and_grad(
     >>> loss = lambda w, x, y: jnp.mean((x @ w - y) ** 2)
     >>> x, y = jnp.ones((8, 3)), jnp.ones(8)
     >>> value, grads, agreement = value_and_grad(
-    ...     loss, 4, batch_argnums=(1, 2))(jnp.zeros(3), x, y)
-    >>> print(value, grads, agreement.accepted)
+    ...     loss, num_microbatches=4)(jnp.zeros(3), x, y)
+    >>> print(value, grads, agreement.num_accepted)
     1.0 [-2. -2. -2.] 4.0
 
   References:
@@ -100,12 +109,18 @@ def value_and_grad(
       f"={options['anchor_decay']!r} has nowhere to keep its average. Use"
       " multi_steps or gaf."
     )
-  checked = _stream.streamed_options(tau, **options)
-  batch_args = _positions(batch_argnums, "batch_argnums")
+  if options.get("num_microbatches") is not None:
+    raise ValueError("num_microbatches is given twice.")
+  checked = _stream.check_options(tau, **options)
   wanted_args = _positions(argnums, "argnums")
-  both = set(batch_args) & set(wanted_args)
-  if both:
-    raise ValueError(f"argument {min(both)} is named in argnums and in batch_argnums.")
+  batch_args = None
+  if batch_argnums is not None:
+    batch_args = _positions(batch_argnums, "batch_argnums")
+    both = set(batch_args) & set(wanted_args)
+    if both:
+      raise ValueError(
+        f"argument {min(both)} is named in argnums and in batch_argnums."
+      )
   differentiate = jax.value_and_grad(fun, argnums, has_aux=has_aux)
   k = int(num_microbatches)
 
@@ -114,40 +129,50 @@ def value_and_grad(
     wanted: Any = tuple(args[i] for i in wanted_args)
     if not isinstance(argnums, Sequence):
       (wanted,) = wanted
-    batch = [_split(args, i, k) for i in batch_args]
+    positions = batch_args
+    if positions is None:
+      positions = _others(wanted_args, len(args))
+    batch = [_split(args, i, k) for i in positions]
 
     def visit(stream, microbatch):
       own = list(args)
-      for i, value in zip(batch_args, microbatch):
+      for i, value in zip(positions, microbatch):
         own[i] = value
       out, grads = differentiate(*own, **kwargs)
-      leaves = _leaves.read(grads, wanted, checked.groups, stacked=False)
-      stream, found = _stream.push(
-        stream,
-        leaves.arrays,
-        threshold,
-        rule=checked.rule,
-        embed=checked.embed,
-        layout=leaves.layout,
-        axes=_stream.axes(leaves, checked),
-      )
-      return stream, (out, found)
+      leaves = _tree.flatten(grads, wanted, checked.groups, stacked=False)
+      plan = checked.plan(leaves)
+      stream, _ = _stream.push(stream, leaves.arrays, threshold, plan=plan)
+      return stream, out
 
-    like = _leaves.read(wanted, None, checked.groups, stacked=False)
-    empty = _numerics.typed(
-      _stream.start(wanted, checked), _numerics.typed_zero(wanted)
-    )
-    stream, (out, found) = jax.lax.scan(visit, empty, batch)
-    means, agreed = _stream.finish(stream, like.arrays, like.layout, 2)
-    step = _stream.outcome(stream, agreed, found.distances.T, found.accepted.T)
+    like = _tree.flatten(wanted, None, checked.groups, stacked=False)
+    empty = _jax_types.typed_like(_stream.start(wanted, checked, k), wanted)
+    stream, out = jax.lax.scan(visit, empty, batch)
+    means, decision = _stream.finish(stream, like.arrays, like.layout, 2)
+    step = _stream.outcome(stream, decision, 2)
     values, aux = out if has_aux else (out, None)
     value = jnp.mean(values, axis=0)
+    each = _state.over_groups(decision)
     agreement = Agreement(
-      step.agreed, step.accepted, step.member_distances, step.nonfinite
+      agreed=step.agreed,
+      num_accepted=step.num_accepted,
+      nonfinite=step.nonfinite,
+      **each._asdict(),
     )
-    return (value, aux) if has_aux else value, like.rebuild(means), agreement
+    return (value, aux) if has_aux else value, like.unflatten(means), agreement
 
   return filtered
+
+
+def _others(argnums, num_args):
+  """The positional arguments that are not differentiated."""
+  wanted = {i % num_args for i in argnums if -num_args <= i < num_args}
+  others = tuple(i for i in range(num_args) if i not in wanted)
+  if not others:
+    raise ValueError(
+      f"there is no batch among the {num_args} positional arguments: all of them are"
+      " differentiated (argnums). Pass the batch by position, after the parameters."
+    )
+  return others
 
 
 def _positions(argnums, name):
@@ -172,7 +197,9 @@ def _split(args, position, k):
     )
 
   def split(path, leaf):
-    shape = _leaves.leaf_shape(leaf)
+    if _is_key(leaf) and not leaf.shape:
+      return jax.random.split(leaf, k)
+    shape = _tree.leaf_shape(leaf)
     if not shape or shape[0] % k or not shape[0]:
       raise ValueError(
         f"batch argument {position}{jax.tree_util.keystr(path)} has shape"
@@ -182,3 +209,8 @@ def _split(args, position, k):
     return jnp.reshape(leaf, (k, shape[0] // k, *shape[1:]))
 
   return jax.tree_util.tree_map_with_path(split, args[position])
+
+
+def _is_key(leaf):
+  """Whether a leaf is an array of typed PRNG keys."""
+  return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

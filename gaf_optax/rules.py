@@ -6,15 +6,20 @@ this module are made by lowercase factories and given to `gaf(rule=...)`.
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from gaf_optax import _gram, _numerics, _validate
+from gaf_optax import _gram, _validate
+
+# A sum whose squared length is at most so many roundings of the squares of its terms
+# has cancelled down to those roundings, and counts as zero.
+_CANCELLED = 4
 
 __all__ = [
   "Decision",
+  "RuleFn",
   "leave_one_out",
   "min_neighbors",
   "most_neighbors",
@@ -40,6 +45,14 @@ class Decision(NamedTuple):
   weights: jax.Array
   accepted: jax.Array
   distances: jax.Array
+
+
+class RuleFn(Protocol):
+  """What `gaf` takes as `rule`: `(gram [k, k], valid [k] bool, tau) -> Decision`."""
+
+  def __call__(self, gram: jax.Array, valid: jax.Array, tau: Any, /) -> Decision:
+    """Decides about k micro-gradients."""
+    ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,100 +96,158 @@ class Rule:
     return jax.nn.sigmoid(margin / self.softness)
 
 
-class SequentialRule(Rule):
-  """A rule that sees one micro-gradient after the other and keeps one vector s.
+class RunningMean(NamedTuple):
+  """What a sequential rule knows of the mean of what it accepted, but for the vector.
 
-  Only these rules work on streamed micro-gradients. A subclass says in `merge`
-  how s takes up the next micro-gradient: `s <- keep * s + add * g`.
+  Attributes:
+    total_weight: the sum of the weights of what is in it, 0 while it is empty.
+    squares: its squared length if its terms were orthogonal, in units of
+      `4**exponent`. A mean much shorter than that has cancelled.
+    exponent: int32.
   """
 
-  def merge(self, distance, tau, first):
-    """`(keep, add, accepted)` for a micro-gradient at `distance` from s.
+  total_weight: jax.Array
+  squares: jax.Array
+  exponent: jax.Array
 
-    `first` is True while s holds nothing yet.
+
+class Pair(NamedTuple):
+  """Inner products of the running mean m and one micro-gradient g.
+
+  Attributes:
+    mm, mg, gg: |m|^2, <m, g> and |g|^2 of vectors that the true ones are
+      `2**m_exponent` and `2**g_exponent` times.
+    m_exponent, g_exponent: int32.
+  """
+
+  mm: jax.Array
+  mg: jax.Array
+  gg: jax.Array
+  m_exponent: jax.Array
+  g_exponent: jax.Array
+
+
+class Step(NamedTuple):
+  """What becomes of one micro-gradient: `m <- keep * m + add * g`.
+
+  Attributes:
+    keep, add: shares in [0, 1]. `m` and `g` with a share of 0 are left out.
+    accepted: bool.
+    distance: NaN where there was nothing to compare.
+  """
+
+  keep: jax.Array
+  add: jax.Array
+  accepted: jax.Array
+  distance: jax.Array
+
+
+class SequentialRule(Rule):
+  """A rule that sees one micro-gradient after the other and keeps one running mean.
+
+  Only these rules work on streamed micro-gradients. It is closed: `sequential` and
+  `running_average` are all there are; a rule of your own is a callable that sees the
+  Gram matrix.
+  """
+
+  def _merge(self, distance, tau, first):
+    """Weights `(keep, add)` of the sum so far and of a micro-gradient, and `accepted`.
+
+    `first` is True while the sum is empty.
     """
     raise NotImplementedError
 
+  def step(
+    self, mean: RunningMean, pair: Pair, valid: jax.Array, tau
+  ) -> tuple[RunningMean, Step]:
+    """Compares one micro-gradient with the running mean, which takes it up.
+
+    The one decision of all forms, on a stack and streamed; any batch shape.
+    """
+    dtype = pair.mm.dtype
+    first = mean.total_weight == 0
+    unit = _gram.power_of_two(mean.exponent - pair.m_exponent, dtype)
+    squares = jnp.where(mean.squares > 0, mean.squares * unit**2, 0)
+    distance = _gram.distance(
+      self.distance,
+      pair.mg,
+      pair.mm,
+      pair.gg,
+      tau=tau,
+      shift=pair.g_exponent - pair.m_exponent,
+      cancelled=pair.mm <= _CANCELLED * jnp.finfo(dtype).eps * squares,
+    )
+    keep, add, accepted = self._merge(distance, tau, first)
+    before = jnp.where(valid, keep, 1).astype(dtype) * mean.total_weight
+    add = jnp.where(valid, add, 0).astype(dtype)
+    total = before + add
+    divisor = jnp.where(total > 0, total, 1)
+    keep, add = before / divisor, add / divisor
+
+    top = jnp.maximum(mean.exponent, pair.g_exponent)
+    exponent = jnp.where(add > 0, top, mean.exponent)
+    a = keep * _gram.power_of_two(mean.exponent - exponent, dtype)
+    b = add * _gram.power_of_two(pair.g_exponent - exponent, dtype)
+    squares = a**2 * mean.squares + b**2 * pair.gg
+    compared = valid & ~first
+    return (
+      RunningMean(total, squares, exponent),
+      Step(keep, add, accepted & valid, jnp.where(compared, distance, jnp.nan)),
+    )
+
   def decide(self, gram, valid, tau):
     k, dtype = valid.shape[0], gram.products.dtype
-    power = lambda exponent: _numerics.power_of_two(exponent, dtype)
 
     def visit(carry, i):
-      s = carry
+      mean, vector = carry
       row, exponent = gram.products[i], gram.exponents[i]
-      norm2 = row[i]
-      first = s.total == 0
-      total = jnp.where(first, 1, s.total)
-      distance = _numerics.distance(
-        self.distance,
-        s.with_rows[i] / total,
-        s.norm2 / total**2,
-        norm2,
-        tau=tau,
-        shift=exponent - s.exponent,
-        # Rounding in a sum of squares that cancelled.
-        cancelled=s.norm2 <= 4 * jnp.finfo(dtype).eps * s.squares,
+      pair = Pair(
+        vector.squared_norm, vector.with_rows[i], row[i], mean.exponent, exponent
       )
-      keep, add, accepted = self.merge(distance, tau, first)
-      keep = jnp.where(valid[i], keep, 1).astype(dtype)
-      add = jnp.where(valid[i], add, 0).astype(dtype)
-      top = jnp.where(add > 0, jnp.maximum(s.exponent, exponent), s.exponent)
-      a = keep * power(s.exponent - top)
-      b = add * power(exponent - top)
-      merged = _Running(
-        exponent=top,
-        total=keep * s.total + add,
-        weights=(keep * s.weights).at[i].set(add),
-        with_rows=a * s.with_rows + b * row,
-        norm2=a * a * s.norm2 + 2 * a * b * s.with_rows[i] + b * b * norm2,
-        squares=a * a * s.squares + b * b * norm2,
+      mean, step = self.step(mean, pair, valid[i], tau)
+      a = step.keep * _gram.power_of_two(pair.m_exponent - mean.exponent, dtype)
+      b = step.add * _gram.power_of_two(exponent - mean.exponent, dtype)
+      vector = _MeanByRows(
+        weights=(step.keep * vector.weights).at[i].set(step.add),
+        with_rows=a * vector.with_rows + b * row,
+        squared_norm=a**2 * pair.mm + 2 * a * b * pair.mg + b**2 * pair.gg,
       )
-      compared = valid[i] & ~first
-      return merged, (accepted & valid[i], jnp.where(compared, distance, jnp.nan))
+      return (mean, vector), (step.accepted, step.distance)
 
-    nothing = _Running(
-      exponent=jnp.full((), _numerics.ZERO_EXPONENT, jnp.int32),
-      total=jnp.zeros((), dtype),
-      weights=jnp.zeros((k,), dtype),
-      with_rows=jnp.zeros((k,), dtype),
-      norm2=jnp.zeros((), dtype),
-      squares=jnp.zeros((), dtype),
+    zero = jnp.zeros((), dtype)
+    empty = (
+      RunningMean(zero, zero, jnp.full((), _gram.ZERO_EXPONENT, jnp.int32)),
+      _MeanByRows(jnp.zeros((k,), dtype), jnp.zeros((k,), dtype), zero),
     )
-    nothing = _numerics.typed(nothing, _numerics.typed_zero((gram, valid, tau)))
-    last, (accepted, distances) = jax.lax.scan(
-      visit, nothing, jnp.arange(k), unroll=min(k, 4)
+    empty = _gram.typed_like(empty, (gram, valid, tau))
+    (_, vector), (accepted, distances) = jax.lax.scan(
+      visit, empty, jnp.arange(k), unroll=min(k, 4)
     )
-    return _settled(last.weights, accepted, distances)
+    return _if_agreed(vector.weights, accepted, distances)
 
 
-class _Running(NamedTuple):
-  """The vector s of a sequential rule, known by its inner products alone.
+class _MeanByRows(NamedTuple):
+  """The vector of a running mean, known by its inner products alone."""
 
-  s is `2**exponent` times the vector that `with_rows` and `norm2` speak of.
-  """
-
-  exponent: jax.Array
-  total: jax.Array  # the sum of the weights
-  weights: jax.Array  # [k]
-  with_rows: jax.Array  # [k], <s, g_j>
-  norm2: jax.Array  # |s|^2
-  squares: jax.Array  # |s|^2 as if the terms were orthogonal
+  weights: jax.Array  # [k], what it is the sum of
+  with_rows: jax.Array  # [k], <m, g_j>
+  squared_norm: jax.Array
 
 
-def _settled(weights, accepted, distances):
+def _if_agreed(weights, accepted, distances):
   """The decision with nothing accepted where no two agree."""
   agreed = jnp.sum(accepted) > 1
   return Decision(jnp.where(agreed, weights, 0), accepted & agreed, distances)
 
 
 class _Sequential(SequentialRule):
-  def merge(self, distance, tau, first):
+  def _merge(self, distance, tau, first):
     weight = jnp.where(first, 1, self._weights(distance, tau))
     return 1, weight, first | self._accepts(distance, tau)
 
 
 class _RunningAverage(SequentialRule):
-  def merge(self, distance, tau, first):
+  def _merge(self, distance, tau, first):
     accepted = first | self._accepts(distance, tau)
     half = jnp.where(accepted, 0.5, 0)
     return 1 - half, jnp.where(first, 1, half), accepted
@@ -188,11 +259,11 @@ class _LeaveOneOut(Rule):
     others = valid[None, :] & ~jnp.eye(valid.shape[0], dtype=bool)
     # The units of each sum of others: its largest term.
     top = jnp.max(
-      jnp.where(others, gram.exponents[None, :], _numerics.ZERO_EXPONENT), axis=1
+      jnp.where(others, gram.exponents[None, :], _gram.ZERO_EXPONENT), axis=1
     )
     shares = jnp.where(
       others,
-      _numerics.power_of_two(gram.exponents[None, :] - top[:, None], dtype),
+      _gram.power_of_two(gram.exponents[None, :] - top[:, None], dtype),
       0,
     )
     number = jnp.sum(others, axis=1)
@@ -201,24 +272,24 @@ class _LeaveOneOut(Rule):
     squares = jnp.diagonal(gram.products)
     norm2 = jnp.sum(with_rows * shares, axis=1)
     orthogonal = jnp.sum(shares**2 * squares[None, :], axis=1)
-    distances = _numerics.distance(
+    distances = _gram.distance(
       self.distance,
       jnp.diagonal(with_rows),
       norm2,
       squares,
       tau=tau,
       shift=gram.exponents - top,
-      cancelled=norm2 <= 4 * jnp.finfo(dtype).eps * orthogonal,
+      cancelled=norm2 <= _CANCELLED * jnp.finfo(dtype).eps * orthogonal,
     )
     distances = jnp.where(valid & (number > 0), distances, jnp.nan)
     weights = jnp.where(valid, self._weights(distances, tau), 0)
-    return _settled(weights, self._accepts(distances, tau), distances)
+    return _if_agreed(weights, self._accepts(distances, tau), distances)
 
 
 def _pairwise(kind, gram, valid, tau):
   """Distances of all pairs `[k, k]`: 0 to itself, NaN to an invalid one."""
   squares = jnp.diagonal(gram.products)
-  distances = _numerics.distance(
+  distances = _gram.distance(
     kind,
     gram.products,
     squares[:, None],
@@ -237,7 +308,7 @@ class _MostNeighbors(Rule):
     distances = pairs[center]
     weights = jnp.where(valid, self._weights(distances, tau), 0)
     is_center = jnp.arange(valid.shape[0]) == center
-    return _settled(
+    return _if_agreed(
       jnp.where(is_center & valid, 1, weights),
       self._accepts(distances, tau),
       jnp.where(is_center, jnp.nan, distances),
@@ -260,7 +331,7 @@ class _MinNeighbors(Rule):
     # Accepted at every tau from the distance of its last needed neighbour on.
     distances = jnp.sort(pairs, axis=1)[:, needed - 1]
     accepted = self._accepts(distances, tau)
-    return _settled(accepted.astype(distances.dtype), accepted, distances)
+    return _if_agreed(accepted.astype(distances.dtype), accepted, distances)
 
 
 def sequential(distance: str = "cosine", softness: float = 0.0) -> Rule:
@@ -343,10 +414,10 @@ def leave_one_out(distance: str = "cosine", softness: float = 0.0) -> Rule:
 def most_neighbors(distance: str = "cosine", softness: float = 0.0) -> Rule:
   """The micro-gradient with the most others within tau of it, and those.
 
-  Of several with equally many the first is the centre. The distances are those
-  from the centre (whose own is NaN), and with a softness above 0 so are the
-  weights. The order matters for ties alone. It finds the largest group that
-  agrees even where the first micro-gradient is a bad one.
+  Ties go to the first; nothing else depends on the order. The distances are those
+  from the centre (whose own is NaN), and with a softness above 0 so are the weights.
+  It finds the largest group that agrees even where the first micro-gradient is a bad
+  one.
 
   Args:
     distance: 'cosine' or 'euclidean', see :func:`sequential`.
@@ -391,43 +462,100 @@ def min_neighbors(fraction: float, distance: str = "cosine") -> Rule:
   return _MinNeighbors(distance, fraction=fraction)
 
 
-def decide_groups(rule, gram, valid, tau, anchored=None) -> Decision:
-  """The decision of every group: arrays `[m, k]`, weights zero without agreement.
+class AnchorRule(Rule):
+  """Compares with row 0, an average of past steps; accepts all while it holds none.
 
-  Args:
-    rule: a rule or any callable like one; None to compare with an anchor, which is
-      row 0 of the Gram matrices.
-    gram: a `Gram` of `[m, k, k]`, or `[m, k + 1, k + 1]` with an anchor.
-    valid: bool `[k]`.
-    tau: the threshold, a scalar.
-    anchored: bool scalar, whether the anchor holds anything yet.
+  Takes a Gram matrix `[k + 1, k + 1]` and `valid [k + 1]`, whose first entry says
+  whether the average holds a step, and decides about the k others.
   """
 
-  def decide(group: _gram.Gram) -> Decision:
-    if rule is None:
-      return _against_anchor(group, valid, tau, anchored)
-    if isinstance(rule, Rule):
-      return rule.decide(group, valid, tau)
-    return _checked(rule, rule(group.scaled(), valid, tau), valid)
+  def decide(self, gram, valid, tau):
+    anchored, valid = valid[0], valid[1:]
+    squares = jnp.diagonal(gram.products)
+    distances = _gram.distance(
+      "cosine", gram.products[0, 1:], squares[0], squares[1:], tau=tau
+    )
+    accepted = valid & (self._accepts(distances, tau) | ~anchored)
+    return Decision(
+      accepted.astype(distances.dtype),
+      accepted,
+      jnp.where(valid & anchored, distances, jnp.nan),
+    )
 
-  decision = jax.vmap(decide)(gram)
+
+class Memory(NamedTuple):
+  """The running mean of the cosines of all pairs, for each of m groups.
+
+  Attributes:
+    mean: float32 `[m, k, k]`, in [-1, 1]; 0 for a pair that was never compared.
+    weight: float32 `[m, k, k]`, the weight of the steps in the mean; 0 for such a pair.
+  """
+
+  mean: jax.Array
+  weight: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class RememberingRule:
+  """A rule that decides on the running mean of the cosines of all steps."""
+
+  rule: RuleFn
+
+  def init(self, num_groups: int, num_microbatches: int) -> Memory:
+    zeros = lambda: jnp.zeros((num_groups, *(num_microbatches,) * 2), jnp.float32)
+    return Memory(zeros(), zeros())
+
+  def decide(self, gram, valid, tau, memory, decay):
+    cosines, compared = _gram.cosines(gram, valid)
+    weight = jnp.where(compared, decay * memory.weight + 1, memory.weight)
+    step = (cosines - memory.mean) / jnp.where(compared, weight, 1)
+    mean = jnp.where(compared, memory.mean + step, memory.mean)
+    memory = Memory(mean.astype(jnp.float32), weight.astype(jnp.float32))
+    matrix = jnp.where(jnp.eye(valid.shape[0], dtype=bool), 1, memory.mean)
+    matrix = jnp.where(valid[:, None] & valid[None, :], matrix, 0)
+    return _decide(self.rule, _gram.from_matrix(matrix, valid), valid, tau), memory
+
+
+def decide_groups(
+  rule: RuleFn | RememberingRule,
+  gram: _gram.Gram,
+  valid: jax.Array,
+  tau,
+  memory: Any = None,
+  decay: Any = None,
+) -> tuple[Decision, Any]:
+  """The decision of every group: arrays `[m, k]`, weights zero without agreement.
+
+  A rule that remembers has an `init` that makes the memory of all groups, and its
+  `decide` takes and returns that of one. Nothing else knows what it remembers.
+
+  Args:
+    rule: a rule or any callable like one, or one that remembers.
+    gram: a `Gram` of `[m, k, k]`; of one row more with an anchor.
+    valid: bool `[k]`; one entry more with an anchor.
+    tau: the threshold, a scalar.
+    memory: what the rule remembers; None for a rule that does not.
+    decay: how much of it stays in a step, a scalar in [0, 1); or None.
+
+  Returns:
+    The decision, and the new memory.
+  """
+
+  def decide(group: _gram.Gram, memory):
+    if isinstance(rule, RememberingRule):
+      return rule.decide(group, valid, tau, memory, decay)
+    return _decide(rule, group, valid, tau), memory
+
+  decision, memory = jax.vmap(decide)(gram, memory)
   agreed = jnp.any(decision.accepted, axis=1, keepdims=True)
-  return decision._replace(weights=jnp.where(agreed, decision.weights, 0))
+  return decision._replace(weights=jnp.where(agreed, decision.weights, 0)), memory
 
 
-def _against_anchor(gram, valid, tau, anchored):
-  """Compares with row 0; accepts all while the anchor holds nothing."""
-  squares = jnp.diagonal(gram.products)
-  distances = _numerics.distance(
-    "cosine", gram.products[0, 1:], squares[0], squares[1:], tau=tau
-  )
-  within = distances <= jnp.asarray(tau, distances.dtype)
-  accepted = valid & (within | ~anchored)
-  return Decision(
-    accepted.astype(distances.dtype),
-    accepted,
-    jnp.where(valid & anchored, distances, jnp.nan),
-  )
+def _decide(rule, gram, valid, tau):
+  """The decision of one group by a rule of this module or a user's."""
+  if isinstance(rule, Rule):
+    return rule.decide(gram, valid, tau)
+  return _checked(rule, rule(gram.scaled(), valid, tau), valid)
 
 
 def _checked(rule, decision, valid):

@@ -37,7 +37,7 @@ def read(gradient, state):
   return Filtered(
     gradient,
     bool(found["agreed"]),
-    float(found["accepted"]),
+    float(found["num_accepted"]),
     np.asarray(gaf_state.distances),
     int(found["nonfinite"]),
   )
@@ -100,7 +100,7 @@ def scanned(tree, tau, **options):
   return Filtered(
     gradient,
     bool(agreement.agreed),
-    float(agreement.accepted),
+    float(agreement.num_accepted),
     np.asarray(agreement.distances),
     int(agreement.nonfinite),
   )

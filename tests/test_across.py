@@ -402,7 +402,7 @@ def test_gradients_of_parameters_that_vary():
   new, state = mapped(params, tx.init(params), x)
   want = oracle.gaf([x, np.zeros((N, 3))], TAU)
   np.testing.assert_allclose(new["w"], 1 - 3 * want.gradient[0], atol=1e-5)
-  assert int(gaf_optax.metrics(state)["microbatches"]) == N
+  assert int(gaf_optax.metrics(state)["num_microbatches"]) == N
 
 
 def test_inject_hyperparams():

@@ -267,7 +267,7 @@ class TestErrors:
   def test_one_micro_gradient(self):
     with pytest.raises(ValueError, match=r"k = 1.*nothing to compare"):
       self.update({"w": jnp.ones((1, 3))})
-    with pytest.raises(ValueError, match="every_k must be at least 2, got 1"):
+    with pytest.raises(ValueError, match="every_k_schedule must be at least 2, got 1"):
       gaf_optax.multi_steps(optax.sgd(1.0), 1)
     with pytest.raises(ValueError, match="num_microbatches must be at least 2"):
       gaf_optax.value_and_grad(lambda p, b: 0.0, 1)
@@ -352,7 +352,7 @@ class TestErrors:
     for wrong in (0, 1, 2.5, "2", True):
       with pytest.raises(ValueError, match="num_microbatches"):
         gaf_optax.gaf(num_microbatches=wrong)
-    with pytest.raises(ValueError, match="num_microbatches is 3, but every_k is 2"):
+    with pytest.raises(ValueError, match="num_microbatches is 3, but every_k_schedule is 2"):
       gaf_optax.multi_steps(optax.sgd(1.0), 2, num_microbatches=3)
 
   def test_options(self):

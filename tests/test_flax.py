@@ -75,9 +75,9 @@ def test_nnx_optimizer_trains_on_stacked_gradients(wrapped):
     gradient, number = filtered_gradient(expected, x, y)
     found = train_step(model, optimizer, x, y)
     expected = expected - 0.05 * gradient
-    assert float(found["accepted"]) == (number if number > 1 else 0)
+    assert float(found["num_accepted"]) == (number if number > 1 else 0)
     np.testing.assert_allclose(model.kernel[...], expected, rtol=1e-4, atol=1e-5)
-  assert float(gaf_optax.metrics(optimizer.opt_state)["accepted"]) == number == 2
+  assert float(gaf_optax.metrics(optimizer.opt_state)["num_accepted"]) == number == 2
   assert model.kernel[...].shape == (FEATURES, 1)
 
 
@@ -107,7 +107,7 @@ def test_linen_train_state_trains_on_stacked_gradients():
     np.testing.assert_allclose(state.params["kernel"], expected, rtol=1e-4, atol=1e-5)
   chex.assert_trees_all_equal_shapes_and_dtypes(state.params, params)
   assert int(state.step) == 3
-  assert float(gaf_optax.metrics(state.opt_state)["accepted"]) == 2
+  assert float(gaf_optax.metrics(state.opt_state)["num_accepted"]) == 2
 
 
 def test_linen_train_state_takes_one_micro_gradient_a_call_with_multi_steps():

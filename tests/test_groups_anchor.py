@@ -215,7 +215,7 @@ class TestThreshold:
     stacks = jnp.asarray(rng.standard_normal((1500, 4, 20)) + 0.2, jnp.float32)
     step = lambda s, g: (tx.update(g, s)[1],) * 2
     _, states = jax.lax.scan(step, tx.init(jnp.zeros(20)), stacks)
-    late = np.asarray(states.last_accepted)[500:].mean() / 4
+    late = np.asarray(states.num_accepted)[500:].mean() / 4
     assert late == pytest.approx(0.3, abs=0.03)
 
   def test_tau_may_be_a_numpy_or_jax_scalar(self):
@@ -234,10 +234,10 @@ class TestMetrics:
       _, state = tx.update(stack, state)
     found = gaf_optax.metrics(state)
     assert {n: v.shape for n, v in found.items()} == dict.fromkeys(found, ())
-    assert float(found["accepted"]) == 0
-    assert int(found["microbatches"]) == 3
+    assert float(found["num_accepted"]) == 0
+    assert int(found["num_microbatches"]) == 3
     assert float(found["accept_rate"]) == pytest.approx(4 / 12)
-    assert float(found["cosine_distance"]) == pytest.approx(1.5)
+    assert float(found["mean_distance"]) == pytest.approx(1.5)
     assert float(found["threshold"]) == pytest.approx(0.5)
     assert not found["agreed"]
     assert int(found["skipped_steps"]) == 2
@@ -248,7 +248,7 @@ class TestMetrics:
     tx = gaf_optax.gaf(0.5)
     state = tx.init(jnp.zeros(1))
     big = jnp.float32(3e9)
-    state = state._replace(total_microbatches=big, accept_rate=jnp.float32(0.5))
+    state = state._replace(num_seen_total=big, accept_rate=jnp.float32(0.5))
     for _ in range(20):
       _, state = tx.update(jnp.ones((4, 1)), state)
     assert float(state.accept_rate) == pytest.approx(0.5, abs=1e-6)

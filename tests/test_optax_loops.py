@@ -151,7 +151,7 @@ def test_a_schedule_is_called_with_the_number_of_updates_seen(filter_form):
     _, state = feed(micro_grads, state)
     found = gaf_optax.metrics(state)
     used.append(float(found["threshold"]))
-    agreed.append(int(found["accepted"]))
+    agreed.append(int(found["num_accepted"]))
   assert used == [0.5, 0.5, 0.625, 0.75, 0.875]
   assert agreed[:2] == [0, 0] and agreed[3] == steps.K
 
@@ -190,7 +190,7 @@ def test_a_steered_tau_comes_to_the_rate_that_was_asked_for():
     def one(state, rows):
       _, state = tx.update(rows, state)
       found = gaf_optax.metrics(state)
-      return state, found["accepted"] / found["microbatches"]
+      return state, found["num_accepted"] / found["num_microbatches"]
 
     return jax.lax.scan(one, state, micro_grads)[1]
 

@@ -52,7 +52,7 @@ def test_the_optimizer_gets_the_mean_of_the_accepted(form, optimizer):
     before = steps.inner_state(form, state)
     updates, state = feed(step.micro_grads, state, params)
     after = steps.inner_state(form, state)
-    assert int(steps.gaf_state(state).last_accepted) == len(step.accepted)
+    assert int(steps.gaf_state(state).num_accepted) == len(step.accepted)
     if step.accepted or not kind.skips:
       expected, plain_state = inner.update(step.mean, plain_state, params)
       chex.assert_trees_all_close(updates, expected, rtol=1e-5, atol=1e-6)

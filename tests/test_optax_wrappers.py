@@ -26,7 +26,7 @@ def test_named_chain_is_the_chain():
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
     chex.assert_trees_all_close(updates, expected, rtol=1e-6)
   assert isinstance(state["filter"], gaf_optax.GafState)
-  assert float(gaf_optax.metrics(state)["accepted"]) == 2
+  assert float(gaf_optax.metrics(state)["num_accepted"]) == 2
 
 
 @FORMS
@@ -55,9 +55,9 @@ def test_partition_decides_for_each_label(form):
   chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
   assert steps.describe(state) == before
   found = {label: gaf_optax.metrics(part) for label, part in state.inner_states.items()}
-  assert float(found["weights"]["accepted"]) == 2
+  assert float(found["weights"]["num_accepted"]) == 2
   assert bool(found["weights"]["agreed"])
-  assert float(found["biases"]["accepted"]) == 0
+  assert float(found["biases"]["num_accepted"]) == 0
   assert int(found["biases"]["skipped_steps"]) == 1
   assert int(found["nowhere"]["skipped_steps"]) == 0
 
@@ -147,7 +147,7 @@ def test_an_injected_anchor_decay_is_used():
 
 @pytest.mark.parametrize("factory", ["apply_if_agreed", "multi_steps"])
 def test_the_wrapping_forms_take_an_injected_tau(factory):
-  fixed = {"every_k": 2} if factory == "multi_steps" else {}
+  fixed = {"every_k_schedule": 2} if factory == "multi_steps" else {}
   inject = optax.inject_hyperparams(getattr(gaf_optax, factory), tuple(fixed))
   tx = inject(optax.sgd(1.0), tau=0.5, **fixed)
   params = jnp.zeros(2)

@@ -89,7 +89,7 @@ def test_running_average_gives_the_weights_of_step_gaf(case):
     assert_weights(params, weights)
     found = gaf_optax.metrics(state)
     # Theirs counts the micro-gradients that joined the first.
-    assert float(found["accepted"]) == (agreed + 1 if agreed else 0)
+    assert float(found["num_accepted"]) == (agreed + 1 if agreed else 0)
     if not agreed:
       chex.assert_trees_all_equal(params, before)
       chex.assert_trees_all_equal(state.inner_state, inner_before)
@@ -131,7 +131,7 @@ def test_a_distance_equal_to_tau_is_accepted_as_by_step_gaf(case):
   )
   params = as_tree(case["initial"])
   updates, state = tx.update(as_tree(case["micro_grads"]), tx.init(params), params)
-  assert float(gaf_optax.metrics(state)["accepted"]) == 2
+  assert float(gaf_optax.metrics(state)["num_accepted"]) == 2
   assert_weights(optax.apply_updates(params, updates), case["weights"])
 
 

@@ -166,7 +166,7 @@ class TestOwnRule:
     assert seen["tau"] == pytest.approx(0.4)
     # What it weighs and accepts of an invalid one does not leak.
     np.testing.assert_allclose(gradient, np.mean(v[[0, 2, 3]], axis=0), rtol=1e-6)
-    assert float(gaf_optax.metrics(state)["accepted"]) == 2
+    assert float(gaf_optax.metrics(state)["num_accepted"]) == 2
 
   def test_one_of_its_choice_is_a_step_and_none_is_not(self):
     stack = jnp.array([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0]])

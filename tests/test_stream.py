@@ -67,10 +67,10 @@ class TestMultiSteps:
     one = jnp.array([1.0, 0.0])
     _, state = feed(tx, state, [one])
     assert int(state.mini_step) == 1
-    assert int(gaf_optax.metrics(state)["microbatches"]) == 0
+    assert int(gaf_optax.metrics(state)["num_microbatches"]) == 0
     _, state = feed(tx, state, [one])
     assert int(state.mini_step) == 0
-    assert int(gaf_optax.metrics(state)["microbatches"]) == 2
+    assert int(gaf_optax.metrics(state)["num_microbatches"]) == 2
     assert bool(gaf_optax.metrics(state)["agreed"])
     _, state = feed(tx, state, [-one])
     assert bool(gaf_optax.metrics(state)["agreed"])
@@ -79,7 +79,7 @@ class TestMultiSteps:
     tx = gaf_optax.multi_steps(optax.sgd(1.0), lambda cycle: 2 + cycle, 0.97)
     emitted, state = feed(tx, tx.init(jnp.zeros(1)), jnp.ones((9, 1)))
     assert [bool(e.any()) for e in emitted] == [n in (1, 4, 8) for n in range(9)]
-    with pytest.raises(ValueError, match="fixed every_k"):
+    with pytest.raises(ValueError, match="fixed every_k_schedule"):
       gaf_optax.multi_steps(optax.sgd(1.0), lambda c: 2, num_microbatches=2)
 
   def test_schedule_counts_cycles(self):
@@ -144,8 +144,8 @@ class TestValueAndGrad:
     np.testing.assert_allclose(value, values.mean(), rtol=1e-6)
     chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-7)
     chex.assert_trees_all_equal_shapes_and_dtypes(got, params)
-    assert 2 <= int(agreement.accepted) < 4, "the case decides nothing"
-    assert float(agreement.accepted) == state.accepted.sum()
+    assert 2 <= int(agreement.num_accepted) < 4, "the case decides nothing"
+    assert float(agreement.num_accepted) == state.accepted.sum()
     np.testing.assert_allclose(agreement.distances, state.distances, atol=1e-6)
 
   def test_aux_keywords_and_tuples_of_arguments(self):
@@ -177,7 +177,7 @@ class TestValueAndGrad:
     @jax.jit
     def accepted(tau):
       filtered = gaf_optax.value_and_grad(self.loss, 4, tau, batch_argnums=(1, 2))
-      return filtered(params, x, y)[2].accepted
+      return filtered(params, x, y)[2].num_accepted
 
     assert float(accepted(2.0)) == 4
     assert float(accepted(1e-6)) == 0

@@ -1,49 +1,32 @@
-"""Transform: GAF on stacked micro-gradients, as the path gram, rule, combine."""
+"""GAF: the public face: one aggregator, and one that skips steps without agreement."""
 
-import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
-from jax import lax
 
-from gaf_optax import (
-  _combine,
-  _compat,
-  _exchange,
-  _gram,
-  _leaves,
-  _options,
-  _sharded,
-  _state,
-  _stream,
-  _threshold,
-  rules,
-)
-
-# From so many micro-gradients on, a running sum (k P products) is faster on CPU than
-# the Gram matrix (k^2 P); benchmarks/RESULTS.md has both. Not measured elsewhere.
-_MANY = 32
+from gaf_optax import _filter, _jax_types, _options, _state, _tree, rules
 
 
 def gaf(
-  tau: Any = 0.97,
+  tau: _options.Tau = 0.97,
   *,
-  rule: Any = None,
-  embed: Any = None,
-  axis_name: Any = None,
-  param_axes: Any = (),
-  stacked: Any = None,
-  groups: Any = None,
-  anchor_decay: Any = None,
+  rule: rules.RuleFn | None = None,
+  embed: Callable[[jax.Array], jax.Array] | None = None,
+  axis_name: _options.AxisNames | None = None,
+  param_axes: _options.ParamAxes = (),
+  stacked: bool | None = None,
+  groups: _options.Groups | None = None,
+  anchor_decay: float | None = None,
+  memory_decay: float | None = None,
   num_microbatches: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Gradient Agreement Filtering: averages the micro-gradients that agree.
 
-  Takes k micro-gradients and gives one gradient. Compares them by cosine distance
-  over the whole pytree, drops those that are farther than tau, averages the rest,
-  and gives a zero gradient where no two agree:
+  An aggregator: takes k micro-gradients and gives one gradient. Compares them by
+  cosine distance over the whole pytree, drops those that are farther than tau,
+  averages the rest, and gives a zero gradient where no two agree:
 
   .. math::
     d_i = 1 - \frac{\langle s, g_i \rangle}{|s| |g_i|}, \qquad
@@ -88,22 +71,22 @@ def gaf(
     embed: an elementwise function, applied to each leaf before the inner products
       and to nothing else. With `jnp.sign` the cosine distance is twice the share
       of coordinates whose signs differ.
-    axis_name: the name of a mapped axis, or a tuple of names, where each member
-      of it (device) calls `update` with its own micro-gradient, shaped like the
-      parameters: inside `jax.pmap`, `jax.shard_map` or `jax.vmap`. All members get
-      the same result, typed as replicated. k is the number of members; they lie
-      in the order of the axis, with several names the first the slowest. A device
-      sends what `jax.lax.pmean` sends, and one k x k matrix; with an anchor half
-      as much again.
+    axis_name: the name of a mapped axis, or a tuple of names, where each replica
+      (device) calls `update` with its own micro-gradient, shaped like the
+      parameters: inside `jax.pmap`, `jax.shard_map` or `jax.vmap`. All replicas get
+      the same result, typed as replicated. k is the number of replicas, ordered
+      row-major over `axis_name`. What is sent: the volume of `jax.lax.pmean` and one
+      k x k matrix; with an anchor half as much again. (As compiled for TPU, XLA
+      still sends 1.5 times as much.)
     param_axes: the name of a mesh axis, or a tuple of names, over which the
       parameters themselves are sharded. Inner products are summed over them, a
       leaf that is replicated over such an axis counted once. Without the
       replication check of `jax.shard_map` the types do not tell which leaves are
       replicated: give a tree of the parameters' `PartitionSpec` instead of names,
       or a prefix of it.
-    stacked: with `axis_name`, whether each member holds several micro-gradients,
+    stacked: with `axis_name`, whether each replica holds several micro-gradients,
       leaves `[k_local, *shape]`, of which all n * k_local are filtered together, in
-      member order. (Filtering first on each device and then across devices is a
+      replica order. (Filtering first on each device and then across devices is a
       chain of two `gaf`.)
     groups: None for one decision over the whole tree, 'leaf' for one for each
       leaf, or a function `(path, leaf) -> label` for one for each label, where
@@ -115,8 +98,17 @@ def gaf(
       moving average of the past steps' plain means instead of with the others,
       which needs one more copy of the parameters but works for k = 1. The first
       step accepts. Excludes `rule`.
-    num_microbatches: k. When given, the state holds the last step's `distances`
-      and `accepted` for each micro-gradient.
+    memory_decay: in [0, 1). The rule decides on the running mean of the cosines of
+      all steps instead of those of this step, for micro-gradients whose position means
+      something: the i-th always comes from the same source (device, shard,
+      annotator). With 0.98, some fifty steps show what one step's noise hides. For
+      each pair, on the steps where both are finite and not zero,
+      `weight <- memory_decay * weight + 1; mean <- mean + (cosine - mean) / weight`.
+      A pair that was never compared counts as orthogonal. Needs `num_microbatches`;
+      excludes `anchor_decay`. The state holds `[m, k, k]` numbers more
+      (`state.memory`) and nothing more is sent.
+    num_microbatches: k. When given, the state holds the last step's `distances`,
+      `accepted` and `weights` for each micro-gradient.
 
   Returns:
     A transformation whose `update(micro_grads, state, params=None)` takes leaves
@@ -176,46 +168,38 @@ def gaf(
     stacked=stacked,
     groups=groups,
     anchor_decay=anchor_decay,
+    memory_decay=memory_decay,
     num_microbatches=num_microbatches,
   )
 
   def init_fn(params):
-    return _state.init(params, tau, options.anchor_decay, options.num_microbatches)
+    return _state.init(params, options)
 
   def update_fn(micro_grads, state, params=None, **extra_args):
     del extra_args
-    _leaves.check_not_empty(micro_grads)
-    like = state.anchor if params is None else params
-    leaves = _leaves.read(
+    _tree.check_not_empty(micro_grads)
+    leaves = _tree.flatten(
       micro_grads,
-      like,
+      state.anchor if params is None else params,
       options.groups,
       stacked=options.stacked,
-      per_member=bool(options.members),
+      per_replica=bool(options.axis_names),
     )
     if not leaves.arrays:  # Placeholders or integers: there is nothing to filter.
-      return leaves.rebuild([]), state
-    axes = _exchange.axes(
-      leaves.arrays,
-      leaves.layout.paths,
-      options.members,
-      options.stacked,
-      options.param_axes,
-      options.param_specs,
-    )
-    _check_number((leaves.k or 1) * _exchange.size(axes), options)
-    means, state = _step(
+      return leaves.unflatten([]), state
+    plan = options.plan(leaves)
+    _check_number((leaves.k or 1) * plan.axes.num_replicas(), options)
+    if state.memory is not None:
+      _tree.check_num_groups(plan.layout, state.memory.mean.shape[0])
+    means, state = _filter.step(
       leaves.arrays,
       state,
-      _threshold.value(tau, state.num_updates, state.steered),
+      options.threshold(state.num_updates, state.steered),
       options.anchor_decay,
-      tau=tau if isinstance(tau, _threshold.TargetAcceptRate) else None,
-      rule=options.rule,
-      embed=options.embed,
-      layout=leaves.layout,
-      axes=axes,
+      options.memory_decay,
+      plan=plan,
     )
-    return leaves.rebuild(means), state
+    return leaves.unflatten(means), state
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -232,9 +216,9 @@ class ApplyIfAgreedState(NamedTuple):
   inner_state: Any
 
 
-@_options.spelled_out(gaf)
+@_options.shown(gaf)
 def apply_if_agreed(
-  inner: optax.GradientTransformation, tau: Any = 0.97, **gaf_options: Any
+  inner: optax.GradientTransformation, tau: _options.Tau = 0.97, **gaf_options: Any
 ) -> optax.GradientTransformationExtraArgs:
   """`gaf` followed by `inner`, which is left out on steps without agreement.
 
@@ -302,7 +286,7 @@ def run_if(condition, inner, grads, inner_state, params, extra_args):
   def leave():
     return optax.tree.zeros_like(jax.eval_shape(run)[0]), inner_state
 
-  return _compat.cond(condition, run, leave)
+  return _jax_types.cond(condition, run, leave)
 
 
 def _check_number(k, options):
@@ -317,74 +301,3 @@ def _check_number(k, options):
       f"num_microbatches is {options.num_microbatches}, but {k} micro-gradients"
       " arrived."
     )
-
-
-@functools.partial(jax.jit, static_argnames=("tau", "rule", "embed", "layout", "axes"))
-def _step(arrays, state, threshold, decay, *, tau, rule, embed, layout, axes):
-  """Leaves of micro-gradients and the state to filtered means and the state.
-
-  Compiled as one, so that a call outside `jit` costs no more than it has to.
-  """
-  anchor = None if decay is None else _leaves.pick(state.anchor, layout)
-  filtered = functools.partial(_filtered, rule=rule, embed=embed, layout=layout)
-  inputs = arrays, anchor, state.anchored, threshold
-  if not axes.members and _sharded.is_sharded(arrays):
-    result = _sharded.on_each_device(filtered, *inputs, paths=layout.paths)
-  else:
-    result = filtered(*inputs, axes=axes)
-  means, plain, accepted, distances, finite = result
-  if decay is not None:
-    state = _state.move_anchor(state, layout, decay, plain, jnp.any(finite))
-  step = _state.outcome(accepted, distances, finite)
-  return means, _state.advance(state, tau, threshold, step)
-
-
-def _filtered(arrays, anchor, anchored, threshold, *, rule, embed, layout, axes):
-  """The path of a gradient: gram, rule, combine.
-
-  Returns the filtered means, with an anchor the plain means, `accepted` and
-  `distances` `[m, k]` by group, and `finite` `[k]`.
-  """
-  rows = _exchange.scatter(arrays, layout.members, axes, embed is not None)
-  k = rows.leaves[0].shape[0]
-
-  def at_once(leaves, threshold):
-    blocks: list[tuple[jax.Array, ...]] = [(x,) for x in leaves]
-    if anchor is not None:
-      blocks = [(a[None], x) for a, x in zip(rows.own(anchor), leaves)]
-    gram, finite = _gram.gram(
-      blocks, rows.members, layout.num_groups, embed, rows.spread
-    )
-    finite = finite[-k:]
-    decision = rules.decide_groups(rule, gram, finite, threshold, anchored)
-    weights = _combine.normalized(decision.weights)
-    plain = _combine.normalized(finite.astype(weights.dtype))
-    # Leaves of no group get the plain mean.
-    weights = jnp.concatenate([weights, plain[None]])
-    means = [
-      _combine.weighted_mean(x, weights[member])
-      for x, member in zip(leaves, rows.members)
-    ]
-    plain_means = None
-    if anchor is not None:
-      dtypes = {x.dtype: a.dtype for x, a in zip(arrays, anchor)}
-      plain_means = [_combine.weighted_mean(x, plain, dtypes[x.dtype]) for x in leaves]
-    distances = decision.distances.astype(jnp.float32)
-    return means, plain_means, decision.accepted, distances, finite
-
-  if (
-    k >= _MANY
-    and isinstance(rule, rules.SequentialRule)
-    and embed is None
-    and not (axes.members or axes.params)
-  ):
-    in_turn = functools.partial(
-      _stream.in_turn, rule=rule, members=rows.members, num_groups=layout.num_groups
-    )
-    result = lax.platform_dependent(
-      rows.leaves, threshold, cpu=in_turn, default=at_once
-    )
-  else:
-    result = at_once(rows.leaves, threshold)
-  means, plain_means, *rest = result
-  return rows.join(means), plain_means and rows.join(plain_means), *rest

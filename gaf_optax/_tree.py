@@ -1,4 +1,4 @@
-"""Leaves: takes a tree of micro-gradients apart, checks shapes, sorts into groups."""
+"""Tree: takes a tree of micro-gradients apart, checks shapes, sorts into groups."""
 
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gaf_optax import _compat, _numerics
+from gaf_optax import _jax_types
 
 GroupsFn = Callable[[Any, jax.ShapeDtypeStruct], Hashable]
 
@@ -18,13 +18,13 @@ class Layout(NamedTuple):
 
   Attributes:
     paths: where in the tree each floating-point or complex leaf is.
-    members: the number of its group for each; `num_groups` for those that take
+    group_ids: the number of its group for each; `num_groups` for those that take
       part in no decision.
     num_groups: how many decisions there are.
   """
 
   paths: tuple[Any, ...]
-  members: tuple[int, ...]
+  group_ids: tuple[int, ...]
   num_groups: int
 
 
@@ -35,23 +35,23 @@ class Leaves(NamedTuple):
     arrays: the floating-point and complex leaves, in the order of the layout.
     layout: a `Layout`.
     k: the number of micro-gradients on the leading axis, None without one.
-    rebuild: puts one result for each of `arrays` back into the tree, with zeros
+    unflatten: puts one result for each of `arrays` back into the tree, with zeros
       for integer leaves.
   """
 
   arrays: list[jax.Array]
   layout: Layout
   k: int | None
-  rebuild: Callable[[list[jax.Array]], Any]
+  unflatten: Callable[[list[jax.Array]], Any]
 
 
-def read(
+def flatten(
   tree: Any,
   params: Any,
   groups: str | GroupsFn | None,
   *,
   stacked: bool,
-  per_member: bool = False,
+  per_replica: bool = False,
 ) -> Leaves:
   """Takes a tree of micro-gradients apart.
 
@@ -60,19 +60,19 @@ def read(
     params: the parameters with leaves `[*shape]`, or None where not known.
     groups: None, 'leaf' or a function, see `gaf`.
     stacked: whether the leaves have a micro-gradient axis in front.
-    per_member: whether each member of a mapped axis calls with its own.
+    per_replica: whether each replica of a mapped axis calls with its own.
 
   Raises:
     ValueError: naming the leaf whose shape is wrong.
   """
   flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
-  hint = _HINTS[stacked, per_member]
+  hint = _HINTS[stacked, per_replica]
   _check_against_params(flat, tree, params, stacked, hint)
   k = _leading_size(flat, hint) if stacked and flat else None
 
   paths: list[Any] = []
   arrays: list[jax.Array] = []
-  members: list[Hashable] = []
+  leaf_labels: list[Hashable] = []
   results: list[Any] = []
   labels: dict[Hashable, int] = {}
   for path, leaf in flat:
@@ -84,7 +84,7 @@ def read(
     label = _label(groups, path, jax.ShapeDtypeStruct(shape, dtype))
     if label is not _EXCLUDED:
       labels.setdefault(label, len(labels))
-    members.append(label)
+    leaf_labels.append(label)
     results.append(len(arrays))
     paths.append(path)
     arrays.append(jnp.asarray(leaf))
@@ -93,14 +93,14 @@ def read(
       "groups gave every leaf the label None, which takes part in no decision:"
       " there is nothing to compare. Label at least one leaf."
     )
-  numbers = tuple(labels.get(label, len(labels)) for label in members)
+  group_ids = tuple(labels.get(label, len(labels)) for label in leaf_labels)
 
-  def rebuild(values):
+  def unflatten(values):
     leaves = [values[r] if isinstance(r, int) else r for r in results]
     return jax.tree.unflatten(treedef, leaves)
 
-  layout = Layout(tuple(paths), numbers, len(labels))
-  return Leaves(arrays, layout, k, rebuild)
+  layout = Layout(tuple(paths), group_ids, len(labels))
+  return Leaves(arrays, layout, k, unflatten)
 
 
 def check_not_empty(tree: Any) -> None:
@@ -112,6 +112,16 @@ def check_not_empty(tree: Any) -> None:
     )
 
 
+def check_num_groups(layout: Layout, expected: int) -> None:
+  """Raises where the micro-gradients' leaves make other groups than the parameters'."""
+  if layout.num_groups != expected:
+    raise ValueError(
+      f"groups made {layout.num_groups} groups of the micro-gradient's leaves, but"
+      f" {expected} of the parameters' leaves at init. Is a leaf missing, or does the"
+      " label depend on more than path, shape and dtype?"
+    )
+
+
 def accumulators(tree: Any) -> Any:
   """Zeros like the leaves, wide enough to keep sums of such values."""
 
@@ -119,7 +129,7 @@ def accumulators(tree: Any) -> Any:
     dtype = _dtype(leaf)
     if not jnp.issubdtype(dtype, jnp.inexact):
       return _zeros(leaf_shape(leaf), dtype)
-    return _compat.zeros_like(leaf, _numerics.accumulator_dtype(dtype))
+    return _jax_types.zeros_like(leaf, _jax_types.accumulator_dtype(dtype))
 
   return jax.tree.map(zeros, tree)
 
@@ -189,24 +199,24 @@ def _placeholders(tree):
 
 
 # The likely mistake where leaves have the shape that they would have in the other
-# form, by `stacked` and `per_member`.
+# form, by `stacked` and `per_replica`.
 _HINTS = {
   (True, False): (
     "Are these plain gradients, shaped like the parameters? gaf takes one gradient"
     " for each microbatch, stacked: jax.vmap(jax.grad(loss), (None, 0))(params,"
-    " microbatches). For one micro-gradient a call there is gaf_optax.multi_steps."
+    " microbatches). For one micro-gradient per call use gaf_optax.multi_steps."
   ),
   (True, True): (
     "Is this one micro-gradient, shaped like the parameters? With stacked=True each"
-    " member of axis_name holds several on a leading axis; for one on each member"
+    " replica of axis_name holds several on a leading axis; for one on each replica"
     " leave stacked out."
   ),
   (False, False): (
     "Are these stacked micro-gradients? The streamed form takes one"
-    " micro-gradient a call; gaf_optax.gaf takes the stack."
+    " micro-gradient per call; gaf_optax.gaf takes the stack."
   ),
   (False, True): (
-    "Are these stacked micro-gradients? With axis_name each member holds one,"
+    "Are these stacked micro-gradients? With axis_name each replica holds one,"
     " shaped like the parameters; for several on each give stacked=True."
   ),
 }

@@ -1,16 +1,32 @@
-"""Compat: what JAX releases name differently, looked up in one place."""
+"""JAX types: dtypes of sums, what values vary or are sharded over; for every release.
+
+What JAX releases name differently is looked up here alone.
+"""
 
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
-# Up to how many rows XLA's CPU compiler turns sums of products of all pairs of rows,
-# kept in so many lanes each, into a loop that is faster than matrix products. With
-# jax 0.12 that is so up to 9, but compiling 8 takes half a second a leaf.
-FEW_ROWS, LANES = (4, 128) if jax.__version_info__ >= (0, 12) else (3, 512)
+
+def accumulator_dtype(dtype) -> jnp.dtype:
+  """The dtype in which sums over values of an inexact `dtype` are kept.
+
+  At least 32 bits wide, and complex for complex values.
+  """
+  dtype = jnp.dtype(dtype)
+  if jnp.issubdtype(dtype, jnp.complexfloating):
+    return dtype
+  return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def real_accumulator_dtype(dtypes: Iterable[Any]) -> jnp.dtype:
+  """The real dtype of inner products summed over leaves of several dtypes."""
+  wide = any(jnp.dtype(d) in (jnp.float64, jnp.complex128) for d in dtypes)
+  return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
 def varying(x: Any) -> frozenset:
@@ -28,16 +44,16 @@ def varying(x: Any) -> frozenset:
 def explicit_spec(x: jax.Array) -> tuple[tuple[str, ...], ...]:
   """For each dimension the axes of an Explicit mesh that it is sharded over."""
   if not isinstance(x, jax.Array):
-    return ((),) * jax.numpy.ndim(x)
+    return ((),) * jnp.ndim(x)
   sharding = getattr(jax.typeof(x), "sharding", None)
   spec = () if sharding is None else sharding.spec
   entries = [e if isinstance(e, tuple) else (e,) if e else () for e in spec]
-  return tuple(entries + [()] * (jax.numpy.ndim(x) - len(entries)))
+  return tuple(entries + [()] * (jnp.ndim(x) - len(entries)))
 
 
 def zeros_like(x: jax.Array, dtype: Any) -> jax.Array:
   """Zeros shaped like an array, and sharded like it on an Explicit mesh."""
-  zeros = functools.partial(jax.numpy.zeros, jax.numpy.shape(x), dtype)
+  zeros = functools.partial(jnp.zeros, jnp.shape(x), dtype)
   if not any(explicit_spec(x)):
     return zeros()
   if isinstance(x, jax.core.Tracer):
@@ -50,6 +66,23 @@ def checks_replication(axis_name: Hashable) -> bool:
   return axis_name in varying(lax.axis_index(axis_name))
 
 
+def typed_like(tree: Any, like: Any) -> Any:
+  """The tree, each leaf varying over whatever any leaf of `like` varies over.
+
+  Under `jax.shard_map` the values that a loop or a branch starts from have to be
+  typed as varying over the mesh axes that the data varies over. Adding an empty sum of
+  the data makes them so, and compiles to nothing.
+  """
+  empty = [
+    jnp.sum(jnp.ravel(leaf)[:0].real.astype(jnp.float32))
+    for leaf in jax.tree.leaves(like)
+  ]
+  zero = sum(empty, jnp.zeros((), jnp.float32))
+  return jax.tree.map(
+    lambda x: x | (zero != 0) if x.dtype == bool else x + zero.astype(x.dtype), tree
+  )
+
+
 def as_varying(x: jax.Array, axes: frozenset) -> jax.Array:
   """The array, typed as varying over these axes and those it varies over now."""
   missing = tuple(sorted(axes - varying(x), key=str))
@@ -57,7 +90,7 @@ def as_varying(x: jax.Array, axes: frozenset) -> jax.Array:
 
 
 def all_gather(x: jax.Array, names: tuple[Hashable, ...]) -> jax.Array:
-  """Slices `[c, ...]` of all members joined to `[n * c, ...]`, in member order.
+  """Slices `[c, ...]` of all replicas joined to `[n * c, ...]`, in replica order.
 
   Typed as replicated where types say so.
   """
@@ -72,7 +105,7 @@ def all_gather(x: jax.Array, names: tuple[Hashable, ...]) -> jax.Array:
 
 
 def all_to_all(x: jax.Array, names: tuple[Hashable, ...]) -> jax.Array:
-  """`[n, ...]`: row i goes to member i; from each member its row, in order."""
+  """`[n, ...]`: row i goes to replica i; from each replica its row, in order."""
   if not _is_vmapped(names):
     return lax.all_to_all(x, names, 0, 0)
   # Nested vmaps have no exchange over several names at once.

@@ -1,0 +1,430 @@
+"""Inner products: what passes over whole micro-gradients to make their Gram matrix.
+
+On CPU accuracy does not depend on the width of its vectors: few terms are added up one
+after the other, the rest exactly or by halves.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gaf_optax import _gram, _jax_types, _mesh
+
+# Squared norms in this range are taken as computed: products of two of them, and
+# sums of a few thousand, stay far from both ends of float32.
+_ORDINARY = (1e-18, 1e18)
+
+# Terms that are added up one after the other, at most. The errors of equal terms all
+# point one way and grow with their number: of 96 to at most 1.5e-6 of a float32 sum.
+_CHAIN = 96
+
+# Values of all rows that one step of a blocked inner product reads: they fit in a
+# second-level cache.
+_BLOCK_VALUES = 1 << 17
+
+# Chains in such a block, at most; a power of two.
+_BLOCK_CHAINS = 32
+
+# Values in a row from which on products of few rows are added up by pairs. Up to
+# _FEW_ROWS XLA's CPU compiler turns these sums, kept in so many lanes each, into a loop
+# that is faster than matrix products. With jax 0.12 that is so up to 9 rows, but
+# compiling 8 takes half a second per leaf.
+_LONG_ROW = 1 << 14
+_FEW_ROWS, _LANES = (4, 128) if jax.__version_info__ >= (0, 12) else (3, 512)
+
+# For each leaf its blocks of rows `[k_b, *shape]`, which together are the k rows.
+Blocks = Sequence[Sequence[jax.Array]]
+Embed = Callable[[jax.Array], jax.Array]
+
+
+def gram(
+  leaves: Blocks,
+  group_ids: Sequence[int],
+  num_groups: int,
+  embed: Embed | None = None,
+  shards: _mesh.Shards = _mesh.WHOLE,
+) -> tuple[_gram.Gram, jax.Array]:
+  """Inner products of the vectors whose pieces the leaves hold, by group.
+
+  Reads every leaf once where the squared norms are in an ordinary range. Where a
+  vector is not finite, zero, or so long or short that its square leaves the range
+  of the accumulator, a second form runs, which scales each vector by a power of
+  two first.
+
+  Args:
+    leaves: for each leaf its blocks of rows, arrays `[k_b, *shape]`; the blocks
+      of a leaf together hold the k rows, in order. Leaves that are sharded over an
+      Explicit mesh are read where they are.
+    group_ids: for each leaf the number of its group, in [0, num_groups]. Leaves of
+      group `num_groups` take no part in the products, only in the second result.
+    num_groups: how many groups there are.
+    embed: an elementwise function, applied to each block before the products.
+    shards: which devices hold parts of the leaves; all of them get one result.
+
+  Returns:
+    The `Gram` of each group (`[num_groups, k, k]` and `[num_groups, k]`), and
+    bool `[k]`: whether all values of a row are finite, in every leaf.
+  """
+  if _mesh.is_sharded([block for blocks in leaves for block in blocks]):
+    per_shard = lambda leaves, shards: gram(
+      leaves, group_ids, num_groups, embed, shards
+    )
+    return _mesh.reduce_shards(per_shard, leaves)
+  local = _Local(leaves, group_ids, num_groups, embed, shards)
+  k, dtype = local.k, local.dtype
+
+  # One sum over the devices for both.
+  bad = local.unread_nonfinite().astype(dtype)
+  sums = shards.sum(jnp.concatenate([local.products().reshape(-1), bad]))
+  products, unread_finite = sums[:-k].reshape(num_groups, k, k), sums[-k:] == 0
+  squares = jnp.diagonal(products, axis1=1, axis2=2)
+  ordinary = jnp.all(unread_finite) & jnp.all(
+    (squares >= _ORDINARY[0]) & (squares <= _ORDINARY[1])
+  )
+
+  # Two conditions for one reason: a branch's result is computed once, while within
+  # one branch XLA would repeat the maximum over all leaves in each leaf's loop.
+  largest = _jax_types.cond(
+    ordinary, lambda: jnp.ones((num_groups, k), dtype), local.largest_values
+  )
+  valid = unread_finite & jnp.all(jnp.isfinite(largest), axis=0)
+
+  def as_computed():
+    return _gram.Gram(products, jnp.zeros((num_groups, k), jnp.int32))
+
+  def rescaled():
+    return local.rescaled(jnp.where(valid, largest, 0), valid)
+
+  return _jax_types.cond(ordinary, as_computed, rescaled), valid
+
+
+class _Local:
+  """The leaves as real matrices on this device, and what is read off them.
+
+  `rows` are the matrices that the products are of; `unread` those of whose values the
+  products tell nothing: leaves of no group, and what an embedding was made of.
+  """
+
+  def __init__(self, leaves, group_ids, num_groups, embed, shards):
+    self.k = sum(block.shape[0] for block in leaves[0])
+    self.dtype = _jax_types.real_accumulator_dtype(
+      block.dtype for blocks in leaves for block in blocks
+    )
+    self.num_groups, self.shards = num_groups, shards
+    primary = shards.primary or (None,) * len(leaves)
+    unpadded = shards.unpadded or (None,) * len(leaves)
+    self.rows = [
+      (matrix, group, counts)
+      for blocks, group, counts, columns in zip(leaves, group_ids, primary, unpadded)
+      if group < num_groups
+      for matrix in _real_matrices(blocks, embed, self.dtype, columns)
+    ]
+    self.unread = [
+      matrix
+      for blocks, group in zip(leaves, group_ids)
+      if group == num_groups or embed is not None
+      for matrix in _real_matrices(blocks, None, self.dtype)
+    ]
+
+  def products(self, scale=None):
+    """The part of the products `[m, k, k]` that this device's values make.
+
+    `scale` is None, or the factor of each row `[m, k]`, NaN for rows that count as
+    zero.
+    """
+    terms: list[list[jax.Array]] = [[] for _ in range(self.num_groups)]
+    for matrix, group, counts in self.rows:
+      x = _products(matrix, self.dtype, None if scale is None else scale[group])
+      terms[group].append(x if counts is None else jnp.where(counts, x, 0))
+    return jnp.stack([_pairwise_sum(of_group) for of_group in terms])
+
+  def largest_values(self):
+    """The largest absolute values `[m, k]`, on all devices; Inf where not finite."""
+    found: list[list[jax.Array]] = [[] for _ in range(self.num_groups)]
+    for matrix, group, _ in self.rows:
+      found[group].append(_largest(matrix, self.dtype))
+    largest = jnp.stack([jnp.max(jnp.stack(x), axis=0) for x in found])
+    # What a maximum over devices makes of NaN is up to the network.
+    return self.shards.max(jnp.where(jnp.isfinite(largest), largest, jnp.inf))
+
+  def unread_nonfinite(self):
+    """Bool `[k]`: whether a row of what the products do not read is not finite."""
+    bad = jnp.zeros((self.k,), bool)
+    for matrix in self.unread:
+      bad |= ~jnp.isfinite(_largest(matrix, self.dtype))
+    return bad
+
+  def rescaled(self, largest, valid):
+    """The `Gram` of rows scaled so that their largest values are near 1."""
+    info = jnp.finfo(self.dtype)
+    exponents = jnp.clip(jnp.frexp(largest)[1], info.minexp, -info.minexp)
+    scale = _gram.power_of_two(-exponents, self.dtype)
+    products = self.shards.sum(self.products(jnp.where(valid, scale, jnp.nan)))
+    squares = jnp.diagonal(products, axis1=1, axis2=2)
+    exponents = jnp.where(squares > 0, exponents, _gram.ZERO_EXPONENT)
+    return _gram.Gram(products, exponents.astype(jnp.int32))
+
+
+def cosine_distance(a: Any, b: Any) -> jax.Array:
+  r"""Cosine distance of two pytrees, each taken as one long vector.
+
+  .. math::
+    d(a, b) = 1 - \frac{\langle a, b \rangle}{|a| |b|}
+
+  Inner products accumulate in at least float32 and neither overflow nor
+  underflow; of complex leaves the real part of the Hermitian product is taken.
+  Leaves that are not floating point or complex take no part.
+
+  Args:
+    a: a pytree of arrays.
+    b: a pytree of the same structure and shapes.
+
+  Returns:
+    float32 scalar in [0, 2]: 0 for the same direction, 1 for orthogonal vectors
+    or if either is zero, 2 for opposite ones; NaN if either is not finite.
+
+  Raises:
+    ValueError: if the structures or the shapes differ.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from gaf_optax import cosine_distance
+    >>> a = {'w': jnp.array([1.0, 0.0]), 'b': jnp.array(0.0)}
+    >>> b = {'w': jnp.array([0.0, 2.0]), 'b': jnp.array(0.0)}
+    >>> float(cosine_distance(a, b))
+    1.0
+
+  References:
+    Chaubard et al., `Beyond Gradient Averaging in Parallel Optimization
+    <https://arxiv.org/abs/2412.18052>`_, 2024, equation 1.
+  """
+  structures: list[Any] = [jax.tree.structure(tree) for tree in (a, b)]
+  if structures[0] != structures[1]:
+    raise ValueError(
+      "cosine_distance compares two pytrees of one structure, got "
+      f"{structures[0]} and {structures[1]}."
+    )
+  pairs = []
+  paths = jax.tree_util.tree_flatten_with_path(a)[0]
+  for (path, x), y in zip(paths, jax.tree.leaves(b)):
+    if jnp.shape(x) != jnp.shape(y):
+      raise ValueError(
+        "cosine_distance compares leaves of one shape, got "
+        f"{jnp.shape(x)} and {jnp.shape(y)} at leaf "
+        f"{jax.tree_util.keystr(path) or '(the whole tree)'}."
+      )
+    if jnp.issubdtype(jnp.result_type(x), jnp.inexact):
+      pairs.append((jnp.asarray(x)[None], jnp.asarray(y)[None]))
+  if not pairs:
+    raise ValueError(
+      "cosine_distance found no floating-point or complex leaf to compare."
+    )
+  both, valid = gram(pairs, [0] * len(pairs), num_groups=1)
+  n = both.products[0]
+  result = _gram.distance("cosine", n[0, 1], n[0, 0], n[1, 1])
+  return jnp.where(jnp.all(valid), result, jnp.nan).astype(jnp.float32)
+
+
+def _real_matrices(blocks, embed, dtype, columns=None):
+  """The rows of a leaf as real matrices, each a tuple of blocks `[k_b, size]`.
+
+  One for a real leaf, two (real and imaginary parts) for a complex one. Of what
+  `embed` made, `columns` (bool `[1, size]`) are kept; the others are padding.
+  """
+  if embed is not None:
+    blocks = [embedded(block, embed, dtype) for block in blocks]
+    if columns is not None:
+      blocks = [jnp.where(columns, block, 0) for block in blocks]
+  flat = [x.reshape(x.shape[0], math.prod(x.shape[1:])) for x in blocks]
+  if any(jnp.iscomplexobj(block) for block in flat):
+    return [tuple(x.real for x in flat), tuple(x.imag for x in flat)]
+  return [tuple(flat)]
+
+
+def embedded(block, embed, dtype):
+  """`embed` of an array, of an inexact dtype, its shape checked."""
+  result = jnp.asarray(embed(block))
+  if result.shape != block.shape:
+    raise ValueError(
+      "embed must be elementwise, that is, keep the shape of each leaf; it "
+      f"turned a leaf of shape {block.shape} into {result.shape}."
+    )
+  if not jnp.issubdtype(result.dtype, jnp.inexact):
+    result = result.astype(dtype)
+  return result
+
+
+def _largest(matrix, dtype):
+  """The largest absolute value in each row `[k]`; NaN where there is a NaN."""
+  # Not the maximum of abs(block), for which some versions of XLA copy the block.
+  extremes = [
+    jnp.maximum(jnp.max(block, axis=1, initial=0), -jnp.min(block, axis=1, initial=0))
+    for block in matrix
+  ]
+  return jnp.concatenate([x.astype(dtype) for x in extremes])
+
+
+def _products(matrix, dtype, scale):
+  """Inner products `[k, k]` of the rows that the blocks `[k_b, size]` hold.
+
+  `scale` is None, or the factor of each row `[k]`, NaN for rows that count as
+  zero.
+  """
+  if scale is not None:
+    return _blocked(matrix, dtype, scale)
+  # XLA's CPU products of long rows copy both operands and run far below the memory's
+  # speed; in blocks that fit in the cache they do neither.
+  return lax.platform_dependent(
+    *matrix,
+    cpu=lambda *matrix: _on_cpu(matrix, dtype),
+    default=lambda *matrix: _dots(matrix, dtype),
+  )
+
+
+def _on_cpu(matrix, dtype):
+  few = sum(block.shape[0] for block in matrix) <= _FEW_ROWS
+  if few and matrix[0].shape[1] >= _LONG_ROW:
+    return _by_pairs(matrix, dtype)
+  return _blocked(matrix, dtype, None)
+
+
+def _by_pairs(matrix, dtype):
+  """`_products` of few rows: for each pair one sum in each of some lanes.
+
+  On CPU this runs at the memory's speed, which small matrix products do not.
+  """
+  lanes = _LANES
+  places = [(block, i) for block in matrix for i in range(block.shape[0])]
+  pairs = [(i, j) for i in range(len(places)) for j in range(i, len(places))]
+  size = matrix[0].shape[1]
+  zeros = _jax_types.typed_like([jnp.zeros(lanes, dtype) for _ in pairs], matrix)
+
+  def add_chain(start, length, sums):
+    def add(step, sums):
+      rows = [
+        lax.dynamic_slice(block, (i, start + step * lanes), (1, lanes))[0].astype(dtype)
+        for block, i in places
+      ]
+      return [total + rows[i] * rows[j] for total, (i, j) in zip(sums, pairs)]
+
+    chain = lax.fori_loop(0, length, add, zeros)
+    return [_add(total, x) for total, x in zip(sums, chain)]
+
+  sums = [(x, x) for x in zeros]
+  num_chains, rest = divmod(size // lanes, _CHAIN)
+  if num_chains:
+    step = _CHAIN * lanes
+    sums = lax.fori_loop(
+      0, num_chains, lambda i, sums: add_chain(i * step, _CHAIN, sums), sums
+    )
+  if rest:
+    sums = add_chain(num_chains * _CHAIN * lanes, rest, sums)
+  found = dict(zip(pairs, [_halved(total + lost) for total, lost in sums]))
+  total = jnp.stack(
+    [
+      jnp.stack([found[min(i, j), max(i, j)] for j in range(len(places))])
+      for i in range(len(places))
+    ]
+  )
+  if size % lanes:
+    total += _blocked([x[:, size // lanes * lanes :] for x in matrix], dtype, None)
+  return total
+
+
+def _blocked(matrix, dtype, scale):
+  """`_products`, a block of columns at a time, each of several chains."""
+  num_rows, size = sum(block.shape[0] for block in matrix), matrix[0].shape[1]
+  most_chains = _BLOCK_CHAINS
+  while most_chains > 1 and most_chains * _CHAIN * num_rows > _BLOCK_VALUES:
+    most_chains //= 2
+
+  def block_products(start, chains, chain):
+    columns = [
+      lax.dynamic_slice_in_dim(x, start, chains * chain, 1).astype(dtype)
+      for x in matrix
+    ]
+    if scale is not None:
+      ends = list(itertools.accumulate(x.shape[0] for x in columns))
+      factors = jnp.split(scale[:, None], ends[:-1])
+      columns = [jnp.where(jnp.isnan(f), 0, x * f) for x, f in zip(columns, factors)]
+    by_chain = [x.reshape(x.shape[0], chains, chain) for x in columns]
+    return _halved(_dots(by_chain, dtype))
+
+  def add_blocks(start, chains, sums):
+    """Adds whole blocks from column `start` on; also gives the first column left."""
+    width = chains * _CHAIN
+    num_blocks = (size - start) // width
+
+    def add_block(i, sums):
+      return _add(sums, block_products(start + i * width, chains, _CHAIN))
+
+    if num_blocks == 1:
+      sums = add_block(0, sums)
+    elif num_blocks:
+      sums = lax.fori_loop(0, num_blocks, add_block, sums)
+    return start + num_blocks * width, sums
+
+  zeros = _jax_types.typed_like(jnp.zeros((num_rows,) * 2, dtype), (matrix, scale))
+  start, sums = add_blocks(0, most_chains, (zeros, zeros))
+  start, sums = add_blocks(start, 1, sums)
+  if start < size:
+    sums = _add(sums, block_products(start, 1, size - start))
+  return sums[0] + sums[1]
+
+
+def _add(sums, x):
+  """The sum so far and what rounding has lost of it, after x (Knuth's exact sum)."""
+  total, lost = sums
+  result = total + x
+  added = result - total
+  return result, lost + ((total - (result - added)) + (x - added))
+
+
+def _halved(x):
+  """The sum over the first axis, of 2**n terms, in n additions."""
+  while x.shape[0] > 1:
+    half = x.shape[0] // 2
+    x = x[:half] + x[half:]
+  return x[0]
+
+
+def _pairwise_sum(terms):
+  """The sum of a list of arrays, whose rounding grows with log2 of their number."""
+  while len(terms) > 1:
+    rest = terms[-1:] if len(terms) % 2 else []
+    terms = [a + b for a, b in zip(terms[::2], terms[1::2])] + rest
+  return terms[0]
+
+
+def _dots(matrix, dtype):
+  """Inner products of all rows of all blocks, by one matrix product a pair.
+
+  `[k, k]` for blocks `[k_b, size]`, `[n, k, k]` for `[k_b, n, size]`.
+  """
+  batch = tuple(range(1, matrix[0].ndim - 1))
+  last = (matrix[0].ndim - 1,)
+
+  def dot(x, y):
+    if x.dtype != y.dtype or x.dtype.itemsize < 2 or x.dtype == jnp.float64:
+      x, y = x.astype(dtype), y.astype(dtype)
+    return lax.dot_general(
+      x,
+      y,
+      ((last, last), (batch, batch)),
+      precision=lax.Precision.HIGHEST,
+      preferred_element_type=dtype,
+    )
+
+  if len(matrix) == 1:
+    return dot(matrix[0], matrix[0])
+  return jnp.block(
+    [
+      [dot(x, y) if i <= j else dot(y, x).mT for j, y in enumerate(matrix)]
+      for i, x in enumerate(matrix)
+    ]
+  )

@@ -1,0 +1,306 @@
+"""Mesh: over which devices values are spread: axes, their checks, sums over them."""
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gaf_optax import _jax_types, _tree
+
+# For each dimension the names of the axes that it is sharded over.
+_Spec = tuple[tuple[str, ...], ...]
+
+
+class Axes(NamedTuple):
+  """Over which devices micro-gradients and parameters are spread; hashable.
+
+  Attributes:
+    axis_names: names of the axes along which the micro-gradients lie; () where all
+      are on this device.
+    stacked: whether each replica holds several, on a leading axis.
+    param_axes: names of the axes over which the parameters are sharded.
+    replicated: for each leaf those of `param_axes` that it is replicated over.
+  """
+
+  axis_names: tuple[Hashable, ...] = ()
+  stacked: bool = True
+  param_axes: tuple[Hashable, ...] = ()
+  replicated: tuple[tuple[Hashable, ...], ...] = ()
+
+  def num_replicas(self) -> int:
+    return math.prod(lax.axis_size(name) for name in self.axis_names)
+
+
+class Shards(NamedTuple):
+  """How inner products over rows are completed, where devices hold parts of them.
+
+  Attributes:
+    axis_names: names of the axes that sums go over.
+    primary: for each leaf of rows None, or a bool scalar that is True on the one
+      device of those holding the same values whose products count. () for None.
+    unpadded: for each leaf of rows None, or bool `[1, c]`: False for padding. () for
+      None.
+  """
+
+  axis_names: tuple[Hashable, ...]
+  primary: tuple[jax.Array | None, ...]
+  unpadded: tuple[jax.Array | None, ...]
+
+  def sum(self, x: jax.Array) -> jax.Array:
+    return lax.psum(x, self.axis_names) if self.axis_names else x
+
+  def max(self, x: jax.Array) -> jax.Array:
+    return lax.pmax(x, self.axis_names) if self.axis_names else x
+
+
+# Everything is on this device.
+WHOLE = Shards((), (), ())
+
+
+def shards(axes: Axes, num_others: int = 0) -> Shards:
+  """Of leaves that are whole on this device but for `axes.param_axes`.
+
+  `num_others` are how many more leaves follow those of which `axes` speaks.
+  """
+  flags = tuple(primary(names) for names in axes.replicated)
+  return Shards(axes.param_axes, flags + (None,) * num_others if flags else (), ())
+
+
+def primary(replicated: tuple[Hashable, ...]) -> jax.Array | None:
+  """Whether this device's products count, of devices that hold the same values."""
+  if not replicated:
+    return None
+  return jnp.all(jnp.stack([lax.axis_index(name) == 0 for name in replicated]))
+
+
+def axes(
+  leaves: _tree.Leaves,
+  axis_names: tuple[Hashable, ...],
+  stacked: bool,
+  param_axes: tuple[Hashable, ...],
+  param_specs: Any,
+) -> Axes:
+  """The axes of a tree's leaves, checked against where the call is made.
+
+  Args:
+    leaves: the micro-gradients, taken apart.
+    axis_names: `axis_name` as a tuple.
+    stacked: whether the leaves have a micro-gradient axis in front.
+    param_axes: `param_axes` as a tuple.
+    param_specs: a tree of `PartitionSpec` of the parameters, or None where types have
+      to tell which leaves are replicated.
+
+  Raises:
+    ValueError: where a name is not an axis here, where the gradients have been
+      summed over the replicas already, and where it cannot be known which leaves
+      are replicated over `param_axes`.
+  """
+  named = list(zip(leaves.layout.paths, leaves.arrays))
+  _check_bound("axis_name", axis_names)
+  _check_bound("param_axes", param_axes)
+  for name in axis_names:
+    if _jax_types.checks_replication(name):
+      for path, x in named:
+        if name not in _jax_types.varying(x):
+          raise ValueError(_summed(path, name))
+  for path, x in named if axis_names else ():
+    unmapped = sum(_jax_types.explicit_spec(x), ())
+    if unmapped:
+      raise ValueError(
+        f"micro-gradient leaf {_tree.name(path)} is sharded over axis {unmapped[0]!r}"
+        " of an Explicit mesh that this jax.shard_map does not map. Map that axis,"
+        " too (axis_names), and give it as param_axes."
+      )
+  replicated = tuple(_replicated(path, x, param_axes, param_specs) for path, x in named)
+  return Axes(axis_names, stacked, param_axes, replicated if param_axes else ())
+
+
+def spec_axes(specs: Any) -> tuple[Hashable, ...]:
+  """All axes that a tree of `PartitionSpec` names, in order."""
+  flat = jax.tree.leaves(specs, is_leaf=lambda node: isinstance(node, P))
+  return tuple(dict.fromkeys(name for spec in flat for name in _of_spec(spec)))
+
+
+def _check_bound(argument, names):
+  for name in names:
+    try:
+      lax.axis_size(name)
+    except NameError:
+      raise ValueError(
+        f"{argument} {name!r} is not an axis here. Call update inside jax.pmap,"
+        " jax.shard_map or jax.vmap with an axis of this name; outside of them"
+        " leave the argument out."
+      ) from None
+
+
+def _replicated(path, x, param_axes, param_specs):
+  """The names in `param_axes` that a leaf is replicated over."""
+  if param_specs is not None:
+    sharded = _named_in(param_specs, path)
+  else:
+    for name in param_axes:
+      if not _jax_types.checks_replication(name):
+        raise ValueError(_unseen(name))
+    sharded = _jax_types.varying(x)
+  return tuple(name for name in param_axes if name not in sharded)
+
+
+def _of_spec(spec):
+  entries = [e if isinstance(e, tuple) else (e,) for e in spec]
+  return [name for entry in entries for name in entry if name is not None]
+
+
+def _named_in(specs, path):
+  """Axes in the `PartitionSpec` of a leaf; the tree of specs may be a prefix."""
+  flat, _ = jax.tree_util.tree_flatten_with_path(
+    specs, is_leaf=lambda node: isinstance(node, P)
+  )
+  for prefix, spec in flat:
+    if path[: len(prefix)] == prefix:
+      return set(_of_spec(spec))
+  raise ValueError(
+    f"param_axes holds no PartitionSpec for leaf {_tree.name(path)}. Give a tree of"
+    " them like the parameters, or a prefix of it, as in_specs of jax.shard_map."
+  )
+
+
+def _summed(path, name):
+  return (
+    f"micro-gradient leaf {_tree.name(path)} is the same on every replica of axis"
+    f" {name!r}: differentiating with respect to replicated parameters has already"
+    " summed it over the axis, and every cosine distance would be 0. Make the"
+    " parameters vary before jax.grad:"
+    f" params = jax.lax.pcast(params, {name!r}, to='varying')."
+  )
+
+
+def _unseen(name):
+  return (
+    f"param_axes {name!r}: without the replication check of jax.shard_map gaf cannot"
+    " see which leaves are replicated over it, to count them once. Give the"
+    " PartitionSpecs of the parameters instead, param_axes=param_specs, or a prefix"
+    f" of them: jax.P({name!r}) where every leaf is sharded over it."
+  )
+
+
+# Arrays that are spread over an Explicit mesh, as their types say.
+
+
+class Placement(NamedTuple):
+  """Where stacked leaves `[k, *shape]` lie on an Explicit mesh.
+
+  Attributes:
+    mesh: the mesh.
+    axes: what the axes of the mesh are to the leaves.
+    stacked: for each leaf the `PartitionSpec` of its stack.
+    single: for each leaf that of its result, without the leading axis.
+  """
+
+  mesh: Any
+  axes: Axes
+  stacked: list[P]
+  single: list[P]
+
+
+def is_sharded(arrays: Sequence[jax.Array]) -> bool:
+  """Whether the type of any array says that it is sharded over an Explicit mesh."""
+  return any(any(_jax_types.explicit_spec(x)) for x in arrays)
+
+
+def placement(arrays: Sequence[jax.Array], paths: Sequence[Any]) -> Placement:
+  """Where stacked leaves lie, checked.
+
+  Raises:
+    ValueError: if the leading axes are sharded differently, or other dimensions
+      over the same mesh axes.
+  """
+  specs = [_jax_types.explicit_spec(x) for x in arrays]
+  leading = _leading(specs, paths)
+  inner = [spec[1:] for spec in specs]
+  axes = _axes_of(leading, inner)
+  both = set(leading) & set(axes.param_axes)
+  if both:
+    path = next(p for p, spec in zip(paths, inner) if both & {*sum(spec, ())})
+    raise ValueError(
+      f"the stack of micro-gradients is sharded over mesh axis {min(both)!r}, and so"
+      f" is a dimension of leaf {_tree.name(path)}. Use one mesh axis for the"
+      " micro-gradients and another one for the parameters."
+    )
+  stacked = [_partition((leading, *spec)) for spec in inner]
+  return Placement(_mesh(arrays), axes, stacked, [_partition(spec) for spec in inner])
+
+
+def reduce_shards(
+  per_shard: Callable[[Any, Shards], Any], leaves: Sequence[Sequence[jax.Array]]
+) -> Any:
+  """A function of leaves and `Shards` that each device calls with its own parts.
+
+  Args:
+    per_shard: what it returns is the same on all devices.
+    leaves: for each leaf its blocks of rows `[k_b, *shape]`, whole rows of which are
+      sharded alike.
+  """
+  specs = [max(_jax_types.explicit_spec(b)[1:] for b in blocks) for blocks in leaves]
+  axes = _axes_of((), specs)
+  mesh = _mesh([block for blocks in leaves for block in blocks])
+  rows = [_partition(((), *spec)) for spec in specs]
+  mapped = jax.shard_map(
+    lambda leaves: per_shard(leaves, shards(axes)),
+    mesh=mesh,
+    in_specs=(rows,),
+    out_specs=P(),
+  )
+  return jax.jit(mapped)(
+    [
+      tuple(reshard(blocks, [spec] * len(blocks), mesh))
+      for blocks, spec in zip(leaves, rows)
+    ]
+  )
+
+
+def reshard(leaves: Sequence[jax.Array], specs: Sequence[P], mesh) -> list[jax.Array]:
+  """The leaves, sharded over an Explicit mesh as the specs say."""
+  return [
+    jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(leaves, specs)
+  ]
+
+
+def explicit_partition(x: jax.Array) -> P:
+  """The `PartitionSpec` of an array on an Explicit mesh."""
+  return _partition(_jax_types.explicit_spec(x))
+
+
+def _axes_of(leading, inner: Sequence[_Spec]) -> Axes:
+  params = tuple(dict.fromkeys(name for spec in inner for name in sum(spec, ())))
+  replicated = tuple(
+    tuple(name for name in params if name not in sum(spec, ())) for spec in inner
+  )
+  return Axes(leading, True, params, replicated)
+
+
+def _mesh(arrays):
+  return next(
+    jax.typeof(x).sharding.mesh for x in arrays if any(_jax_types.explicit_spec(x))
+  )
+
+
+def _leading(specs: Sequence[_Spec], paths) -> tuple[str, ...]:
+  """The mesh axes that the micro-gradient axis of every leaf is sharded over."""
+  found = {spec[0]: path for spec, path in zip(specs, paths) if spec[0]}
+  if len(found) > 1:
+    (first, path), (second, other) = list(found.items())[:2]
+    raise ValueError(
+      "the micro-gradient axis must be sharded over the same mesh axes in every"
+      f" leaf, but it is over {first} in leaf {_tree.name(path)} and over {second}"
+      f" in leaf {_tree.name(other)}."
+    )
+  return next(iter(found), ())
+
+
+def _partition(spec: _Spec) -> P:
+  return P(*(names or None for names in spec))
