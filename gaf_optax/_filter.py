@@ -161,11 +161,16 @@ def _one_by_one_on_cpu(all_at_once, rows, inputs, plan):
   """On CPU the rows pushed into a stream one after the other; elsewhere at once."""
 
   def one_by_one(leaves, inputs):
-    means, decision, finite = _stream.filter_rows(
+    means, decision, pushed = _stream.filter_rows(
       leaves, rows.group_ids, inputs.threshold, plan
     )
-    unknown = jnp.full((), jnp.nan, jnp.float32)
-    return Filtered(means, None, decision, finite, unknown, None)
+    plain = _combine.normalized(pushed.finite.astype(jnp.float32))
+    blocks = [(_combine.weighted_mean(x, plain)[None],) for x in leaves]
+    gram, _ = _inner_products.gram(blocks, rows.group_ids, plan.layout.num_groups)
+    mean = _gram.Gram(gram.products[:, 0, 0], gram.exponents[:, 0])
+    squares = _gram.Gram(pushed.squares.T, pushed.exponents.T)
+    noise_scale = _gram.noise_scale_of_mean(squares, mean, pushed.finite)
+    return Filtered(means, None, decision, pushed.finite, noise_scale, None)
 
   return lax.platform_dependent(
     rows.leaves, inputs, cpu=one_by_one, default=all_at_once

@@ -14,6 +14,7 @@ __all__ = [
   "distance",
   "from_matrix",
   "noise_scale",
+  "noise_scale_of_mean",
   "power_of_two",
   "typed_like",
 ]
@@ -137,11 +138,30 @@ def noise_scale(gram: Gram, valid: jax.Array) -> jax.Array:
   top = jnp.max(jnp.where(valid, gram.exponents, ZERO_EXPONENT))
   unit = jnp.where(valid, power_of_two(gram.exponents - top, dtype), 0)
   matrix = jnp.sum(gram.products * unit[:, :, None] * unit[:, None, :], axis=0)
+  return _noise_scale(jnp.trace(matrix), jnp.sum(matrix), jnp.sum(valid))
+
+
+def noise_scale_of_mean(rows: Gram, mean: Gram, valid: jax.Array) -> jax.Array:
+  """`noise_scale` from what is known without a Gram matrix.
+
+  Args:
+    rows: the squared norms `[m, k]` of the micro-gradients, and their exponents.
+    mean: those of the mean of the valid ones, `[m]`.
+    valid: bool `[k]`.
+  """
+  dtype = rows.products.dtype
   num_valid = jnp.sum(valid)
-  trace = jnp.trace(matrix)
+  top = jnp.max(jnp.where(valid, rows.exponents, ZERO_EXPONENT))
+  unit = lambda exponents: power_of_two(exponents - top, dtype)
+  squares = jnp.where(valid, rows.products * unit(rows.exponents) ** 2, 0)
+  total = num_valid**2 * jnp.sum(mean.products * unit(mean.exponents) ** 2)
+  return _noise_scale(jnp.sum(squares), total, num_valid)
+
+
+def _noise_scale(trace, total, num_valid):
+  """From the trace and the sum of all entries of a Gram matrix."""
   diagonal = trace / jnp.maximum(num_valid, 1)
-  num_pairs = jnp.maximum(num_valid * (num_valid - 1), 1)
-  agreement = (jnp.sum(matrix) - trace) / num_pairs
+  agreement = (total - trace) / jnp.maximum(num_valid * (num_valid - 1), 1)
   scale = (diagonal - agreement) / jnp.where(agreement > 0, agreement, 1)
   scale = jnp.where(agreement > 0, scale, jnp.inf)
   return jnp.where(num_valid > 1, scale, jnp.nan).astype(jnp.float32)

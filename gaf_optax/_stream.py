@@ -121,7 +121,7 @@ def filter_rows(
   group_ids: tuple[int, ...],
   threshold: jax.Array,
   plan: _options.Plan,
-) -> tuple[list[jax.Array], rules.Decision, jax.Array]:
+) -> tuple[list[jax.Array], rules.Decision, "Pushed"]:
   """Filters stacked leaves `[k, *shape]` by pushing one row after the other.
 
   Args:
@@ -131,7 +131,7 @@ def filter_rows(
     plan: of the leaves of the tree, which these are made of.
 
   Returns:
-    The means, the decision `[m, k]`, and bool `[k]`, which are finite.
+    The means, the decision `[m, k]`, and a `Pushed` of arrays `[k, ...]`.
   """
   first = [x[0] for x in arrays]
   paths = tuple((jax.tree_util.SequenceKey(i),) for i in range(len(arrays)))
@@ -139,11 +139,25 @@ def filter_rows(
   plan = plan._replace(layout=layout)
   empty = _empty(first, first, layout, arrays[0].shape[0])
   empty = _jax_types.typed_like(empty, (arrays, threshold))
-  stream, finite = jax.lax.scan(
+  stream, pushed = jax.lax.scan(
     lambda stream, row: push(stream, row, threshold, plan=plan), empty, list(arrays)
   )
   means, decision = finish(stream, first, layout, min_accepted=2)
-  return means, decision, finite
+  return means, decision, pushed
+
+
+class Pushed(NamedTuple):
+  """What was seen of one micro-gradient.
+
+  Attributes:
+    finite: bool scalar.
+    squares: `[m]`, the squared norm in each group, in units of `4**exponents`.
+    exponents: int32 `[m]`.
+  """
+
+  finite: jax.Array
+  squares: jax.Array
+  exponents: jax.Array
 
 
 @functools.partial(jax.jit, static_argnames="plan")
@@ -155,11 +169,8 @@ def push(
   anchored: jax.Array | None = None,
   *,
   plan: _options.Plan,
-) -> tuple[Stream, jax.Array]:
-  """Compares a micro-gradient with the running mean, or the anchor, and takes it up.
-
-  Returns the stream, and a bool scalar: whether the micro-gradient is finite.
-  """
+) -> tuple[Stream, Pushed]:
+  """Compares a micro-gradient with the running mean, or the anchor, and takes it up."""
   layout, dtype = plan.layout, stream.mean.total_weight.dtype
   embedded = arrays
   if anchor is not None:
@@ -211,7 +222,7 @@ def push(
     num_finite=stream.num_finite + finite,
     each=_recorded(stream, step),
   )
-  return stream, finite
+  return stream, Pushed(finite, gram.products[:, 1, 1], gram.exponents[:, 1])
 
 
 def _against_anchor(mean, gram, finite, threshold, anchored, plan):
@@ -222,7 +233,8 @@ def _against_anchor(mean, gram, finite, threshold, anchored, plan):
   total = mean.total_weight + accepted
   add = accepted / jnp.where(total > 0, total, 1)
   keep = jnp.where(mean.total_weight > 0, 1 - add, 0)
-  return mean._replace(total_weight=total), rules.Step(keep, add, accepted, distance)
+  step = rules.Step(keep, add, jnp.ones_like(add), accepted, accepted, distance)
+  return mean._replace(total_weight=total), step
 
 
 def _recorded(stream, step):

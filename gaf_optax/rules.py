@@ -132,12 +132,16 @@ class Step(NamedTuple):
 
   Attributes:
     keep, add: shares in [0, 1]. `m` and `g` with a share of 0 are left out.
+    factor, weight: the same as weights: those of the terms so far are multiplied by
+      `factor`, that of g is `weight`.
     accepted: bool.
     distance: NaN where there was nothing to compare.
   """
 
   keep: jax.Array
   add: jax.Array
+  factor: jax.Array
+  weight: jax.Array
   accepted: jax.Array
   distance: jax.Array
 
@@ -151,7 +155,7 @@ class SequentialRule(Rule):
   """
 
   def _merge(self, distance, tau, first):
-    """Weights `(keep, add)` of the sum so far and of a micro-gradient, and `accepted`.
+    """`(factor, weight, accepted)` of a micro-gradient at `distance`, see `Step`.
 
     `first` is True while the sum is empty.
     """
@@ -177,23 +181,22 @@ class SequentialRule(Rule):
       shift=pair.g_exponent - pair.m_exponent,
       cancelled=pair.mm <= _CANCELLED * jnp.finfo(dtype).eps * squares,
     )
-    keep, add, accepted = self._merge(distance, tau, first)
-    before = jnp.where(valid, keep, 1).astype(dtype) * mean.total_weight
-    add = jnp.where(valid, add, 0).astype(dtype)
-    total = before + add
+    factor, weight, accepted = self._merge(distance, tau, first)
+    factor = jnp.where(valid, factor, 1).astype(dtype)
+    weight = jnp.where(valid, weight, 0).astype(dtype)
+    before = factor * mean.total_weight
+    total = before + weight
     divisor = jnp.where(total > 0, total, 1)
-    keep, add = before / divisor, add / divisor
+    keep, add = before / divisor, weight / divisor
 
     top = jnp.maximum(mean.exponent, pair.g_exponent)
     exponent = jnp.where(add > 0, top, mean.exponent)
     a = keep * _gram.power_of_two(mean.exponent - exponent, dtype)
     b = add * _gram.power_of_two(pair.g_exponent - exponent, dtype)
     squares = a**2 * mean.squares + b**2 * pair.gg
-    compared = valid & ~first
-    return (
-      RunningMean(total, squares, exponent),
-      Step(keep, add, accepted & valid, jnp.where(compared, distance, jnp.nan)),
-    )
+    distance = jnp.where(valid & ~first, distance, jnp.nan)
+    step = Step(keep, add, factor, weight, accepted & valid, distance)
+    return RunningMean(total, squares, exponent), step
 
   def decide(self, gram, valid, tau):
     k, dtype = valid.shape[0], gram.products.dtype
@@ -208,7 +211,7 @@ class SequentialRule(Rule):
       a = step.keep * _gram.power_of_two(pair.m_exponent - mean.exponent, dtype)
       b = step.add * _gram.power_of_two(exponent - mean.exponent, dtype)
       vector = _MeanByRows(
-        weights=(step.keep * vector.weights).at[i].set(step.add),
+        weights=(step.factor * vector.weights).at[i].set(step.weight),
         with_rows=a * vector.with_rows + b * row,
         squared_norm=a**2 * pair.mm + 2 * a * b * pair.mg + b**2 * pair.gg,
       )
@@ -229,7 +232,7 @@ class SequentialRule(Rule):
 class _MeanByRows(NamedTuple):
   """The vector of a running mean, known by its inner products alone."""
 
-  weights: jax.Array  # [k], what it is the sum of
+  weights: jax.Array  # [k], of its terms, not normalized
   with_rows: jax.Array  # [k], <m, g_j>
   squared_norm: jax.Array
 

@@ -16,6 +16,7 @@ class Filtered(NamedTuple):
   agreed: bool
   accepted: float
   distances: np.ndarray  # [k]
+  weights: np.ndarray  # [k]
   nonfinite: int
 
 
@@ -39,6 +40,7 @@ def read(gradient, state):
     bool(found["agreed"]),
     float(found["num_accepted"]),
     np.asarray(gaf_state.distances),
+    np.asarray(gaf_state.weights),
     int(found["nonfinite"]),
   )
 
@@ -102,6 +104,7 @@ def scanned(tree, tau, **options):
     bool(agreement.agreed),
     float(agreement.num_accepted),
     np.asarray(agreement.distances),
+    np.asarray(agreement.weights),
     int(agreement.nonfinite),
   )
 

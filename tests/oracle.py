@@ -12,6 +12,7 @@ class Result(NamedTuple):
   gradient: list  # float64 or complex128 arrays, one for each leaf
   agreed: bool
   accepted: np.ndarray  # bool [k]
+  weights: np.ndarray  # [k], of sum 1 or all 0
   distances: np.ndarray  # [k], NaN where nothing was compared
   finite: np.ndarray  # bool [k]
   margin: float  # how near the closest comparison was to tau
@@ -136,4 +137,32 @@ def gaf(leaves, tau, rule="sequential", embed=None, **options):
     sum(w * x[i] for i, w in enumerate(share) if w) + np.zeros(x.shape[1:])
     for x in clean
   ]
-  return Result(gradient, bool(agreed), accepted, distances, finite, margin, condition)
+  return Result(
+    gradient, bool(agreed), accepted, share, distances, finite, margin, condition
+  )
+
+
+def noise_scale(leaves):
+  """Trace of the covariance over the squared mean, both without bias."""
+  v = vectors(leaves)
+  v = v[np.isfinite(v).all(axis=1)]
+  v = v / np.abs(v).max()
+  k = len(v)
+  noise = np.sum((v - v.mean(axis=0)) ** 2) / (k - 1)
+  signal = np.sum(v.mean(axis=0) ** 2) - noise / k
+  return noise / signal if signal > 0 else np.inf
+
+
+def remember(steps, decay):
+  """Mean and weight `[k, k]` of the cosines of pairs over steps of vectors `[k, n]`."""
+  k = len(steps[0])
+  mean, weight = np.zeros((k, k)), np.zeros((k, k))
+  for v in steps:
+    for i in range(k):
+      for j in range(k):
+        a, b = v[i].astype(np.float64), v[j].astype(np.float64)
+        if np.isfinite(a).all() and np.isfinite(b).all() and a.any() and b.any():
+          cosine = 1 - distance(a, b)
+          weight[i, j] = decay * weight[i, j] + 1
+          mean[i, j] += (cosine - mean[i, j]) / weight[i, j]
+  return mean, weight

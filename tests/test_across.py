@@ -85,7 +85,7 @@ def test_every_mapping_is_the_oracle(how, bad, monkeypatch):
   assert bad == (not want.accepted.all())
   tx = gaf_optax.gaf(TAU, axis_name="data", num_microbatches=N)
   if how in (CHECKED, "vmap"):  # These small trees, too, in several exchanges.
-    monkeypatch.setattr(_exchange, "_LEAST", 1)
+    monkeypatch.setattr(_exchange, "_MIN_BUCKET", 1)
   gradient, state = across.mapped(update(tx), tree, how)
   for x in jax.tree.leaves((gradient, state)):
     x = np.asarray(x)
@@ -237,7 +237,7 @@ def test_two_levels_are_a_chain(how):
 
 
 def test_an_empty_leaf_behind_the_first_exchange(monkeypatch):
-  monkeypatch.setattr(_exchange, "_LEAST", 1)
+  monkeypatch.setattr(_exchange, "_MIN_BUCKET", 1)
   leaves = [jnp.arange(8.0 * 40).reshape(8, 1, 40), jnp.zeros((8, 1, 0, 2))]
   leaves.append(jnp.ones((8, 1, 40)))
   params = params_of([x[0] for x in leaves])
@@ -275,7 +275,7 @@ def test_sizes_nobody_thought_of(shapes, n, k_local, groups, seed):
   tx = gaf_optax.gaf(0.9, **options)
   want, want_state = tx.update(flat, tx.init(params), params)
   tx = gaf_optax.gaf(0.9, axis_name="data", stacked=True, **options)
-  with mock.patch.object(_exchange, "_LEAST", 1):
+  with mock.patch.object(_exchange, "_MIN_BUCKET", 1):
     got, state = across.mapped(update(tx, params), leaves, "vmap", shape=(n,))
   distances = np.asarray(want_state.distances)
   if np.nanmin(np.abs(distances - 0.9), initial=1) < 1e-4:

@@ -352,7 +352,9 @@ class TestErrors:
     for wrong in (0, 1, 2.5, "2", True):
       with pytest.raises(ValueError, match="num_microbatches"):
         gaf_optax.gaf(num_microbatches=wrong)
-    with pytest.raises(ValueError, match="num_microbatches is 3, but every_k_schedule is 2"):
+    with pytest.raises(
+      ValueError, match="num_microbatches is 3, but every_k_schedule is 2"
+    ):
       gaf_optax.multi_steps(optax.sgd(1.0), 2, num_microbatches=3)
 
   def test_options(self):

@@ -82,6 +82,9 @@ def check(filtered, expected, leaves):
   np.testing.assert_allclose(
     filtered.distances, expected.distances, rtol=0, atol=min(error, 2)
   )
+  np.testing.assert_allclose(
+    filtered.weights, expected.weights, rtol=0, atol=min(10 * error + 1e-6, 1)
+  )
   kept = expected.finite
   for got, want, leaf in zip(filtered.gradient, expected.gradient, leaves):
     assert got.shape == want.shape
@@ -215,3 +218,20 @@ def test_tau_2_is_the_mean_of_the_finite_ones(form, drawn):
       np.testing.assert_allclose(
         np.asarray(got), want, rtol=0, atol=3e-6 * largest + 1e-37
       )
+
+
+@pytest.mark.parametrize("name", ["sequential", "running_average"])
+@pytest.mark.parametrize("kind", ["cosine", "euclidean"])
+@pytest.mark.parametrize("form", [*sorted(forms.ALL), "stacked, k = 40"])
+@pytest.mark.parametrize("cancels", [True, False])
+def test_a_sum_that_cancels_is_zero_in_every_form(form, kind, name, cancels):
+  """Down to rounding of its terms: what is left has no direction to agree with."""
+  rng = np.random.default_rng(0)
+  first, rest = rng.standard_normal((2, 50))
+  rest *= 1e-4 if cancels else 1e-2
+  rows = [first, -first + rest, rest if kind == "cosine" else rest / 2]
+  if "40" in form:
+    rows += [first] * 37
+  rows = jnp.asarray(np.stack(rows), jnp.float32)
+  result = forms.ALL[form.split(",")[0]]([rows], 2.0, rule=getattr(rules, name)(kind))
+  assert result.distances[2] == pytest.approx(1.0 if cancels else 0.0, abs=1e-2)

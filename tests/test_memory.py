@@ -1,0 +1,265 @@
+"""`memory_decay` against the running mean of cosines in NumPy float64, in all forms."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import across
+import gaf_optax
+import oracle
+from gaf_optax import rules
+
+K, DECAY = 8, 0.9
+
+
+def steps(seed, num_steps, k=K, dtype="float32", bad=True):
+  """Trees of two leaves; sources 0 to 4 agree a little. NaN, Inf and zero rows."""
+  rng = np.random.default_rng(seed)
+  common = rng.standard_normal(10)
+  for t in range(num_steps):
+    rows = rng.standard_normal((k, 10)) + common * (np.arange(k)[:, None] < 5)
+    rows *= 10.0 ** rng.integers(-6, 6)
+    if bad:
+      rows[t % k] = [np.nan, np.inf, 0, 1e-30][t % 4]
+    rows = jnp.asarray(rows).astype(dtype)
+    yield {"a": rows[:, :6].reshape(k, 2, 3), "b": rows[:, 6:]}
+
+
+def run(tx, trees):
+  params = jax.tree.map(lambda x: x[0], trees[0])
+  state = tx.init(params)
+  update = jax.jit(tx.update)
+  for tree in trees:
+    gradient, state = update(tree, state, params)
+  return gradient, state
+
+
+def flat(tree):
+  return oracle.vectors(list(tree.values()))
+
+
+@pytest.mark.parametrize("decay", [0.0, DECAY])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_memory_is_the_oracles(decay, dtype):
+  trees = list(steps(0, 13, dtype=dtype))
+  tx = gaf_optax.gaf(0.9, memory_decay=decay, num_microbatches=K)
+  _, state = run(tx, trees)
+  mean, weight = oracle.remember([flat(tree) for tree in trees], decay)
+  np.testing.assert_allclose(state.memory.mean[0], mean, atol=2e-5)
+  np.testing.assert_allclose(state.memory.weight[0], weight, rtol=1e-5)
+  chex.assert_shape(state.memory, (1, K, K))
+  assert {x.dtype.name for x in state.memory} == {"float32"}
+
+
+@pytest.mark.parametrize(
+  "name, arguments",
+  [
+    ("sequential", {}),
+    ("leave_one_out", {}),
+    ("most_neighbors", {}),
+    ("min_neighbors", {"fraction": 0.5}),
+  ],
+)
+def test_every_rule_decides_on_the_memory(name, arguments):
+  """And what is combined is this step's micro-gradients, the finite ones."""
+  trees = list(steps(1, 14))
+  rule = getattr(rules, name)(**arguments)
+  tx = gaf_optax.gaf(0.8, rule=rule, memory_decay=DECAY, num_microbatches=K)
+  gradient, state = run(tx, trees)
+  mean, _ = oracle.remember([flat(tree) for tree in trees], DECAY)
+  v = flat(trees[-1])
+  finite = np.isfinite(v).all(axis=1)
+  assert not finite.all()
+  # Vectors whose Gram matrix is the memory.
+  matrix = np.where(np.eye(K, dtype=bool), 1, mean)
+  values, basis = np.linalg.eigh(matrix)
+  assert values.min() > -1e-6
+  rows = basis * np.sqrt(np.maximum(values, 0))
+  weights, accepted, distances, margin, _ = oracle.decide(
+    name, rows, finite, 0.8, **arguments
+  )
+  assert margin > 1e-4 and 1 < accepted.sum() < K
+  np.testing.assert_array_equal(state.accepted, accepted)
+  np.testing.assert_allclose(state.distances, distances, atol=1e-4)
+  share = weights / weights.sum()
+  np.testing.assert_allclose(state.weights, share, atol=1e-4)
+  clean = np.where(finite[:, None], v, 0)
+  want = share @ clean
+  largest = np.abs(clean).max()
+  np.testing.assert_allclose(flat_one(gradient), want, atol=1e-5 * largest)
+
+
+def flat_one(tree):
+  return np.concatenate([np.asarray(x, np.float64).ravel() for x in tree.values()])
+
+
+def test_a_rule_of_the_users_sees_the_matrix():
+  seen = []
+
+  def rule(gram, valid, tau):
+    seen.append((gram, valid))
+    return rules.most_neighbors()(gram, valid, tau)
+
+  tx = gaf_optax.gaf(rule=rule, memory_decay=0.5, num_microbatches=3)
+  rows = jnp.array([[1.0, 0.0], [1.0, 1.0], [jnp.nan, 0.0]])
+  with jax.disable_jit():
+    _, state = tx.update(rows, tx.init(jnp.zeros(2)))
+  gram, valid = seen[-1]
+  cosine = 0.5**0.5
+  np.testing.assert_allclose(
+    gram, [[1, cosine, 0], [cosine, 1, 0], [0, 0, 0]], atol=1e-6
+  )
+  np.testing.assert_array_equal(valid, [True, True, False])
+  assert state.accepted.tolist() == [True, True, False]
+
+
+def test_persisting_wrong_sources_are_found_where_one_step_shows_nothing():
+  """Five of eight share a small common part, three another one."""
+  rng = np.random.default_rng(3)
+  parts = rng.standard_normal((2, 200))
+  of_source = np.repeat([0, 1], [5, 3])
+  rows = [
+    jnp.asarray(rng.standard_normal((K, 200)) + 0.3 * parts[of_source], jnp.float32)
+    for _ in range(100)
+  ]
+  rule = rules.min_neighbors(0.6)
+  accepted = {}
+  for name, options in {"now": {}, "memory": {"memory_decay": 0.98}}.items():
+    tx = gaf_optax.gaf(0.95, rule=rule, num_microbatches=K, **options)
+    state, update = tx.init(jnp.zeros(200)), jax.jit(tx.update)
+    each = []
+    for x in rows:
+      _, state = update(x, state)
+      each.append(np.asarray(state.accepted))
+    accepted[name] = np.mean(each[50:], axis=0)
+  np.testing.assert_array_equal(accepted["memory"], of_source == 0)
+  assert np.ptp(accepted["now"][:5]) < 0.5 and accepted["now"][:5].mean() < 0.9
+
+
+def test_groups_have_memories_of_their_own():
+  trees = list(steps(4, 9))
+  options = dict(memory_decay=DECAY, num_microbatches=K)
+  _, state = run(gaf_optax.gaf(0.9, groups="leaf", **options), trees)
+  for group, name in enumerate(trees[0]):
+    # A row whose other leaf is not finite is not valid anywhere.
+    whole = [np.isfinite(flat(t)).all(axis=1) for t in trees]
+    masked = [
+      np.where(ok[:, None], flat({name: t[name]}), np.nan)
+      for ok, t in zip(whole, trees)
+    ]
+    mean, weight = oracle.remember(masked, DECAY)
+    np.testing.assert_allclose(state.memory.mean[group], mean, atol=2e-5)
+    np.testing.assert_allclose(state.memory.weight[group], weight, rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", across.ALL, ids=across.name)
+def test_across_devices_it_is_the_stacked_form(how):
+  trees = list(steps(5, 3))
+  rule = rules.most_neighbors()
+  options = dict(rule=rule, memory_decay=DECAY, num_microbatches=K)
+  want, want_state = run(gaf_optax.gaf(0.9, **options), trees)
+  tx = gaf_optax.gaf(0.9, axis_name="data", **options)
+  stack = jax.tree.map(lambda *x: jnp.stack(x, axis=1), *trees)
+
+  def all_steps(rows):
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), rows)
+    state = tx.init(params)
+    for t in range(len(trees)):
+      gradient, state = tx.update(jax.tree.map(lambda x: x[t], rows), state, params)
+    return gradient, state
+
+  gradient, state = across.mapped(all_steps, stack, how)
+  largest = np.abs(want["b"]).max()
+  chex.assert_trees_all_close(
+    jax.tree.map(lambda x: x[0] / largest, gradient),
+    jax.tree.map(lambda x: x / largest, want),
+    atol=1e-5,
+  )
+  own = jax.tree.map(lambda x: x[0], state)
+  chex.assert_trees_all_close(own, want_state, rtol=1e-4, atol=2e-5)
+
+
+def test_it_sends_nothing_more():
+  """Collectives of the compiled program, and their shapes, with and without."""
+
+  def sent(**options):
+    tx = gaf_optax.gaf(axis_name="data", num_microbatches=K, **options)
+    params = {"a": jnp.zeros((40, 50)), "b": jnp.zeros(7)}
+    update = lambda grads, state: tx.update(grads, state, params)
+    mesh = across.mesh()
+    spec = jax.sharding.PartitionSpec
+    local = jax.shard_map(
+      update, mesh=mesh, in_specs=(spec("data"), spec()), out_specs=spec()
+    )
+    grads = jax.tree.map(lambda x: jnp.zeros((K * x.shape[0], *x.shape[1:])), params)
+    text = jax.jit(local).lower(grads, tx.init(params)).compile().as_text()
+    lines = [x for x in text.splitlines() if " all-" in x or " reduce-scatter(" in x]
+    return sorted(x.split(" = ")[1].split("(")[0] for x in lines)
+
+  without = sent()
+  assert without and sent(memory_decay=0.9) == without
+
+
+def test_in_apply_if_agreed_and_a_scan():
+  tx = gaf_optax.apply_if_agreed(
+    optax.adam(0.1), 0.9, memory_decay=DECAY, num_microbatches=K
+  )
+  trees = list(steps(6, 5))
+  params = jax.tree.map(lambda x: x[0], trees[1])
+  state = tx.init(params)
+  stack = jax.tree.map(lambda *x: jnp.stack(x), *trees)
+
+  @jax.jit
+  def scanned(state):
+    one = lambda state, tree: (tx.update(tree, state, params)[1], None)
+    return jax.lax.scan(one, state, stack)[0]
+
+  after = scanned(state)
+  chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+  mean, _ = oracle.remember([flat(tree) for tree in trees], DECAY)
+  np.testing.assert_allclose(after.gaf_state.memory.mean[0], mean, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+  "options, message",
+  [
+    ({"memory_decay": 0.9}, "needs num_microbatches"),
+    ({"memory_decay": 1.0, "num_microbatches": 4}, r"memory_decay must be in \[0, 1\)"),
+    (
+      {"memory_decay": 0.9, "anchor_decay": 0.9, "num_microbatches": 4},
+      "memory_decay and anchor_decay exclude each other",
+    ),
+  ],
+)
+def test_errors(options, message):
+  with pytest.raises(ValueError, match=message):
+    gaf_optax.gaf(**options)
+
+
+def test_streamed_forms_refuse_it():
+  options = dict(memory_decay=0.9, num_microbatches=2)
+  with pytest.raises(ValueError, match="Stack them and use gaf"):
+    gaf_optax.multi_steps(optax.sgd(0.1), 2, **options)
+  with pytest.raises(ValueError, match="Stack them and use gaf"):
+    gaf_optax.value_and_grad(lambda w, x: w @ x, 2, memory_decay=0.9)
+
+
+def test_other_groups_than_at_init_are_refused():
+  tx = gaf_optax.gaf(groups="leaf", memory_decay=0.9, num_microbatches=2)
+  state = tx.init({"a": jnp.zeros(2), "b": jnp.zeros(3)})
+  with pytest.raises(ValueError, match="groups made 1 groups"):
+    tx.update({"a": jnp.ones((2, 2))}, state)
+
+
+def test_decay_may_be_injected():
+  tx = optax.inject_hyperparams(
+    gaf_optax.gaf, static_args=("rule", "embed", "groups", "num_microbatches")
+  )(tau=0.9, memory_decay=0.5, num_microbatches=3)
+  rows = jnp.asarray(np.random.default_rng(0).standard_normal((3, 4)), jnp.float32)
+  state = tx.init(jnp.zeros(4))
+  for _ in range(2):
+    _, state = tx.update(rows, state)
+  np.testing.assert_allclose(state.inner_state.memory.weight[0], 1.5)
