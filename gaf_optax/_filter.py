@@ -48,6 +48,7 @@ class Filtered(NamedTuple):
     means: leaves `[*shape]`, the weighted means.
     plain_means: with an anchor the means of all finite ones, else None.
     decision: a `rules.Decision` `[m, k]` by group, its weights normalized.
+    tau: the threshold, a scalar; the mean over the groups.
     finite: bool `[k]`.
     noise_scale: float32 scalar.
     memory: what the rule remembers now, or None.
@@ -56,6 +57,7 @@ class Filtered(NamedTuple):
   means: list[jax.Array]
   plain_means: list[jax.Array] | None
   decision: Any
+  tau: Any
   finite: Any
   noise_scale: Any
   memory: Any
@@ -86,7 +88,7 @@ def step(
       state, plan.layout, anchor_decay, result.plain_means, jnp.any(result.finite)
     )
   outcome = _state.outcome(result.decision, result.finite, result.noise_scale)
-  state = _state.advance(state, plan.steering, threshold, outcome)
+  state = _state.advance(state, plan.steering, result.tau, outcome)
   return result.means, state._replace(memory=result.memory)
 
 
@@ -106,8 +108,14 @@ def filtered(
     finite, noise_scale = valid[-k:], _gram.noise_scale(gram.last(k), valid[-k:])
     if inputs.anchor is not None:
       valid = valid.at[0].set(inputs.anchored)
-    decision, memory = rules.decide_groups(
-      plan.rule, gram, valid, inputs.threshold, inputs.memory, inputs.memory_decay
+    decision, taus, memory = rules.decide_groups(
+      plan.rule,
+      gram,
+      valid,
+      inputs.threshold,
+      plan.step_tau,
+      inputs.memory,
+      inputs.memory_decay,
     )
     decision = decision._replace(weights=_combine.normalized(decision.weights))
     plain = _combine.normalized(finite.astype(decision.weights.dtype))
@@ -118,7 +126,8 @@ def filtered(
       for x, group in zip(leaves, rows.group_ids)
     ]
     plain_means = _plain_means(leaves, plain, arrays, inputs.anchor)
-    return Filtered(means, plain_means, decision, finite, noise_scale, memory)
+    tau = jnp.mean(taus)
+    return Filtered(means, plain_means, decision, tau, finite, noise_scale, memory)
 
   if _is_faster_one_by_one(k, plan):
     result = _one_by_one_on_cpu(all_at_once, rows, inputs, plan)
@@ -145,12 +154,12 @@ def _plain_means(leaves, weights, arrays, anchor):
 
 # From so many micro-gradients on, a running mean (k P products) is faster on CPU than
 # the Gram matrix (k^2 P); benchmarks/RESULTS.md has both. Not measured elsewhere.
-_MANY = 32
+_MIN_ONE_BY_ONE = 32
 
 
 def _is_faster_one_by_one(k, plan):
   return (
-    k >= _MANY
+    k >= _MIN_ONE_BY_ONE
     and isinstance(plan.rule, rules.SequentialRule)
     and plan.embed is None
     and not (plan.axes.axis_names or plan.axes.param_axes)
@@ -170,7 +179,8 @@ def _one_by_one_on_cpu(all_at_once, rows, inputs, plan):
     mean = _gram.Gram(gram.products[:, 0, 0], gram.exponents[:, 0])
     squares = _gram.Gram(pushed.squares.T, pushed.exponents.T)
     noise_scale = _gram.noise_scale_of_mean(squares, mean, pushed.finite)
-    return Filtered(means, None, decision, pushed.finite, noise_scale, None)
+    tau = inputs.threshold
+    return Filtered(means, None, decision, tau, pushed.finite, noise_scale, None)
 
   return lax.platform_dependent(
     rows.leaves, inputs, cpu=one_by_one, default=all_at_once
@@ -188,7 +198,7 @@ def _on_explicit_mesh(arrays, inputs, plan):
   single: Any = placement.single
   here: Any = P()
   in_specs: Any = Inputs(here, None, here, here, here)
-  out_specs: Any = Filtered(single, None, here, here, here, here)
+  out_specs: Any = Filtered(single, None, here, here, here, here, here)
   if inputs.anchor is not None:
     in_specs = in_specs._replace(anchor=single)
     out_specs = out_specs._replace(plain_means=single)

@@ -10,6 +10,7 @@ from gaf_optax._jax_types import typed_like
 __all__ = [
   "ZERO_EXPONENT",
   "Gram",
+  "balanced",
   "cosines",
   "distance",
   "from_matrix",
@@ -17,6 +18,7 @@ __all__ = [
   "noise_scale_of_mean",
   "power_of_two",
   "typed_like",
+  "without_rounding",
 ]
 
 ZERO_EXPONENT = -100_000  # The exponent of a zero vector: below every other.
@@ -61,10 +63,16 @@ class Gram(NamedTuple):
 def from_matrix(matrix: jax.Array, valid: jax.Array) -> Gram:
   """The `Gram` of a plain Gram matrix `[k, k]`; `valid` is bool `[k]`."""
   matrix = jnp.where(valid[:, None] & valid[None, :], matrix, 0)
-  squares = jnp.diagonal(matrix)
-  exponents = jnp.where(squares > 0, jnp.frexp(squares)[1] // 2, ZERO_EXPONENT)
-  unit = power_of_two(jnp.where(squares > 0, -exponents, 0), matrix.dtype)
-  return Gram(matrix * unit[:, None] * unit[None, :], exponents)
+  return balanced(Gram(matrix, jnp.zeros(valid.shape, jnp.int32)))
+
+
+def balanced(gram: Gram) -> Gram:
+  """The same inner products `[..., k, k]`, of vectors of norms in [1, 2), or 0."""
+  squares = jnp.diagonal(gram.products, axis1=-2, axis2=-1)
+  shift = jnp.where(squares > 0, jnp.frexp(squares)[1] // 2, 0)
+  unit = power_of_two(-shift, gram.products.dtype)
+  exponents = jnp.where(squares > 0, gram.exponents + shift, ZERO_EXPONENT)
+  return Gram(gram.products * unit[..., :, None] * unit[..., None, :], exponents)
 
 
 def power_of_two(exponent: jax.Array, dtype) -> jax.Array:
@@ -105,11 +113,14 @@ def distance(kind: str, ab, aa, bb, *, tau=None, shift=0, cancelled=False) -> ja
     inverse = power_of_two(-jnp.asarray(shift), ab.dtype)
     similarity = 2 * ab / (aa * inverse + bb * ratio)
   result = 1 - jnp.clip(jnp.where(zero, 0, similarity), -1, 1)
-  if tau is None:
-    return result
-  tau = jnp.asarray(tau, result.dtype)
-  rounding = 8 * jnp.finfo(result.dtype).eps
-  return jnp.where(jnp.abs(result - tau) <= rounding, tau, result)
+  return result if tau is None else without_rounding(result, tau)
+
+
+def without_rounding(distances: jax.Array, tau) -> jax.Array:
+  """The distances; those that differ from tau by no more than rounding are tau."""
+  tau = jnp.asarray(tau, distances.dtype)
+  rounding = 8 * jnp.finfo(distances.dtype).eps
+  return jnp.where(jnp.abs(distances - tau) <= rounding, tau, distances)
 
 
 def cosines(gram: Gram, valid: jax.Array) -> tuple[jax.Array, jax.Array]:

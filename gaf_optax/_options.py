@@ -10,8 +10,11 @@ import optax
 
 from gaf_optax import _mesh, _threshold, _tree, _validate, rules
 
-# A float, an array of one, an `optax.Schedule`, or a `target_accept_rate`.
-Tau: TypeAlias = float | jax.Array | optax.Schedule | _threshold.TargetAcceptRate
+# A float, an array of one, an `optax.Schedule`, a `target_accept_rate`, or a tau that
+# is read off each step's distances.
+Tau: TypeAlias = (
+  float | jax.Array | optax.Schedule | _threshold.TargetAcceptRate | rules.StepTau
+)
 AxisNames: TypeAlias = Hashable | tuple[Hashable, ...]
 # Names of axes, or a tree of `PartitionSpec`.
 ParamAxes: TypeAlias = Any
@@ -27,6 +30,7 @@ class Plan(NamedTuple):
     layout: which leaves take part in which decision.
     axes: over which devices they are spread.
     steering: how tau moves, if it is steered.
+    step_tau: how tau is read off a step's distances, if it is.
   """
 
   rule: Any
@@ -34,6 +38,7 @@ class Plan(NamedTuple):
   layout: _tree.Layout
   axes: _mesh.Axes
   steering: _threshold.TargetAcceptRate | None
+  step_tau: rules.StepTau | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +90,14 @@ class Options:
       leaves, self.axis_names, self.stacked, self.param_axes, self.param_specs
     )
     steered = isinstance(self.tau, _threshold.TargetAcceptRate)
-    steering = self.tau if steered else None
-    return Plan(self.rule, self.embed, leaves.layout, axes, steering)
+    return Plan(
+      self.rule,
+      self.embed,
+      leaves.layout,
+      axes,
+      self.tau if steered else None,
+      self.tau if _threshold.is_step_tau(self.tau) else None,
+    )
 
 
 def checked(
@@ -145,6 +156,8 @@ def checked(
         f"rule must be a rule, not what makes one, got {rule!r}. Was the call"
         " forgotten, as in rules.most_neighbors()?"
       )
+  if _threshold.is_step_tau(tau):
+    _check_step_tau(tau, rule)
   if memory_decay is not None:
     _check_memory(memory_decay, anchor_decay, num_microbatches)
     rule = rules.RememberingRule(_hashable(rule))
@@ -204,6 +217,15 @@ def shown(like, *names):
     return function
 
   return decorate
+
+
+def _check_step_tau(tau, rule):
+  if isinstance(rule, rules.SequentialRule | rules.MostNeighborsRule):
+    raise ValueError(
+      f"tau {tau!r} is read off the distances of a step, which for rule {rule!r} depend"
+      " on tau themselves. Use a rule whose distances do not, for instance"
+      " rules.leave_one_out(), rules.min_neighbors(0.5) or rules.nearest_neighbors(5)."
+    )
 
 
 def _check_memory(memory_decay, anchor_decay, num_microbatches):

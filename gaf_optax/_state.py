@@ -87,6 +87,38 @@ class Outcome(NamedTuple):
   each: rules.Decision | None
 
 
+class Agreement(NamedTuple):
+  """What was found of k micro-gradients.
+
+  Attributes:
+    agreed: bool scalar, whether any two agreed; the gradient is zero if not.
+    num_accepted: float32 scalar, how many were accepted (the mean over the groups).
+    accepted: bool `[k]`, accepted in any group.
+    weights: float32 `[k]`, the weight of each in the gradient: of sum 1, or all 0
+      without agreement (the mean over the groups).
+    distances: float32 `[k]`, in [0, 2], NaN where there was nothing to compare.
+    nonfinite: int32 scalar, how many had a NaN or an infinity.
+  """
+
+  agreed: jax.Array
+  num_accepted: jax.Array
+  accepted: jax.Array
+  weights: jax.Array
+  distances: jax.Array
+  nonfinite: jax.Array
+
+
+def agreement(step: Outcome) -> Agreement:
+  """What a user gets of a step of which each micro-gradient's decision is known."""
+  assert step.each is not None
+  return Agreement(
+    agreed=step.agreed,
+    num_accepted=step.num_accepted,
+    nonfinite=step.nonfinite,
+    **step.each._asdict(),
+  )
+
+
 def outcome(
   decision: rules.Decision, finite: jax.Array, noise_scale: jax.Array
 ) -> Outcome:

@@ -14,6 +14,7 @@ from gaf_optax import (
   _mesh,
   _options,
   _state,
+  _threshold,
   _tree,
   rules,
 )
@@ -37,6 +38,11 @@ def check_options(tau, **options) -> _options.Options:
       f"memory_decay={options['memory_decay']!r} remembers how all pairs of"
       " micro-gradients compare, but streamed ones are compared with a running mean"
       " alone. Stack them and use gaf."
+    )
+  if _threshold.is_step_tau(tau):
+    raise ValueError(
+      f"tau {tau!r} is read off the distances of all micro-gradients of a step, but"
+      " streamed ones show one after the other. Stack them and use gaf."
     )
   checked = _options.checked(tau, **options)
   if checked.anchor_decay is None and not isinstance(
@@ -228,7 +234,7 @@ def push(
 def _against_anchor(mean, gram, finite, threshold, anchored, plan):
   """As the `step` of a sequential rule, but compared with the anchor."""
   valid = jnp.stack([jnp.asarray(anchored, bool), finite])
-  decision, _ = rules.decide_groups(plan.rule, gram, valid, threshold)
+  decision, _, _ = rules.decide_groups(plan.rule, gram, valid, threshold)
   accepted, distance = decision.accepted[:, 0], decision.distances[:, 0]
   total = mean.total_weight + accepted
   add = accepted / jnp.where(total > 0, total, 1)

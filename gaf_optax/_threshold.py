@@ -1,6 +1,7 @@
-"""Tau: a number, a schedule, or steered to a share of accepted micro-gradients."""
+"""Tau: a number, a schedule, steered over steps, or read off a step's distances."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -75,9 +76,107 @@ def target_accept_rate(
   return TargetAcceptRate(float(rate), float(initial), float(step_size), low, high)
 
 
+@dataclasses.dataclass(frozen=True)
+class TauQuantile:
+  """Made by `tau_quantile`; given to `gaf` as `tau`."""
+
+  fraction: float
+
+  def of(self, distances: jax.Array, valid: jax.Array) -> jax.Array:
+    """The distance of the last micro-gradient that is accepted."""
+    k = valid.shape[0]
+    # In double precision, as the caller wrote it: 0.6 of 5 is 3.
+    numbers = [math.ceil(self.fraction * n - 1e-9) for n in range(k + 1)]
+    number = jnp.asarray(numbers, jnp.int32)[jnp.sum(valid)]
+    known = valid & jnp.isfinite(distances)
+    in_order = jnp.sort(jnp.where(known, distances, jnp.inf))
+    last = in_order[jnp.maximum(number - 1, 0)]
+    return jnp.where(jnp.isfinite(last), last, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptiveTau:
+  """Made by `adaptive_tau`; given to `gaf` as `tau`."""
+
+  share: float
+
+  def of(self, distances: jax.Array, valid: jax.Array) -> jax.Array:
+    """The distance at which the similarity is `share` of the better half's mean."""
+    known = valid & jnp.isfinite(distances)
+    in_order = jnp.sort(jnp.where(known, distances, jnp.inf))
+    number = (jnp.sum(known) + 1) // 2
+    better = jnp.arange(valid.shape[0]) < number
+    similarity = jnp.sum(jnp.where(better, 1 - in_order, 0)) / jnp.maximum(number, 1)
+    return jnp.where(similarity > 0, 1 - self.share * similarity, 2)
+
+
+def tau_quantile(fraction: float) -> TauQuantile:
+  """A tau that accepts a given fraction of every step's micro-gradients.
+
+  Accepts the `ceil(fraction * n)` of the n finite micro-gradients that have the
+  smallest distances, and those that tie with the last of them. For rules whose
+  distances do not depend on tau: all but the sequential ones and `most_neighbors`,
+  which raise a ValueError with it. For streamed forms it is none, since they see one
+  distance after the other.
+
+  Args:
+    fraction: in (0, 1].
+
+  Returns:
+    An object for the argument `tau` of `gaf` and `apply_if_agreed`. The threshold of
+    the last step is `metrics(opt_state)['threshold']`.
+
+  Raises:
+    ValueError: if the fraction is outside its range.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from gaf_optax import gaf, metrics, rules, tau_quantile
+    >>> tx = gaf(tau_quantile(0.5), rule=rules.leave_one_out())
+    >>> rows = jnp.array([[1., 0.], [1., 1.], [0., 1.], [-1., 0.]])
+    >>> _, state = tx.update(rows, tx.init(jnp.zeros(2)))
+    >>> float(metrics(state)['num_accepted'])
+    2.0
+  """
+  _validate.positive(fraction=fraction)
+  _validate.in_interval(0, 1, fraction=fraction)
+  return TauQuantile(float(fraction))
+
+
+def adaptive_tau(share: float = 0.3) -> AdaptiveTau:
+  r"""A tau that is read off each step's distances, with no number to choose.
+
+  With the similarities :math:`1 - d_i` of a step, accepts those that are at least
+  `share` of the mean of their better half (the half with the smallest distances,
+  rounded up), and all where that mean is not above 0: nothing agrees with anything, so
+  there is no evidence against anyone. It follows the similarities as they shrink in the
+  course of training, where a fixed tau ends by dropping what is right. For the rules
+  that :func:`tau_quantile` works with; made for `rules.min_neighbors` or
+  `rules.nearest_neighbors`, on one step's distances or on a memory.
+
+  Args:
+    share: in [0, 1]; 0 accepts all whose similarity is not negative.
+
+  Returns:
+    An object for the argument `tau` of `gaf` and `apply_if_agreed`. The threshold of
+    the last step is `metrics(opt_state)['threshold']`.
+
+  Raises:
+    ValueError: if the share is outside its range.
+  """
+  _validate.in_interval(0, 1, share=share)
+  return AdaptiveTau(float(share))
+
+
+def is_step_tau(tau) -> bool:
+  """Whether tau is read off the distances of each step."""
+  return isinstance(tau, TauQuantile | AdaptiveTau)
+
+
 def check(tau) -> None:
   """Raises for a tau that can be seen to be wrong before the first step."""
-  if not callable(tau) and not isinstance(tau, TargetAcceptRate):
+  known = isinstance(tau, TargetAcceptRate) or is_step_tau(tau)
+  if not callable(tau) and not known:
     _validate.in_interval(0, 2, _HINT, tau=tau)
 
 
@@ -89,7 +188,9 @@ def value(tau, num_updates, steered) -> jax.Array:
     num_updates: int32 scalar, the number of updates before this one.
     steered: the steered value from the state, None unless tau is steered.
   """
-  if isinstance(tau, TargetAcceptRate):
+  if is_step_tau(tau):
+    tau = 2.0  # Until the distances are known.
+  elif isinstance(tau, TargetAcceptRate):
     tau = tau.initial if steered is None else steered
   elif callable(tau):
     tau = tau(num_updates)

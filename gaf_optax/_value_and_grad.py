@@ -2,34 +2,12 @@
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from gaf_optax import _gaf, _jax_types, _options, _state, _stream, _tree, _validate
-
-
-class Agreement(NamedTuple):
-  """What was found of k micro-gradients.
-
-  Attributes:
-    agreed: bool scalar, whether any two agreed; the gradient is zero if not.
-    num_accepted: float32 scalar, how many were accepted (the mean over the groups).
-    accepted: bool `[k]`, accepted in any group.
-    weights: float32 `[k]`, the weight of each in the gradient: of sum 1, or all 0
-      without agreement (the mean over the groups).
-    distances: float32 `[k]`, in [0, 2], NaN where there was nothing to compare.
-    nonfinite: int32 scalar, how many had a NaN or an infinity.
-  """
-
-  agreed: jax.Array
-  num_accepted: jax.Array
-  accepted: jax.Array
-  weights: jax.Array
-  distances: jax.Array
-  nonfinite: jax.Array
-
 
 # The options of `gaf` that it takes: those of streamed forms, but what needs a state.
 _OPTIONS = ("rule", "embed", "param_axes", "groups")
@@ -151,13 +129,7 @@ def value_and_grad(
     step = _stream.outcome(stream, decision, 2)
     values, aux = out if has_aux else (out, None)
     value = jnp.mean(values, axis=0)
-    each = _state.over_groups(decision)
-    agreement = Agreement(
-      agreed=step.agreed,
-      num_accepted=step.num_accepted,
-      nonfinite=step.nonfinite,
-      **each._asdict(),
-    )
+    agreement = _state.agreement(step)
     return (value, aux) if has_aux else value, like.unflatten(means), agreement
 
   return filtered

@@ -20,9 +20,12 @@ _CANCELLED = 4
 __all__ = [
   "Decision",
   "RuleFn",
+  "geometric_median",
   "leave_one_out",
   "min_neighbors",
   "most_neighbors",
+  "multi_krum",
+  "nearest_neighbors",
   "running_average",
   "sequential",
 ]
@@ -45,6 +48,14 @@ class Decision(NamedTuple):
   weights: jax.Array
   accepted: jax.Array
   distances: jax.Array
+
+
+class StepTau(Protocol):
+  """A tau that is read off the distances of a step; hashable."""
+
+  def of(self, distances: jax.Array, valid: jax.Array) -> jax.Array:
+    """The threshold, from distances `[k]` (NaN where unknown) and bool `[k]`."""
+    ...
 
 
 class RuleFn(Protocol):
@@ -289,7 +300,7 @@ class _LeaveOneOut(Rule):
     return _if_agreed(weights, self._accepts(distances, tau), distances)
 
 
-def _pairwise(kind, gram, valid, tau):
+def _pairwise(kind, gram, valid, tau=None):
   """Distances of all pairs `[k, k]`: 0 to itself, NaN to an invalid one."""
   squares = jnp.diagonal(gram.products)
   distances = _gram.distance(
@@ -304,7 +315,9 @@ def _pairwise(kind, gram, valid, tau):
   return jnp.where(valid[:, None] & valid[None, :], distances, jnp.nan)
 
 
-class _MostNeighbors(Rule):
+class MostNeighborsRule(Rule):
+  """Made by `most_neighbors`, whose distances depend on tau: it picks the centre."""
+
   def decide(self, gram, valid, tau):
     pairs = _pairwise(self.distance, gram, valid, tau)
     center = jnp.argmax(jnp.sum(self._accepts(pairs, tau), axis=1))
@@ -335,6 +348,106 @@ class _MinNeighbors(Rule):
     distances = jnp.sort(pairs, axis=1)[:, needed - 1]
     accepted = self._accepts(distances, tau)
     return _if_agreed(accepted.astype(distances.dtype), accepted, distances)
+
+
+@dataclasses.dataclass(frozen=True)
+class _NearestNeighbors(Rule):
+  number: int = 1
+
+  def __post_init__(self):
+    super().__post_init__()
+    _validate.count(1, number=self.number)
+
+  def decide(self, gram, valid, tau):
+    k = valid.shape[0]
+    pairs = _pairwise(self.distance, gram, valid)
+    others = ~jnp.eye(k, dtype=bool) & valid[:, None] & valid[None, :]
+    nearest = jnp.sort(jnp.where(others, pairs, jnp.inf), axis=1)[:, : self.number]
+    found = jnp.isfinite(nearest)
+    number = jnp.sum(found, axis=1)
+    total = jnp.sum(jnp.where(found, nearest, 0), axis=1)
+    mean = _gram.without_rounding(total / jnp.maximum(number, 1), tau)
+    distances = jnp.where(number > 0, mean, jnp.nan)
+    weights = jnp.where(number > 0, self._weights(mean, tau), 0)
+    return _if_agreed(weights, self._accepts(distances, tau), distances)
+
+
+def _squared_distances(gram, valid):
+  """Half the squared distances of all pairs `[k, k]`, in units of the largest norm.
+
+  Of vectors of norm 1 they are the cosine distances.
+  """
+  matrix = gram.scaled()
+  squares = jnp.diagonal(matrix)
+  half = (squares[:, None] + squares[None, :]) / 2 - matrix
+  return jnp.where(valid[:, None] & valid[None, :], jnp.maximum(half, 0), jnp.inf)
+
+
+@dataclasses.dataclass(frozen=True)
+class _MultiKrum(Rule):
+  num_wrong: int = 0
+  num_kept: int | None = None
+
+  def __post_init__(self):
+    super().__post_init__()
+    _validate.count(0, num_wrong=self.num_wrong)
+    if self.num_kept is not None:
+      _validate.count(1, num_kept=self.num_kept)
+
+  def decide(self, gram, valid, tau):
+    k = valid.shape[0]
+    if k < self.num_wrong + 3:
+      raise ValueError(
+        f"multi_krum(num_wrong={self.num_wrong}) compares each micro-gradient with its"
+        f" k - num_wrong - 2 nearest others and needs at least {self.num_wrong + 3};"
+        f" got k = {k}."
+      )
+    num_kept = k - self.num_wrong if self.num_kept is None else self.num_kept
+    if num_kept > k:
+      raise ValueError(f"num_kept is {num_kept}, but there are {k} micro-gradients.")
+    pairs = _squared_distances(gram, valid)
+    pairs = jnp.sort(jnp.where(jnp.eye(k, dtype=bool), jnp.inf, pairs), axis=1)
+    num_near = jnp.maximum(jnp.sum(valid) - self.num_wrong - 2, 1)
+    near = (jnp.arange(k) < num_near)[None, :] & jnp.isfinite(pairs)
+    number = jnp.sum(near, axis=1)
+    scores = jnp.sum(jnp.where(near, pairs, 0), axis=1) / jnp.maximum(number, 1)
+    # Ranks, of which ties go to the first.
+    order = jnp.argsort(jnp.where(valid, scores, jnp.inf), stable=True)
+    rank = jnp.zeros(k, order.dtype).at[order].set(jnp.arange(k, dtype=order.dtype))
+    accepted = valid & (rank < num_kept)
+    distances = jnp.where(valid & (number > 0), scores, jnp.nan)
+    return Decision(accepted.astype(distances.dtype), accepted, distances)
+
+
+@dataclasses.dataclass(frozen=True)
+class _GeometricMedian(Rule):
+  num_iterations: int = 8
+
+  def __post_init__(self):
+    super().__post_init__()
+    _validate.count(1, num_iterations=self.num_iterations)
+
+  def decide(self, gram, valid, tau):
+    matrix = gram.scaled()
+    squares = jnp.diagonal(matrix)
+    eps = jnp.finfo(matrix.dtype).eps
+
+    def squared_distances(weights):
+      with_rows = jnp.matmul(matrix, weights, precision=jax.lax.Precision.HIGHEST)
+      return jnp.maximum(squares - 2 * with_rows + jnp.vdot(weights, with_rows), 0)
+
+    def normalized(weights):
+      weights = jnp.where(valid, weights, 0)
+      total = jnp.sum(weights)
+      return weights / jnp.where(total > 0, total, 1)
+
+    weights = normalized(jnp.ones_like(squares))
+    for _ in range(self.num_iterations):
+      # Squares below their rounding tell nothing of how near a vector is.
+      distances = jnp.sqrt(jnp.maximum(squared_distances(weights), 4 * eps))
+      weights = normalized(1 / distances)
+    distances = jnp.where(valid, squared_distances(weights) / 2, jnp.nan)
+    return _if_agreed(weights, valid, distances)
 
 
 def sequential(distance: str = "cosine", softness: float = 0.0) -> Rule:
@@ -437,7 +550,7 @@ def most_neighbors(distance: str = "cosine", softness: float = 0.0) -> Rule:
     <https://pypi.org/project/GAF-microbatch-pytorch/>`_ 0.0.5, which compares
     with `<` where this accepts equality too.
   """
-  return _MostNeighbors(distance, softness)
+  return MostNeighborsRule(distance, softness)
 
 
 def min_neighbors(fraction: float, distance: str = "cosine") -> Rule:
@@ -463,6 +576,83 @@ def min_neighbors(fraction: float, distance: str = "cosine") -> Rule:
     with `<` where this accepts equality too.
   """
   return _MinNeighbors(distance, fraction=fraction)
+
+
+def nearest_neighbors(
+  number: int, distance: str = "cosine", softness: float = 0.0
+) -> Rule:
+  """All micro-gradients whose nearest others are near.
+
+  The distance of each is the mean of those to its `number` nearest others (to all
+  valid others, if there are fewer); it is accepted up to tau. Independent of the
+  order. For many micro-gradients of few examples, where agreement is within kinds:
+  those of one class agree with each other, and hardly with the sum of all.
+
+  Args:
+    number: how many others, at least 1.
+    distance: 'cosine' or 'euclidean', see :func:`sequential`.
+    softness: see :func:`sequential`.
+
+  Returns:
+    A rule `(gram [k, k], valid [k], tau) -> Decision`.
+
+  Raises:
+    ValueError: for a number below 1, an unknown distance or a negative softness.
+  """
+  return _NearestNeighbors(distance, softness, number=number)
+
+
+def multi_krum(num_wrong: int, num_kept: int | None = None) -> Rule:
+  r"""Multi-Krum: the mean of the micro-gradients that lie closest to their neighbours.
+
+  Each is scored by the sum of its squared distances to its :math:`k - f - 2` nearest
+  others, where f is `num_wrong`; the `num_kept` with the smallest scores are averaged.
+  Independent of the order but for ties, which go to the first. tau takes no part.
+  Micro-gradients that are not finite are left out, of k too.
+
+  Args:
+    num_wrong: how many micro-gradients may be wrong, at least 0.
+    num_kept: how many are averaged, at least 1; `k - num_wrong` if None. 1 is Krum.
+
+  Returns:
+    A rule `(gram [k, k], valid [k], tau) -> Decision`. Its distances are half the mean
+    squared distances to those others, in units of the largest norm: in [0, 2], and
+    cosine distances for vectors of equal norms.
+
+  Raises:
+    ValueError: for numbers outside their ranges; when it decides, for k below
+      `num_wrong + 3` and for `num_kept` above k.
+
+  References:
+    Blanchard et al., `Machine Learning with Adversaries: Byzantine Tolerant Gradient
+    Descent <https://proceedings.neurips.cc/paper/2017/hash/f4b9ec30ad9f68f89b29639786cb62ef-Abstract.html>`_,
+    2017.
+  """
+  return _MultiKrum(num_wrong=num_wrong, num_kept=num_kept)
+
+
+def geometric_median(num_iterations: int = 8) -> Rule:
+  """The point with the smallest sum of distances to all finite micro-gradients.
+
+  Weiszfeld's iteration, on weights alone: from the mean on, each micro-gradient weighs
+  the inverse of its distance from the last point. All finite ones are accepted, with
+  these weights. Independent of the order. tau takes no part.
+
+  Args:
+    num_iterations: at least 1.
+
+  Returns:
+    A rule `(gram [k, k], valid [k], tau) -> Decision`. Its distances are half the
+    squared distances to the median, in units of the largest norm.
+
+  Raises:
+    ValueError: for a number of iterations below 1.
+
+  References:
+    Pillutla et al., `Robust Aggregation for Federated Learning
+    <https://arxiv.org/abs/1912.13445>`_, 2019, algorithm 2.
+  """
+  return _GeometricMedian(num_iterations=num_iterations)
 
 
 class AnchorRule(Rule):
@@ -508,7 +698,7 @@ class RememberingRule:
     zeros = lambda: jnp.zeros((num_groups, *(num_microbatches,) * 2), jnp.float32)
     return Memory(zeros(), zeros())
 
-  def decide(self, gram, valid, tau, memory, decay):
+  def decide(self, gram, valid, tau, step_tau, memory, decay):
     cosines, compared = _gram.cosines(gram, valid)
     weight = jnp.where(compared, decay * memory.weight + 1, memory.weight)
     step = (cosines - memory.mean) / jnp.where(compared, weight, 1)
@@ -516,17 +706,19 @@ class RememberingRule:
     memory = Memory(mean.astype(jnp.float32), weight.astype(jnp.float32))
     matrix = jnp.where(jnp.eye(valid.shape[0], dtype=bool), 1, memory.mean)
     matrix = jnp.where(valid[:, None] & valid[None, :], matrix, 0)
-    return _decide(self.rule, _gram.from_matrix(matrix, valid), valid, tau), memory
+    gram = _gram.from_matrix(matrix, valid)
+    return *_decide(self.rule, gram, valid, tau, step_tau), memory
 
 
 def decide_groups(
   rule: RuleFn | RememberingRule,
   gram: _gram.Gram,
   valid: jax.Array,
-  tau,
+  tau: jax.Array,
+  step_tau: StepTau | None = None,
   memory: Any = None,
   decay: Any = None,
-) -> tuple[Decision, Any]:
+) -> tuple[Decision, jax.Array, Any]:
   """The decision of every group: arrays `[m, k]`, weights zero without agreement.
 
   A rule that remembers has an `init` that makes the memory of all groups, and its
@@ -537,28 +729,38 @@ def decide_groups(
     gram: a `Gram` of `[m, k, k]`; of one row more with an anchor.
     valid: bool `[k]`; one entry more with an anchor.
     tau: the threshold, a scalar.
+    step_tau: reads the threshold off each group's distances instead.
     memory: what the rule remembers; None for a rule that does not.
     decay: how much of it stays in a step, a scalar in [0, 1); or None.
 
   Returns:
-    The decision, and the new memory.
+    The decision, the threshold `[m]` of each group, and the new memory.
   """
 
   def decide(group: _gram.Gram, memory):
     if isinstance(rule, RememberingRule):
-      return rule.decide(group, valid, tau, memory, decay)
-    return _decide(rule, group, valid, tau), memory
+      return rule.decide(group, valid, tau, step_tau, memory, decay)
+    return *_decide(rule, group, valid, tau, step_tau), memory
 
-  decision, memory = jax.vmap(decide)(gram, memory)
+  decision, tau, memory = jax.vmap(decide)(gram, memory)
   agreed = jnp.any(decision.accepted, axis=1, keepdims=True)
-  return decision._replace(weights=jnp.where(agreed, decision.weights, 0)), memory
+  weights = jnp.where(agreed, decision.weights, 0)
+  return decision._replace(weights=weights), tau, memory
 
 
-def _decide(rule, gram, valid, tau):
-  """The decision of one group by a rule of this module or a user's."""
-  if isinstance(rule, Rule):
-    return rule.decide(gram, valid, tau)
-  return _checked(rule, rule(gram.scaled(), valid, tau), valid)
+def _decide(rule, gram, valid, tau, step_tau):
+  """The decision of one group by a rule of this module or a user's, and its tau."""
+
+  def at(tau):
+    if isinstance(rule, Rule):
+      return rule.decide(gram, valid, tau)
+    return _checked(rule, rule(gram.scaled(), valid, tau), valid)
+
+  if step_tau is not None:
+    # Distances that do not depend on tau.
+    distances = at(jnp.full_like(tau, 2)).distances
+    tau = step_tau.of(distances, valid[-distances.shape[0] :]).astype(tau.dtype)
+  return at(tau), tau
 
 
 def _checked(rule, decision, valid):

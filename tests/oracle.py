@@ -119,6 +119,34 @@ def decide(rule, v, finite, tau, kind="cosine", softness=0.0, fraction=None):
   return weights, accepted, distances, margin, condition
 
 
+def nearest_neighbors(v, finite, number, kind="cosine"):
+  """Distances `[k]`: the mean to the nearest others, NaN where there is none."""
+  distances = np.full(len(v), np.nan)
+  for i in np.flatnonzero(finite):
+    others = [distance(v[i], v[j], kind) for j in np.flatnonzero(finite) if j != i]
+    if others:
+      distances[i] = np.mean(sorted(others)[:number])
+  return distances
+
+
+def krum_scores(v, num_wrong):
+  """The sum of squared distances to the n - f - 2 nearest others, as in the paper."""
+  n = len(v)
+  pairs = ((v[:, None] - v[None]) ** 2).sum(-1)
+  return np.array(
+    [np.sort(np.delete(pairs[i], i))[: n - num_wrong - 2].sum() for i in range(n)]
+  )
+
+
+def geometric_median(v, num_iterations):
+  """Weiszfeld's iteration on the vectors themselves, from their mean on."""
+  point = v.mean(axis=0)
+  for _ in range(num_iterations):
+    inverse = 1 / np.maximum(np.linalg.norm(v - point, axis=1), 1e-9)
+    point = inverse @ v / inverse.sum()
+  return point
+
+
 def gaf(leaves, tau, rule="sequential", embed=None, **options):
   """The filtered mean of stacked leaves `[k, *shape]`, one decision for all."""
   leaves = [wide(x) for x in leaves]

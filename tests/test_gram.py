@@ -56,7 +56,7 @@ def test_sums_of_positive_values_do_not_drift(k, size, dtype, kind):
   """Whose rounding errors may all point one way; on a CPU of any vector width."""
   if dtype == "float16" and "xla_cpu_max_isa=SSE4_2" in os.environ.get("XLA_FLAGS", ""):
     pytest.skip("XLA compiles no conversion to float16 without F16C")
-  # Of 0.7 in float16 and of 0.8083 in float32 the errors are nearly the largest there are.
+  # Of 0.7 in float16 and of 0.8083 in float32 errors are nearly the largest possible.
   values = {"equal": np.full((k, size), 0.8083), "uniform": abs(draw(9, k, size))}[kind]
   if dtype == "float16" and kind == "equal":
     values[:] = 0.7

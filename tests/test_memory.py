@@ -60,7 +60,7 @@ def test_the_memory_is_the_oracles(decay, dtype):
     ("sequential", {}),
     ("leave_one_out", {}),
     ("most_neighbors", {}),
-    ("min_neighbors", {"fraction": 0.5}),
+    ("min_neighbors", {"fraction": 0.25}),
   ],
 )
 def test_every_rule_decides_on_the_memory(name, arguments):
@@ -96,23 +96,15 @@ def flat_one(tree):
   return np.concatenate([np.asarray(x, np.float64).ravel() for x in tree.values()])
 
 
-def test_a_rule_of_the_users_sees_the_matrix():
-  seen = []
-
+@pytest.mark.parametrize("row, want", [(0, [1, 0.5**0.5, 0]), (2, [0, 0, 0])])
+def test_a_rule_of_the_users_sees_the_matrix(row, want):
   def rule(gram, valid, tau):
-    seen.append((gram, valid))
-    return rules.most_neighbors()(gram, valid, tau)
+    return rules.Decision(valid.astype(float), valid, gram[row])
 
   tx = gaf_optax.gaf(rule=rule, memory_decay=0.5, num_microbatches=3)
   rows = jnp.array([[1.0, 0.0], [1.0, 1.0], [jnp.nan, 0.0]])
-  with jax.disable_jit():
-    _, state = tx.update(rows, tx.init(jnp.zeros(2)))
-  gram, valid = seen[-1]
-  cosine = 0.5**0.5
-  np.testing.assert_allclose(
-    gram, [[1, cosine, 0], [cosine, 1, 0], [0, 0, 0]], atol=1e-6
-  )
-  np.testing.assert_array_equal(valid, [True, True, False])
+  _, state = tx.update(rows, tx.init(jnp.zeros(2)))
+  np.testing.assert_allclose(state.distances, want, atol=1e-6)
   assert state.accepted.tolist() == [True, True, False]
 
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import gaf_optax
@@ -212,3 +213,205 @@ class TestOwnRule:
     tx = gaf_optax.gaf(rule=Krum())
     gradient, _ = tx.update(jnp.ones((3, 2)), tx.init(None))
     np.testing.assert_array_equal(gradient, [1, 1])
+
+
+def draw(seed, k=9, n=20):
+  """Vectors of which two thirds have a common part."""
+  rng = np.random.default_rng(seed)
+  common = (np.arange(k)[:, None] % 3 != 0) * rng.standard_normal(n)
+  return rng.standard_normal((k, n)) * rng.uniform(0.5, 2, (k, 1)) + common
+
+
+@pytest.mark.parametrize("distance", ["cosine", "euclidean"])
+@pytest.mark.parametrize("number", [1, 3, 20])
+@pytest.mark.parametrize("scale", [1e-15, 1.0])
+def test_nearest_neighbors_is_the_oracle(distance, number, scale):
+  v, valid = draw(number), np.arange(9) != 4
+  matrix = gram_of(np.where(valid[:, None], scale * v, 0))
+  want = oracle.nearest_neighbors(v, valid, number, distance)
+  tau = np.nanmedian(want) + 1e-3
+  rule = rules.nearest_neighbors(number, distance)
+  decision = rule(matrix, jnp.asarray(valid), tau)
+  np.testing.assert_allclose(decision.distances, want, atol=1e-5)
+  np.testing.assert_array_equal(decision.accepted, want <= tau)
+  np.testing.assert_array_equal(decision.weights, want <= tau)
+  soft = rules.nearest_neighbors(number, distance, softness=0.1)
+  weights = soft(matrix, jnp.asarray(valid), tau).weights
+  sigmoid = np.where(valid, 1 / (1 + np.exp(-(tau - want) / 0.1)), 0)
+  np.testing.assert_allclose(weights, sigmoid, atol=1e-4)
+
+
+def test_nearest_neighbors_of_one_valid_have_nothing_to_compare():
+  decision = rules.nearest_neighbors(2)(jnp.eye(3), jnp.array([True, False, False]), 2)
+  assert not decision.accepted.any() and np.isnan(decision.distances).all()
+
+
+@pytest.mark.parametrize("num_wrong, num_kept", [(0, None), (2, None), (3, 1), (6, 9)])
+@pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])
+def test_multi_krum_keeps_the_smallest_scores(num_wrong, num_kept, scale):
+  v = draw(num_wrong)
+  scores = oracle.krum_scores(v, num_wrong)
+  kept = np.argsort(scores)[: 9 - num_wrong if num_kept is None else num_kept]
+  rule = rules.multi_krum(num_wrong, num_kept)
+  decision = rule(gram_of(scale * v), jnp.ones(9, bool), 0.0)
+  np.testing.assert_array_equal(np.flatnonzero(decision.accepted), np.sort(kept))
+  np.testing.assert_array_equal(decision.weights, decision.accepted)
+  largest = (v**2).sum(1).max()
+  want = scores / (9 - num_wrong - 2) / 2 / largest
+  np.testing.assert_allclose(decision.distances, want, rtol=1e-4)
+
+
+def test_multi_krum_leaves_out_what_is_not_finite_and_its_number():
+  v = draw(5)
+  valid = np.arange(9) != 1
+  matrix = gram_of(np.where(valid[:, None], v, 0))
+  decision = rules.multi_krum(2)(matrix, jnp.asarray(valid), 0.97)
+  order = np.argsort(oracle.krum_scores(v[valid], 2))[:7]
+  want = np.flatnonzero(valid)[np.sort(order)]
+  np.testing.assert_array_equal(np.flatnonzero(decision.accepted), want)
+
+
+def test_multi_krum_ties_go_to_the_first():
+  decision = rules.multi_krum(1, 2)(jnp.ones((5, 5)), jnp.ones(5, bool), 0.97)
+  assert decision.accepted.tolist() == [True, True, False, False, False]
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])
+def test_geometric_median_is_weiszfelds_on_the_vectors(scale):
+  v = draw(7)
+  v[0] *= 1e3
+  valid = np.arange(9) != 5
+  matrix = gram_of(np.where(valid[:, None], scale * v, 0))
+  decision = rules.geometric_median(12)(matrix, jnp.asarray(valid), 0.0)
+  np.testing.assert_array_equal(decision.accepted, valid)
+  got = np.asarray(decision.weights, np.float64) @ v
+  want = oracle.geometric_median(v[valid], 12)
+  assert np.linalg.norm(got - want) < 1e-2 * np.linalg.norm(want)
+  mean = v[valid].mean(axis=0)
+  assert np.linalg.norm(mean - want) > 10 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize(
+  "make, message",
+  [
+    (lambda: rules.nearest_neighbors(0), "number must be at least 1"),
+    (lambda: rules.multi_krum(-1), "num_wrong must be at least 0"),
+    (lambda: rules.multi_krum(1, 0), "num_kept must be at least 1"),
+    (lambda: rules.geometric_median(0), "num_iterations must be at least 1"),
+    (
+      lambda: rules.multi_krum(3)(jnp.eye(5), jnp.ones(5, bool), 1.0),
+      "needs at least 6; got k = 5",
+    ),
+    (
+      lambda: rules.multi_krum(0, 6)(jnp.eye(5), jnp.ones(5, bool), 1.0),
+      "num_kept is 6, but there are 5",
+    ),
+  ],
+)
+def test_errors_of_the_new_rules(make, message):
+  with pytest.raises(ValueError, match=message):
+    make()
+
+
+QUANTILE_RULES = {
+  "leave_one_out": rules.leave_one_out(),
+  "min_neighbors": rules.min_neighbors(0.4),
+  "nearest_neighbors": rules.nearest_neighbors(3),
+  "callable": lambda gram, valid, tau: rules.leave_one_out()(gram, valid, tau),
+}
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.3, 0.6, 1.0])
+@pytest.mark.parametrize("name", sorted(QUANTILE_RULES))
+def test_tau_quantile_accepts_the_fraction(name, fraction):
+  v = draw(8, k=10)
+  rows = jnp.asarray(v, jnp.float32).at[2, 0].set(jnp.nan)
+  tx = gaf_optax.gaf(
+    gaf_optax.tau_quantile(fraction), rule=QUANTILE_RULES[name], num_microbatches=10
+  )
+  _, state = jax.jit(tx.update)(rows, tx.init(jnp.zeros(20)))
+  number = int(np.ceil(fraction * 9 - 1e-9))
+  distances = np.asarray(state.distances)
+  order = np.sort(distances[np.isfinite(distances)])
+  want = distances <= order[number - 1]
+  np.testing.assert_array_equal(state.accepted, want & (want.sum() > 1))
+  assert float(state.threshold) == pytest.approx(order[number - 1], abs=1e-6)
+
+
+def test_tau_quantile_accepts_ties():
+  rows = jnp.array([[1.0, 0.0]] * 3 + [[0.0, 1.0]])
+  tx = gaf_optax.gaf(gaf_optax.tau_quantile(0.5), rule=rules.nearest_neighbors(2))
+  _, state = tx.update(rows, tx.init(jnp.zeros(2)))
+  assert int(state.num_accepted) == 3
+
+
+def test_a_tau_of_each_group():
+  """Each group's own threshold; the state has their mean."""
+  rows = {
+    "a": jnp.asarray(draw(1), jnp.float32),
+    "b": jnp.asarray(draw(2), jnp.float32),
+  }
+  params = {"a": jnp.zeros(20), "b": jnp.zeros(20)}
+  options = dict(rule=rules.leave_one_out(), num_microbatches=9)
+  tau = gaf_optax.tau_quantile(0.5)
+  both = gaf_optax.gaf(tau, groups="leaf", **options)
+  gradient, state = both.update(rows, both.init(params), params)
+  thresholds = []
+  for name in rows:
+    one = gaf_optax.gaf(tau, **options)
+    want, alone = one.update(rows[name], one.init(params[name]))
+    np.testing.assert_allclose(gradient[name], want, atol=1e-6)
+    thresholds.append(float(alone.threshold))
+  assert float(state.threshold) == pytest.approx(np.mean(thresholds), abs=1e-6)
+
+
+def test_tau_quantile_with_an_anchor_and_with_a_memory():
+  v = jnp.asarray(draw(3), jnp.float32)
+  tau = gaf_optax.tau_quantile(0.5)
+  for options in (
+    {"anchor_decay": 0.9},
+    {"memory_decay": 0.9, "rule": rules.min_neighbors(0.5)},
+  ):
+    tx = gaf_optax.gaf(tau, num_microbatches=9, **options)
+    state = tx.init(jnp.zeros(20))
+    for _ in range(2):
+      _, state = tx.update(v, state)
+    assert int(state.num_accepted) == 5
+
+
+@pytest.mark.parametrize("rule", [rules.min_neighbors(0.5), rules.nearest_neighbors(3)])
+def test_adaptive_tau_cuts_where_there_are_two_sorts_only(rule):
+  rng = np.random.default_rng(0)
+  common = rng.standard_normal(200)
+  noise = rng.standard_normal((8, 200))
+  of_sort = {
+    "all agree": noise + common,
+    "three wrong": noise + common * (np.arange(8)[:, None] < 5),
+    "nothing agrees": np.linalg.qr(noise.T)[0].T,
+  }
+  accepted = {}
+  for name, rows in of_sort.items():
+    tx = gaf_optax.gaf(gaf_optax.adaptive_tau(), rule=rule, num_microbatches=8)
+    _, state = tx.update(jnp.asarray(rows, jnp.float32), tx.init(jnp.zeros(200)))
+    accepted[name] = state.accepted.tolist()
+  assert accepted["all agree"] == accepted["nothing agrees"] == [True] * 8
+  assert accepted["three wrong"] == [True] * 5 + [False] * 3
+
+
+@pytest.mark.parametrize("tau", [gaf_optax.tau_quantile(0.5), gaf_optax.adaptive_tau()])
+@pytest.mark.parametrize("name", ["sequential", "running_average", "most_neighbors"])
+def test_a_tau_of_the_distances_needs_distances_without_tau(tau, name):
+  with pytest.raises(ValueError, match="depend on tau themselves"):
+    gaf_optax.gaf(tau, rule=getattr(rules, name)())
+
+
+def test_streams_have_no_tau_of_the_distances():
+  with pytest.raises(ValueError, match="Stack them and use gaf"):
+    gaf_optax.multi_steps(
+      optax.sgd(0.1), 2, gaf_optax.tau_quantile(0.5), anchor_decay=0
+    )
+  for wrong in (0.0, 1.1, float("nan")):
+    with pytest.raises(ValueError, match="fraction must be"):
+      gaf_optax.tau_quantile(wrong)
+  with pytest.raises(ValueError, match="share must be"):
+    gaf_optax.adaptive_tau(2.0)
