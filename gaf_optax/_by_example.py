@@ -1,6 +1,7 @@
-"""By example: weights of a batch's examples, from a layer's inputs and cotangents."""
+"""By example: microbatches compared by a part of their gradients, in two passes."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,11 +10,14 @@ from jax import lax
 
 from gaf_optax import (
   _combine,
+  _exchange,
   _gram,
   _inner_products,
+  _jax_types,
   _options,
   _state,
   _threshold,
+  _tree,
   _validate,
   rules,
 )
@@ -140,3 +144,148 @@ def _sum_of_layers(layers):
   products = jnp.sum(jnp.stack(aligned), axis=0)
   products = jnp.where(finite[:, None] & finite[None, :], products, 0)
   return _gram.Gram(products, top), finite
+
+
+# `(path, leaf) -> bool` on the parameters.
+Compare = Callable[[Any, Any], bool]
+
+
+def check_compared_options(tau, compare: Compare, **options) -> _options.Options:
+  """Checked options of the two-pass form.
+
+  Raises:
+    ValueError: as `gaf`, and for what has no meaning there.
+  """
+  _validate.function(" A predicate (path, leaf) -> bool.", compare=compare)
+  for name in ("stacked", "groups", "memory_decay", "anchor_decay"):
+    if options.get(name) is not None:
+      raise ValueError(
+        f"{name}={options[name]!r} does not go with compare: there is one decision for"
+        " all parameters, on the microbatches of one call."
+      )
+  if options.get("param_axes", ()) != ():
+    raise ValueError(
+      f"param_axes={options['param_axes']!r} does not go with compare: the compared"
+      " leaves must be whole on every device."
+    )
+  return _options.checked(tau, **options)
+
+
+def two_pass(
+  loss: Callable[[Any, Any], tuple[jax.Array, Any]],
+  params: Any,
+  batch: Any,
+  num_microbatches: int,
+  compare: Compare,
+  options: _options.Options,
+) -> tuple[jax.Array, Any, Any, _state.Agreement]:
+  """Compares microbatches by some leaves' gradients, then differentiates once.
+
+  The first pass forms the gradients of the compared leaves for each microbatch. The
+  second is one backward pass of the weighted mean loss over all parameters; XLA shares
+  the forward passes.
+
+  Args:
+    loss: `(params, microbatch) -> (scalar, aux)`.
+    params: what is differentiated.
+    batch: leaves `[k, ...]`.
+    num_microbatches: k; of each replica, with axis names.
+    compare: which leaves of `params` are compared.
+    options: of `check_compared_options`.
+
+  Returns:
+    The mean loss, aux leaves `[k, ...]`, the gradient, and an `Agreement` of all
+    replicas' microbatches, whose arrays are those of this replica's, `[k]`.
+  """
+  names, k = options.axis_names, num_microbatches
+  checking = frozenset(n for n in names if _jax_types.checks_replication(n))
+  # Gradients of replicated parameters would be summed over the replicas.
+  params = jax.tree.map(lambda x: _jax_types.as_varying(x, checking), params)
+  selected, merge = _selected(params, compare)
+
+  def of_selected(selected, microbatch):
+    return loss(merge(selected), microbatch)[0]
+
+  losses, stacks = jax.vmap(jax.value_and_grad(of_selected), (None, 0))(selected, batch)
+  weights, finite, agreement = _compared(losses, stacks, options)
+  if names:
+    start = lax.axis_index(names) * k
+    own = lambda x: lax.dynamic_slice_in_dim(x, start, k)
+    weights, finite = own(weights), own(finite)
+    each = {n: own(getattr(agreement, n)) for n in rules.Decision._fields}
+    agreement = agreement._replace(**each)
+
+  def total(params, batch):
+    losses, aux = jax.vmap(loss, (None, 0))(params, batch)
+    terms = jnp.where(weights != 0, weights.astype(losses.dtype) * losses, 0)
+    return jnp.sum(terms), (jnp.mean(losses), aux)
+
+  grads, (value, aux) = jax.grad(total, has_aux=True)(params, batch)
+
+  def without_bad():
+    # A NaN times a weight of 0 is NaN in the backward pass: good ones stand in.
+    rows = jnp.where(finite, jnp.arange(k), jnp.argmax(finite))
+    good = jax.tree.map(lambda x: x[rows], batch)
+    grads, _ = jax.grad(total, has_aux=True)(params, good)
+    return jax.tree.map(lambda x: jnp.where(jnp.any(finite), x, 0), grads)
+
+  grads = _jax_types.cond(jnp.all(finite), lambda: grads, without_bad)
+  if names:
+    grads = jax.tree.map(lambda x: lax.psum(x, names), grads)
+    value = lax.pmean(value, names)
+  return value, aux, grads, agreement
+
+
+def _selected(params, compare):
+  """The compared leaves, and a function that puts others in their place."""
+  flat, treedef = jax.tree_util.tree_flatten_with_path(params)
+  selected = [i for i, (path, leaf) in enumerate(flat) if compare(path, leaf)]
+  if not selected:
+    raise ValueError(
+      "compare selects no leaf of the parameters. Their paths are"
+      f" {', '.join(_tree.name(path) for path, _ in flat[:5])}"
+      f"{', ...' if len(flat) > 5 else ''}."
+    )
+  for i in selected:
+    path, leaf = flat[i]
+    if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+      raise ValueError(
+        f"compare selects leaf {_tree.name(path)} of dtype {jnp.result_type(leaf)},"
+        " which has no gradient to compare."
+      )
+
+  def merge(values):
+    leaves = [leaf for _, leaf in flat]
+    for i, value in zip(selected, values):
+      leaves[i] = value
+    return jax.tree.unflatten(treedef, leaves)
+
+  return [flat[i][1] for i in selected], merge
+
+
+def _compared(losses, stacks, options):
+  """Weights and finiteness `[n * k]` of all replicas' microbatches, and the agreement.
+
+  Args:
+    losses: `[k]`.
+    stacks: gradients `[k, *shape]` of the compared leaves.
+    options: of `check_compared_options`.
+  """
+  stacked = dataclasses.replace(options, stacked=True)
+  leaves = _tree.flatten(stacks, None, None, stacked=True)
+  plan = stacked.plan(leaves)
+  # The losses belong to no group: they have to be finite, and no more.
+  group_ids = (*plan.layout.group_ids, plan.layout.num_groups)
+  rows = _exchange.scatter(
+    [*leaves.arrays, losses], group_ids, plan.axes, plan.embed is not None
+  )
+  gram, finite = _inner_products.gram(
+    [(x,) for x in rows.leaves], rows.group_ids, 1, plan.embed, rows.shards
+  )
+  threshold = options.threshold(0, None)
+  decision, _, _ = rules.decide_groups(
+    plan.rule, gram, finite, threshold, plan.step_tau
+  )
+  decision = decision._replace(weights=_combine.normalized(decision.weights))
+  outcome = _state.outcome(decision, finite, _gram.noise_scale(gram, finite))
+  return decision.weights[0], finite, _state.agreement(outcome)

@@ -1,4 +1,4 @@
-"""Value and grad: the filter on microbatches, in the scan that differentiates."""
+"""Value and grad: the filter on microbatches, while a batch is differentiated."""
 
 import operator
 from collections.abc import Callable, Sequence
@@ -7,10 +7,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gaf_optax import _gaf, _jax_types, _options, _state, _stream, _tree, _validate
+from gaf_optax import (
+  _by_example,
+  _gaf,
+  _jax_types,
+  _options,
+  _state,
+  _stream,
+  _threshold,
+  _tree,
+  _validate,
+)
 
-# The options of `gaf` that it takes: those of streamed forms, but what needs a state.
-_OPTIONS = ("rule", "embed", "param_axes", "groups")
+# The options of `gaf` that it takes: those that need no state.
+_OPTIONS = ("rule", "embed", "axis_name", "param_axes", "groups")
 
 
 @_options.shown(_gaf.gaf, *_OPTIONS)
@@ -22,6 +32,7 @@ def value_and_grad(
   argnums: int | Sequence[int] = 0,
   batch_argnums: int | Sequence[int] | None = None,
   has_aux: bool = False,
+  compare: _by_example.Compare | None = None,
   **options: Any,
 ) -> Callable[..., Any]:
   """`jax.value_and_grad` over microbatches, filtered while it goes.
@@ -30,19 +41,33 @@ def value_and_grad(
   other in a `jax.lax.scan`, and keeps one running mean of the micro-gradients that
   agree (with `embed` a second one), so that memory does not grow with k.
 
+  With `compare` there are two passes and every rule works: the gradients of the leaves
+  that it selects, typically the last layer's, are formed for each microbatch at once
+  (by `jax.vmap`) and compared; the weights so found go into one backward pass of the
+  weighted mean loss. The gradient is exactly the weighted mean of the whole
+  micro-gradients; only the comparison looks at a part. So microbatches of one example
+  are affordable. Memory grows by k times the size of the compared leaves.
+
   Args:
     fun: a function whose value is a scalar, or a pair of one and auxiliary output
       with `has_aux`.
-    num_microbatches: k, at least 2; divides the leading axis of the batch.
+    num_microbatches: k, at least 2 (1 with `axis_name`); divides the leading axis of
+      the batch.
     tau: the largest distance that is accepted, in [0, 2]: a float or a scalar
-      array, traced or not.
+      array, traced or not; with `compare` also a :func:`tau_quantile` or
+      :func:`adaptive_tau`.
     argnums: which positional arguments to differentiate with respect to.
     batch_argnums: which positional arguments hold the batch: pytrees of arrays
       `[batch, ...]`; all but those of `argnums` if None. A typed PRNG key among them,
       a scalar, is split into one for each microbatch.
     has_aux: whether `fun` returns a pair.
-    **options: `rule` (`rules.sequential()` or `rules.running_average()`), `embed`,
-      `param_axes` and `groups`, see :func:`gaf`.
+    compare: None, or a predicate `(path, leaf) -> bool` on the parameters, where `path`
+      is a JAX key path: which leaves' gradients are compared.
+    **options: see :func:`gaf`. Without `compare`: `rule` (`rules.sequential()` or
+      `rules.running_average()`), `embed`, `param_axes` and `groups`. With it: any
+      `rule`, `embed`, and `axis_name`: each replica splits its own batch, all
+      microbatches are compared with each other, and every replica gets the value and
+      gradient of the whole and the agreement's arrays of its own microbatches.
 
   Returns:
     A function with the signature of `fun` that returns `(value, grads, agreement)`,
@@ -55,7 +80,8 @@ def value_and_grad(
     ValueError: for arguments outside their ranges, for a rule that has to see all
       micro-gradients at once, and for `anchor_decay`, since there is no state to
       hold the average (:func:`multi_steps` has one). The returned function raises
-      it for a batch whose leading axis k does not divide.
+      it for a batch whose leading axis k does not divide, and for a `compare` that
+      selects no leaf, or one without a gradient.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -72,24 +98,23 @@ def value_and_grad(
     <https://arxiv.org/abs/2412.18052>`_, 2024, algorithm 1.
   """
   _validate.function(fun=fun)
+  several_replicas = compare is not None and options.get("axis_name") is not None
   _validate.count(
-    2,
+    1 if several_replicas else 2,
     " One micro-gradient alone has nothing to compare with.",
     num_microbatches=num_microbatches,
   )
-  _validate.scalar(
-    " A schedule or a target_accept_rate needs a state; pass the value itself.",
-    tau=tau,
-  )
-  if options.get("anchor_decay") is not None:
-    raise ValueError(
-      "value_and_grad keeps no state from one call to the next, so anchor_decay"
-      f"={options['anchor_decay']!r} has nowhere to keep its average. Use"
-      " multi_steps or gaf."
-    )
   if options.get("num_microbatches") is not None:
     raise ValueError("num_microbatches is given twice.")
-  checked = _stream.check_options(tau, **options)
+  if compare is not None:
+    checked = _by_example.check_compared_options(tau, compare, **options)
+  else:
+    checked = _check_streamed(tau, **options)
+  if not _threshold.is_step_tau(tau):
+    _validate.scalar(
+      " A schedule or a target_accept_rate needs a state; pass the value itself.",
+      tau=tau,
+    )
   wanted_args = _positions(argnums, "argnums")
   batch_args = None
   if batch_argnums is not None:
@@ -99,40 +124,63 @@ def value_and_grad(
       raise ValueError(
         f"argument {min(both)} is named in argnums and in batch_argnums."
       )
-  differentiate = jax.value_and_grad(fun, argnums, has_aux=has_aux)
   k = int(num_microbatches)
 
   def filtered(*args, **kwargs):
-    threshold = jnp.asarray(tau, float)
-    wanted: Any = tuple(args[i] for i in wanted_args)
+    params: Any = tuple(args[i] for i in wanted_args)
     if not isinstance(argnums, Sequence):
-      (wanted,) = wanted
+      (params,) = params
     positions = batch_args
     if positions is None:
       positions = _others(wanted_args, len(args))
     batch = [_split(args, i, k) for i in positions]
 
-    def visit(stream, microbatch):
+    def loss(params, microbatch):
       own = list(args)
-      for i, value in zip(positions, microbatch):
+      values = params if isinstance(argnums, Sequence) else (params,)
+      for i, value in [*zip(wanted_args, values), *zip(positions, microbatch)]:
         own[i] = value
-      out, grads = differentiate(*own, **kwargs)
-      leaves = _tree.flatten(grads, wanted, checked.groups, stacked=False)
-      plan = checked.plan(leaves)
-      stream, _ = _stream.push(stream, leaves.arrays, threshold, plan=plan)
-      return stream, out
+      out = fun(*own, **kwargs)
+      return out if has_aux else (out, None)
 
-    like = _tree.flatten(wanted, None, checked.groups, stacked=False)
-    empty = _jax_types.typed_like(_stream.start(wanted, checked, k), wanted)
-    stream, out = jax.lax.scan(visit, empty, batch)
-    means, decision = _stream.finish(stream, like.arrays, like.layout, 2)
-    step = _stream.outcome(stream, decision, 2)
-    values, aux = out if has_aux else (out, None)
-    value = jnp.mean(values, axis=0)
-    agreement = _state.agreement(step)
-    return (value, aux) if has_aux else value, like.unflatten(means), agreement
+    if compare is None:
+      result = _one_by_one(loss, params, batch, k, checked)
+    else:
+      result = _by_example.two_pass(loss, params, batch, k, compare, checked)
+    value, aux, grads, agreement = result
+    return (value, aux) if has_aux else value, grads, agreement
 
   return filtered
+
+
+def _check_streamed(tau, **options):
+  if options.get("anchor_decay") is not None:
+    raise ValueError(
+      "value_and_grad keeps no state from one call to the next, so anchor_decay"
+      f"={options['anchor_decay']!r} has nowhere to keep its average. Use"
+      " multi_steps or gaf."
+    )
+  return _stream.check_options(tau, **options)
+
+
+def _one_by_one(loss, params, batch, k, options):
+  """Value, aux `[k, ...]`, gradient and `Agreement`, in one scan over microbatches."""
+  differentiate = jax.value_and_grad(loss, has_aux=True)
+  threshold = options.threshold(0, None)
+
+  def visit(stream, microbatch):
+    out, grads = differentiate(params, microbatch)
+    leaves = _tree.flatten(grads, params, options.groups, stacked=False)
+    plan = options.plan(leaves)
+    stream, _ = _stream.push(stream, leaves.arrays, threshold, plan=plan)
+    return stream, out
+
+  like = _tree.flatten(params, None, options.groups, stacked=False)
+  empty = _jax_types.typed_like(_stream.start(params, options, k), params)
+  stream, (values, aux) = jax.lax.scan(visit, empty, batch)
+  means, decision = _stream.finish(stream, like.arrays, like.layout, 2)
+  agreement = _state.agreement(_stream.outcome(stream, decision, 2))
+  return jnp.mean(values, axis=0), aux, like.unflatten(means), agreement
 
 
 def _others(argnums, num_args):

@@ -1,0 +1,210 @@
+"""`value_and_grad(compare=...)` against whole per-microbatch gradients, in float64."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import across
+import gaf_optax
+import oracle
+from gaf_optax import rules
+
+BATCH = 24
+
+
+def network(dtype="float32"):
+  rng = np.random.default_rng(0)
+  shapes = {"body": {"w": (5, 7), "b": (7,)}, "head": {"w": (7, 3), "b": (3,)}}
+  draw = lambda shape: jnp.asarray(rng.standard_normal(shape)).astype(dtype)
+  return jax.tree.map(draw, shapes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def batch(dtype="float32", size=BATCH):
+  rng = np.random.default_rng(1)
+  y = rng.integers(0, 3, size)
+  x = rng.standard_normal((size, 5)) + 2 * rng.standard_normal((3, 5))[y]
+  y = np.where(np.arange(size) % 4 == 0, (y + 1) % 3, y)
+  return jnp.asarray(x).astype(dtype), jnp.asarray(y)
+
+
+def loss(params, x, y):
+  body, head = params["body"], params["head"]
+  hidden = jnp.tanh(x @ body["w"] + body["b"][None])
+  logits = (hidden @ head["w"] + head["b"][None]).astype(jnp.float32)
+  each = -jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], 1)[:, 0]
+  return jnp.mean(each), hidden
+
+
+def head(path, leaf):
+  return path[0].key == "head"
+
+
+def stack(params, x, y, k):
+  split = lambda a: a.reshape(k, len(a) // k, *a.shape[1:])
+  one = jax.grad(lambda *args: loss(*args)[0])
+  return jax.vmap(one, (None, 0, 0))(params, split(x), split(y))
+
+
+RULES = {
+  "sequential": (rules.sequential(), 1.0, {}),
+  "leave_one_out": (rules.leave_one_out(), 1.0, {}),
+  "most_neighbors": (rules.most_neighbors(softness=0.1), 0.7, {"softness": 0.1}),
+  "min_neighbors": (rules.min_neighbors(0.4), 1.0, {"fraction": 0.4}),
+}
+
+
+@pytest.mark.parametrize("k", [BATCH, 6])
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_the_gradient_is_the_weighted_mean_of_whole_micro_gradients(name, k):
+  rule, tau, options = RULES[name]
+  params, (x, y) = network(), batch()
+  run = gaf_optax.value_and_grad(loss, k, tau, rule=rule, compare=head, has_aux=True)
+  (value, aux), grads, agreement = jax.jit(run)(params, x, y)
+  micro = stack(params, x, y, k)
+  v = oracle.vectors(jax.tree.leaves(micro["head"]))
+  weights, accepted, distances, margin, _ = oracle.decide(
+    name, v, np.ones(k, bool), tau, **options
+  )
+  assert margin > 1e-5 and 1 < accepted.sum() < k
+  np.testing.assert_array_equal(agreement.accepted, accepted)
+  np.testing.assert_allclose(agreement.distances, distances, atol=1e-5)
+  share = weights / weights.sum()
+  np.testing.assert_allclose(agreement.weights, share, atol=1e-5)
+  want = jax.tree.map(lambda g: np.tensordot(share, oracle.wide(g), 1), micro)
+  chex.assert_trees_all_close(grads, want, atol=1e-5)
+  chex.assert_trees_all_equal_shapes_and_dtypes(grads, params)
+  chex.assert_shape(aux, (k, BATCH // k, 7))
+  assert float(value) == pytest.approx(float(loss(params, x, y)[0]), rel=1e-5)
+
+
+def test_everything_compared_is_the_stacked_form():
+  params, (x, y) = network(), batch()
+  rule = rules.nearest_neighbors(3)
+  tau = gaf_optax.tau_quantile(0.5)
+  run = gaf_optax.value_and_grad(
+    loss, 8, tau, rule=rule, compare=lambda path, leaf: True, has_aux=True
+  )
+  _, grads, agreement = jax.jit(run)(params, x, y)
+  tx = gaf_optax.gaf(tau, rule=rule, num_microbatches=8)
+  want, state = jax.jit(tx.update)(stack(params, x, y, 8), tx.init(params))
+  chex.assert_trees_all_close(grads, want, atol=1e-5)
+  np.testing.assert_array_equal(agreement.accepted, state.accepted)
+  assert float(agreement.num_accepted) == 4
+
+
+@pytest.mark.parametrize("where", ["input", "loss"])
+def test_a_bad_microbatch_never_comes_back(where):
+  """Through inputs, or through a loss whose compared gradient is finite."""
+  params, (x, y) = network(), batch()
+  if where == "input":
+    x = x.at[5, 2].set(jnp.nan)
+
+  def risky(params, x, y):
+    value, aux = loss(params, x, y)
+    if where == "loss":  # 0 but for one example, infinite there; no gradient of it.
+      value += jax.lax.stop_gradient(
+        jnp.where(jnp.all(x == batch()[0][5][None]), jnp.inf, 0)
+      )
+    return value, aux
+
+  run = gaf_optax.value_and_grad(
+    risky, BATCH, 2.0, rule=rules.leave_one_out(), compare=head, has_aux=True
+  )
+  _, grads, agreement = jax.jit(run)(params, x, y)
+  assert int(agreement.nonfinite) == 1 and float(agreement.weights[5]) == 0
+  kept = np.arange(BATCH) != 5
+  micro = stack(params, x[kept], y[kept], BATCH - 1)
+  want = jax.tree.map(lambda g: g.mean(axis=0), micro)
+  chex.assert_trees_all_close(grads, want, atol=1e-6)
+
+
+def test_all_bad_is_zero():
+  params, (x, y) = network(), batch()
+  run = gaf_optax.value_and_grad(loss, 4, compare=head, has_aux=True)
+  _, grads, agreement = run(params, x * jnp.nan, y)
+  chex.assert_trees_all_equal(grads, jax.tree.map(jnp.zeros_like, params))
+  assert not agreement.agreed and int(agreement.nonfinite) == 4
+
+
+def test_half_precision():
+  params, (x, y) = network("bfloat16"), batch("bfloat16")
+  run = gaf_optax.value_and_grad(loss, 8, 2.0, compare=head, has_aux=True)
+  _, grads, _ = jax.jit(run)(params, x, y)
+  chex.assert_trees_all_equal_shapes_and_dtypes(grads, params)
+  want = jax.tree.map(
+    lambda g: oracle.wide(g.astype(jnp.float32)).mean(axis=0), stack(params, x, y, 8)
+  )
+  got = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+  chex.assert_trees_all_close(got, want, atol=2e-2)
+
+
+HOW = [across.ALL[0], across.ALL[1], *across.ALL[2:]]
+
+
+@pytest.mark.parametrize("local_k", [1, 3])
+@pytest.mark.parametrize("how", HOW, ids=across.name)
+def test_across_devices_it_is_the_whole_batch(how, local_k):
+  params, (x, y) = network(), batch()
+  n = across.N
+  options = dict(rule=rules.leave_one_out(), compare=head, has_aux=True)
+  whole = gaf_optax.value_and_grad(loss, n * local_k, 0.9, **options)
+  (value, _), want, expected = jax.jit(whole)(params, x, y)
+  assert 1 < int(expected.accepted.sum()) < n * local_k
+  run = gaf_optax.value_and_grad(loss, local_k, 0.9, axis_name="data", **options)
+
+  def local(rows):
+    (value, _), grads, agreement = run(params, rows["x"], rows["y"])
+    return value, grads, agreement
+
+  split = {"x": x.reshape(n, -1, 5), "y": y.reshape(n, -1)}
+  got_value, grads, agreement = across.mapped(local, split, how)
+  np.testing.assert_allclose(got_value, np.full(n, value), rtol=1e-5)
+  for got, leaf in zip(jax.tree.leaves(grads), jax.tree.leaves(want)):
+    for one in got:
+      np.testing.assert_allclose(one, leaf, atol=1e-5)
+  np.testing.assert_array_equal(agreement.accepted.reshape(-1), expected.accepted)
+  np.testing.assert_allclose(agreement.weights.reshape(-1), expected.weights, atol=1e-6)
+  np.testing.assert_array_equal(agreement.num_accepted, [expected.num_accepted] * n)
+
+
+def test_typed_keys_are_split():
+  def noisy(w, x, key):
+    return jnp.sum(w[None] * x) + jax.random.normal(key) * w[0]
+
+  keys = jax.random.split(jax.random.key(3), 4)
+  w, x = jnp.ones(2), jnp.ones((8, 2))
+  for options in ({}, {"compare": lambda path, leaf: True}):
+    run = gaf_optax.value_and_grad(noisy, 4, 2.0, **options)
+    value, grads, _ = run(w, x, jax.random.key(3))
+    noise = np.array([jax.random.normal(key) for key in keys])
+    np.testing.assert_allclose(value, 4 + noise.mean(), rtol=1e-5)
+    np.testing.assert_allclose(grads, [2 + noise.mean(), 2], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "options, message",
+  [
+    ({"compare": lambda path, leaf: False}, r"selects no leaf.*\['body'\]\['b'\]"),
+    ({"compare": "head"}, "compare must be callable"),
+    ({"compare": head, "groups": "leaf"}, "groups='leaf' does not go with compare"),
+    ({"compare": head, "anchor_decay": 0.9}, "anchor_decay=0.9 does not go with"),
+    ({"compare": head, "param_axes": "model"}, "must be whole on every device"),
+    ({"rule": rules.leave_one_out()}, "has to see all micro-gradients at once"),
+    ({"tau": gaf_optax.tau_quantile(0.5)}, "Stack them and use gaf"),
+  ],
+)
+def test_errors(options, message):
+  params, (x, y) = network(), batch()
+  with pytest.raises(ValueError, match=message):
+    gaf_optax.value_and_grad(loss, 4, has_aux=True, **options)(params, x, y)
+
+
+def test_integer_leaves_cannot_be_compared():
+  params = {"w": jnp.ones(2), "n": jnp.arange(2)}
+  run = gaf_optax.value_and_grad(
+    lambda p, x: jnp.sum(p["w"] * x), 2, compare=lambda path, leaf: path[0].key == "n"
+  )
+  with pytest.raises(ValueError, match=r"leaf \['n'\] of dtype int32"):
+    run(params, jnp.ones((2, 2)))
