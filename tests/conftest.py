@@ -9,7 +9,7 @@ import pytest
 from hypothesis import Phase, settings
 
 # Most of a test's time goes into compiling, and programs this small gain nothing from
-# being optimized. Options of XLA that save half of it, with the values that they have
+# being optimized. Options of XLA that save time, with the values that they have
 # where nobody sets them. GAF_TESTS_COMPILE=full leaves them so, as users compile.
 QUICK = {"xla_backend_optimization_level": (0, 3)}
 if jax.__version_info__ < (0, 11):  # Newer ones end the process over it.
