@@ -60,6 +60,7 @@ def test_a_program_is_compiled_before_it_is_timed():
   assert len(traced) == 2
 
 
+@pytest.mark.usefixtures("compiled_as_users_do")
 @pytest.mark.parametrize("k, most", [(2, 0.5), (8, 0.5), (40, 1.5)])
 def test_memory_of_a_stack_beside_the_stack(k, most):
   """Blocks of rows by the Gram matrix; of many, a running sum of a gradient's size."""

@@ -53,6 +53,7 @@ def test_rounding_does_not_overflow():
   np.testing.assert_allclose(got, [top], rtol=1e-6)
 
 
+@pytest.mark.usefixtures("compiled_as_users_do")
 @pytest.mark.parametrize("k", [4, 32])
 def test_needs_no_copy_of_the_micro_gradients(k):
   x = jnp.zeros((k, 512, 512))

@@ -2,12 +2,15 @@
 
 import functools
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
 import exchange
+
+pytestmark = pytest.mark.usefixtures("compiled_as_users_do")
 
 AWKWARD = exchange.shapes("awkward")
 SIZE = 4 * sum(n for (n,) in AWKWARD)
@@ -59,6 +62,8 @@ def test_of_64_devices():
   output = subprocess.run(
     [sys.executable, "-c", code],
     cwd=exchange.__file__.rpartition("/")[0],
+    # Compiled as users compile, in this process, too.
+    env={name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
     capture_output=True,
     text=True,
     check=True,

@@ -145,6 +145,7 @@ def test_all_zero():
   assert finite.all()
 
 
+@pytest.mark.usefixtures("compiled_as_users_do")
 def test_needs_no_copy_of_the_micro_gradients():
   """Temporary memory, read from the compiled program, of a stack of 8 MB."""
   x = jnp.zeros((8, 512, 512))

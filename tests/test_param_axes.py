@@ -291,6 +291,7 @@ class TestExplicitMesh:
     ],
     ids=str,
   )
+  @pytest.mark.usefixtures("compiled_as_users_do")
   def test_result_and_what_is_gathered(self, name, options):
     specs, members = self.CASES[name]
     plain = stack(8, seed=6)

@@ -78,11 +78,9 @@ def environment():
   kept = {
     name: value
     for name, value in os.environ.items()
-    if not name.startswith(("JAX_", "XLA_", "PYTHONWARNINGS"))
+    if not name.startswith(("JAX_", "PYTHONWARNINGS"))
     and not name.lower().endswith("_proxy")
   }
-  # Each process compiles for itself, here in less time.
-  kept["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
   return kept | {"PYTHONPATH": str(pathlib.Path(gaf_optax.__file__).parents[1])}
 
 

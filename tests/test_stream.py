@@ -217,6 +217,7 @@ class TestValueAndGrad:
       gaf_optax.value_and_grad(self.loss, 2, batch_argnums="x")
 
 
+@pytest.mark.usefixtures("compiled_as_users_do")
 class TestMemory:
   """Read from the compiled program: one running sum, whatever k is."""
 
