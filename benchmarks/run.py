@@ -108,8 +108,8 @@ def stacked(quick: bool) -> str:
     size = num_values(stack) // k
     rows += [[f"{k}", *row] for row in compared(programs, size, 2 if quick else 11)]
   return (
-    f"{len(shapes)} leaves, {size:,} values, float32; time over `jnp.mean`'s, temporary"
-    " memory in gradients' sizes.\n\n"
+    f"{len(shapes)} leaves, {size:,} values, float32; time relative to `jnp.mean`,"
+    " temporary memory in units of one gradient.\n\n"
     + measure.table(["k", "", "time", "temporary"], rows)
   )
 
@@ -185,9 +185,9 @@ def streamed(quick: bool) -> str:
       found = compared(programs, size, 2 if quick else 15)
       rows += [[f"{k} x {batch}", *row] for row in found]
   return (
-    f"MLP {'-'.join(map(str, sizes))}, {size:,} values, k microbatches of so many rows:"
-    " gradients and their mean; time over Optax's form, temporary memory in gradients'"
-    " sizes.\n\n" + measure.table(["k x rows", "", "time", "temporary"], rows)
+    f"Gradients and their mean for an MLP {'-'.join(map(str, sizes))}, {size:,} values;"
+    " time relative to Optax's form, temporary memory in units of one gradient.\n\n"
+    + measure.table(["k x rows", "", "time", "temporary"], rows)
   )
 
 
@@ -245,8 +245,8 @@ def step(quick: bool) -> str:
   name = f"ResNet of width {model.width}, blocks {model.blocks}"
   return (
     f"{name}, {num_values(params):,} values, images of {side} x {side}, SGD with"
-    " momentum: forward, backward and update; time over that with `jnp.mean`.\n\n"
-    + measure.table(["k x images", "", "time", "temporary"], rows)
+    " momentum: forward, backward and update; time relative to the step with"
+    " `jnp.mean`.\n\n" + measure.table(["k x images", "", "time", "temporary"], rows)
   )
 
 
@@ -280,7 +280,7 @@ def growth(quick: bool) -> str:
     rows.append([k, f"{milliseconds:.3g}", *ratios.values()])
   size = num_values(stack) // k
   return (
-    f"{len(shapes)} leaves, {size:,} values; time over that of the mean, written as a"
+    f"{len(shapes)} leaves, {size:,} values; time relative to the mean, written as a"
     " sum.\n\n" + measure.table(["k", "mean, ms", *ratios], rows)
   )
 
@@ -337,8 +337,8 @@ def against_peers(quick: bool) -> str:
       rows.append([f"{k}", name, str(time)])
   size = num_values(stack) // k
   return (
-    f"{len(shapes)} leaves, {size:,} values, float32; {peers.versions()}. Time over"
-    " `gaf`'s.\n\n" + measure.table(["k", "", "time"], rows)
+    f"{len(shapes)} leaves, {size:,} values, float32; {peers.versions()}. Time relative"
+    " to `gaf`.\n\n" + measure.table(["k", "", "time"], rows)
   )
 
 

@@ -45,6 +45,7 @@ _ROOT = pathlib.Path(__file__).resolve().parent.parent
 _PAGES = {
   "README.md": "index.md",
   "CHANGELOG.md": "changelog.md",
+  "CONTRIBUTING.md": "contributing.md",
   "benchmarks/RESULTS.md": "benchmarks.md",
   "examples/byte_lm/README.md": "byte_lm.md",
   "examples/cifar100_resnet18/README.md": "experiments.md",

@@ -20,12 +20,11 @@ PAGES = ["README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.
 
 # How many blocks of Python a page has at least; the other pages have none.
 LEAST = {
-  "README.md": 5,
+  "README.md": 1,
   "docs/choosing.md": 3,
   "docs/comparison.md": 4,
   "docs/devices.md": 5,
   "docs/how_it_works.md": 3,
-  "docs/index.md": 2,
   "docs/recipes.md": 18,
   "docs/troubleshooting.md": 15,
 }
@@ -50,26 +49,24 @@ def test_python_blocks_run_and_print_what_the_page_says(page, capsys):
   found = programs(page)
   assert len(found) >= LEAST.get(page, 0)
   assert (page in LEAST) == bool(found)
-  names, everything = {}, ""
+  names = {}
   for code, expected in found:
     exec(compile(code, page, "exec"), names)
     printed = capsys.readouterr().out
-    everything += printed
     if expected is not None:
       if not doctest.OutputChecker().check_output(expected, printed, SAME):
         pytest.fail(f"{page}\n{code}\nsays\n{expected}\nand prints\n{printed}")
-  if page in ("README.md", "docs/devices.md"):  # They print all metrics.
-    assert "accept_rate" in everything
 
 
-def test_every_public_name_is_in_the_api_reference():
+def test_every_public_name_is_in_the_api_reference_once():
   text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-  documented = set(re.findall(r"auto(?:function|class|module):: (\S+)", text))
-  public = {f"gaf_optax.{name}" for name in gaf_optax.__all__}
-  public |= {f"gaf_optax.rules.{name}" for name in gaf_optax.rules.__all__}
-  # Documented once, where it is defined.
-  public.remove("gaf_optax.Decision")
-  assert documented == public
+  documented = re.findall(r"auto(?:function|class|module):: (\S+)", text)
+  rules = gaf_optax.rules
+  public = {f"gaf_optax.rules.{name}" for name in rules.__all__}
+  public |= {  # What both modules export is documented with the rules.
+    f"gaf_optax.{name}" for name in gaf_optax.__all__ if name not in rules.__all__
+  }
+  assert sorted(documented) == sorted(public)
 
 
 @pytest.mark.parametrize("name, part", [("main", "train.py"), ("test", "pytest")])
