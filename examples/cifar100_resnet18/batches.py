@@ -7,15 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import labels as labels_lib
+from common.command import UserError
 from data import Dataset
-from errors import UserError
 from plan import Part
 
 # One stream of random numbers for each purpose; the values only have to differ.
 _NOISE, _ORDER, _SOURCES, _CONTROL, _AUGMENT, _WRONG_LABELS = range(6)
-# The control of as many steps has them at random times within so many: as often as
-# GAF, early and late.
-_WINDOW = 50
 # Pixels that a crop moves by, at most, as usual for CIFAR.
 _SHIFT = 4
 
@@ -42,30 +39,20 @@ class Batches(NamedTuple):
   images: Any = None
 
 
-class Chosen(NamedTuple):
-  """What a control keeps; see `gaf_optax.Decision`.
-
-  Attributes:
-    accepted: bool `[n, k]`.
-    weights: float32 `[n, k]`.
-  """
-
-  accepted: Any
-  weights: Any
-
-
 class Schedule:
   """The microbatches of one seed, the same for every arm of a part.
 
   Attributes:
     labels: int32 `[n]`, the training labels with their noise.
     wrong: bool `[steps, k]`, which microbatches come from wrong sources.
+    control_key: numbers that the controls' choices come from.
   """
 
   def __init__(self, part: Part, dataset: Dataset, base: np.ndarray, seed: int):
     """Args: `base` are the training labels int32 `[n]` before any flipping."""
     self._part, self._seed = part, seed
     self._num_classes = dataset.num_classes
+    self.control_key = (seed, _CONTROL)
     self._epochs: dict[int, np.ndarray] = {}
     rng = _rng(seed, _NOISE)
     if part.random_labels:
@@ -190,32 +177,6 @@ def cropped(images: jax.Array, crops: jax.Array) -> jax.Array:
   return jax.vmap(crop)(jnp.pad(flat, around), crops.reshape(-1, 3)).reshape(
     images.shape
   )
-
-
-def random_choice(accepted: np.ndarray, weights: np.ndarray, seed: int) -> Chosen:
-  """In each step as many micro-gradients as GAF accepted, and with its weights.
-
-  Args:
-    accepted: bool `[steps, k]`, what GAF accepted.
-    weights: float32 `[steps, k]`, with which weights.
-    seed: of the run that is imitated.
-  """
-  drawn = _rng(seed, _CONTROL).random(accepted.shape)
-  order = np.argsort(drawn, axis=1)
-  return Chosen(*(np.take_along_axis(x, order, axis=1) for x in (accepted, weights)))
-
-
-def random_steps(accepted: np.ndarray, seed: int) -> Chosen:
-  """All micro-gradients in as many steps of each window as GAF took, at random.
-
-  Args: as `random_choice`.
-  """
-  rng = _rng(seed, _CONTROL)
-  taken = accepted.any(axis=1)
-  for start in range(0, len(taken), _WINDOW):
-    rng.shuffle(taken[start : start + _WINDOW])
-  keep = np.broadcast_to(taken[:, None], accepted.shape)
-  return Chosen(keep.copy(), keep.astype(np.float32))
 
 
 def _rng(*key):

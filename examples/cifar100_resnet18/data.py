@@ -11,7 +11,7 @@ import urllib.request
 import numpy as np
 
 import safe_pickle
-from errors import UserError
+from common.command import UserError
 
 
 @dataclasses.dataclass(frozen=True)

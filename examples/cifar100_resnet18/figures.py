@@ -7,10 +7,11 @@ import dataclasses
 import itertools
 from collections.abc import Callable
 
+import optimizers as optimizers_lib
 import plan
-import training
-from errors import UserError
-from plan import CLEAN, PLAIN, Part, gaf_arms
+from common.arms import CLEAN, PLAIN, Arm, gaf_arms
+from common.command import UserError
+from plan import Part
 
 DIGITS, CIFAR10, CIFAR100 = "digits", "cifar10", "cifar100"
 _FLIPPED = 0.4
@@ -85,7 +86,7 @@ SETTINGS = {
       microbatch_size=100,
       balanced=True,
       augment=True,
-      optimizer=training.PLATEAU,
+      optimizer=optimizers_lib.PLATEAU,
       plateau_patience=100,
       learning_rate=0.01,
       weight_decay=0.01,
@@ -188,7 +189,7 @@ def optimizers(setting: Setting):
       learning_rate=setting.learning_rates.get(name, usual),
       **_flipped(setting),
     )
-    for name in training.OPTIMIZERS
+    for name in optimizers_lib.OPTIMIZERS
   )
 
 
@@ -273,7 +274,7 @@ class Figure:
   title: str
   x: str | None = None
 
-  def x_of(self, part: Part, arm: plan.Arm) -> float:
+  def x_of(self, part: Part, arm: Arm) -> float:
     """Where an arm stands on the axis `x`."""
     return arm.tau if self.x == "tau" else getattr(part, self.x)
 

@@ -7,8 +7,8 @@ import zipfile
 import numpy as np
 
 import safe_pickle
+from common.command import UserError
 from data import checked_labels
-from errors import UserError
 
 # Far above any label file, far below what would fill the memory.
 _MOST_BYTES = 1 << 28

@@ -137,13 +137,13 @@ class Kind:
 
   Attributes:
     build: from the number of classes and `width` and `depth`, where given.
-    steps: how many are taken between two looks at whether to stop, at most.
+    longest: number of steps between two looks at whether to stop, at most.
     divisor: what a width must be a multiple of.
     convolves: whether most of its work is convolutions.
   """
 
   build: Callable[..., nn.Module]
-  steps: int = 10
+  longest: int = 10
   divisor: int = 1
   convolves: bool = False
 
@@ -158,7 +158,7 @@ def _resnet(default, small_stem):
 
 _R18, _R34 = (2, 2, 2, 2), (3, 4, 6, 3)
 KINDS = {
-  "mlp": Kind(MLP, steps=100),
+  "mlp": Kind(MLP, longest=100),
   "resnet18": _resnet(_R18, small_stem=False),
   "resnet34": _resnet(_R34, small_stem=False),
   "resnet18-cifar": _resnet(_R18, small_stem=True),
@@ -169,7 +169,7 @@ KINDS = {
       ViT, width=1024, depth=24, head_width=64, patch_size=16, image_size=224
     ),
     divisor=64,
-    steps=1,
+    longest=1,
   ),
 }
 

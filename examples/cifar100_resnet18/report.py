@@ -1,19 +1,36 @@
 """Report: tables and sentences, computed from the metrics and traces of a run."""
 
-import csv
 import dataclasses
-import io
-import math
+import pathlib
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
-from storage import RunDirectory, write_whole
+from common.arms import CONTROLS
+from common.tables import FEWEST_SEEDS, Difference, aligned, spread, write_results
 
-# Fewer values than this say next to nothing about their spread.
-_FEWEST_SEEDS = 3
-CONTROLS = ("choice", "steps")
+# By the signs of the significant differences to the plain mean and to chance.
+_VERDICTS = {
+  (
+    1,
+    1,
+  ): "above the plain mean and above chance too: which micro-gradients are left out"
+  " matters",
+  (
+    1,
+    0,
+  ): "above the plain mean, but not told apart from chance: how much is left out is"
+  " enough to explain it",
+  (1, -1): "above the plain mean, but below chance: leaving out as much at random does"
+  " better",
+  (0, 1): "not told apart from the plain mean, though above chance",
+  (0, 0): "told apart neither from the plain mean nor from chance",
+  (0, -1): "not told apart from the plain mean, and below chance",
+  (-1, 1): "below the plain mean, though above chance: it chooses well, but leaving out"
+  " as much costs more",
+  (-1, 0): "below the plain mean, and not told apart from chance",
+  (-1, -1): "below the plain mean and below chance",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,89 +56,50 @@ class Summary:
   from_wrong: np.ndarray | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Difference:
-  """Paired differences over seeds.
+def write(path: pathlib.Path, experiments: list[Any], rows: list[dict]) -> str:
+  """Writes `results.md` and `results.csv`; returns the text of the former.
 
-  Attributes:
-    mean: of the differences.
-    margin: half the width of its 95 % confidence interval, by Student's t; None with
-      too few seeds.
+  Args:
+    path: of the output directory.
+    experiments: what has run.
+    rows: the lines of the metrics file.
   """
-
-  mean: float
-  margin: float | None
-
-  @classmethod
-  def of(cls, ours: np.ndarray, theirs: np.ndarray) -> "Difference":
-    """Of two arrays `[seeds]`."""
-    paired = np.asarray(ours, float) - np.asarray(theirs, float)
-    n = len(paired)
-    if n < _FEWEST_SEEDS:
-      return cls(float(paired.mean()), None)
-    margin = stats.t.ppf(0.975, n - 1) * paired.std(ddof=1) / math.sqrt(n)
-    return cls(float(paired.mean()), float(margin))
-
-  @property
-  def sign(self) -> int:
-    """1 or -1 where the interval is on one side of zero, else 0."""
-    if self.margin is None or abs(self.mean) <= self.margin:
-      return 0
-    return 1 if self.mean > 0 else -1
-
-  def __str__(self):
-    if self.margin is None:
-      return f"{self.mean:+.3f}"
-    return f"{self.mean:+.3f} ± {self.margin:.3f}"
-
-
-def write(directory: RunDirectory, experiments: list[Any]) -> str:
-  """Writes `results.md` and `results.csv`; returns the text of the former."""
-  rows = directory.metrics()
   texts, table = [], []
   for experiment in experiments:
     part, summaries = experiment.part, summarize(experiment, rows)
-    texts.append(
-      f"## {part.title}\n\n{size(part)}\n\n{results_table(part, summaries)}\n\n"
-      f"{comparison(part, summaries)}\n"
-    )
+    paragraphs = f"## {part.title}", size(part), results_table(part, summaries)
+    texts.append("\n\n".join([*paragraphs, comparison(part, summaries)]) + "\n")
     table += csv_rows(part, summaries)
-  text = "\n".join(texts)
-  write_results(directory, text, table)
-  return text
+  return write_results(path, "\n".join(texts), table)
 
 
-def write_overview(directory: RunDirectory, title: str, results: list[Any]) -> str:
+def write_overview(path: pathlib.Path, title: str, results: list[Any]) -> str:
   """Writes `results.md` and `results.csv` of many parts; returns the former's text.
 
   Args:
-    directory: where to.
+    path: of the output directory.
     title: of the whole.
     results: experiments and their summaries.
   """
   of_parts = [(experiment.part, summaries) for experiment, summaries in results]
-  first, _ = of_parts[0]
   paragraphs = [f"## {title}", _sizes([part for part, _ in of_parts])]
-  if any(arm.is_gaf for arm in first.arms):
+  if any(arm.is_gaf for arm in of_parts[0][0].arms):
     paragraphs.append(
       "Differences: paired by seed, mean ± half of the 95 % confidence interval, bold"
       " where it leaves out zero."
     )
     for measure in ("final", "best"):
-      paragraphs += [
-        f"{measure.capitalize()} test accuracy:",
-        overview(measure, of_parts),
-      ]
+      said = f"{measure.capitalize()} test accuracy:"
+      paragraphs += [said, overview(measure, of_parts)]
   else:
-    header = ["plain mean", "best", "final", "distance in the last tenth"]
-    lines = [
-      [part.title, *map(spread, (plain.best, plain.final, plain.late_distance))]
-      for part, plain in ((part, summaries["plain"]) for part, summaries in of_parts)
-    ]
-    paragraphs.append(aligned([header, *lines]))
-  text = "\n\n".join(paragraphs) + "\n"
-  write_results(directory, text, [row for pair in of_parts for row in csv_rows(*pair)])
-  return text
+    lines = [["plain mean", "best", "final", "distance in the last tenth"]]
+    for part, summaries in of_parts:
+      plain = summaries["plain"]
+      values = plain.best, plain.final, plain.late_distance
+      lines.append([part.title, *map(spread, values)])
+    paragraphs.append(aligned(lines))
+  table = [row for pair in of_parts for row in csv_rows(*pair)]
+  return write_results(path, "\n\n".join(paragraphs) + "\n", table)
 
 
 def _sizes(parts):
@@ -131,55 +109,36 @@ def _sizes(parts):
   return "\n".join(f"- {part.title}: {size(part)}" for part in parts)
 
 
-def write_results(directory: RunDirectory, text: str, table: list[dict]) -> None:
-  """Writes `results.md` and, with a line for each dict, `results.csv`."""
-  write_whole(directory.path / "results.md", text)
-  stream = io.StringIO()
-  writer = csv.DictWriter(stream, table[0].keys(), lineterminator="\n")
-  writer.writeheader()
-  writer.writerows(table)
-  write_whole(directory.path / "results.csv", stream.getvalue())
-
-
 def csv_rows(part, summaries: dict[str, Summary]) -> list[dict]:
   """A dict for each arm and seed of a part."""
+  columns = {
+    "best_accuracy": "best",
+    "final_accuracy": "final",
+    "accepted": "accepted",
+    "updates": "updates",
+    "late_distance": "late_distance",
+  }
   return [
-    {
-      "part": part.name,
-      "arm": name,
-      "seed": seed,
-      "best_accuracy": summary.best[seed],
-      "final_accuracy": summary.final[seed],
-      "accepted": summary.accepted[seed],
-      "updates": summary.updates[seed],
-      "late_distance": summary.late_distance[seed],
-    }
-    for name, summary in summaries.items()
+    {"part": part.name, "arm": arm, "seed": seed}
+    | {name: getattr(summary, field)[seed] for name, field in columns.items()}
+    for arm, summary in summaries.items()
     for seed in range(part.seeds)
   ]
 
 
 def size(part) -> str:
   """The sentence on how much was trained."""
+  devices = ""
+  if part.devices is not None:
+    each = part.num_microbatches // part.devices
+    devices = f", {each} on each of {part.devices} devices"
+  seeds = "one seed" if part.seeds == 1 else f"mean over {part.seeds} seeds"
+  if part.seeds >= FEWEST_SEEDS:
+    seeds = f"mean ± standard deviation over {part.seeds} seeds"
   return (
-    f"{part.num_microbatches} microbatches of {part.microbatch_size}"
-    f"{_said_devices(part)}, {part.steps} steps; {said_seeds(part.seeds)}."
+    f"{part.num_microbatches} microbatches of {part.microbatch_size}{devices},"
+    f" {part.steps} steps; {seeds}."
   )
-
-
-def _said_devices(part):
-  if part.devices is None:
-    return ""
-  each = part.num_microbatches // part.devices
-  return f", {each} on each of {part.devices} devices"
-
-
-def said_seeds(seeds):
-  if seeds == 1:
-    return "one seed"
-  if seeds < _FEWEST_SEEDS:
-    return f"mean over {seeds} seeds"
-  return f"mean ± standard deviation over {seeds} seeds"
 
 
 def summarize(experiment: Any, rows: list[dict]) -> dict[str, Summary]:
@@ -244,22 +203,6 @@ def results_table(part, summaries: dict[str, Summary]) -> str:
   return aligned(lines)
 
 
-def aligned(lines):
-  """Markdown that can be read in a terminal too; the first line is the header."""
-  widths = [max(map(len, column)) for column in zip(*lines)]
-  lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
-  return "\n".join(
-    "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |"
-    for line in lines
-  )
-
-
-def spread(values):
-  if len(values) < _FEWEST_SEEDS:
-    return f"{values.mean():.3f}"
-  return f"{values.mean():.3f} ± {values.std(ddof=1):.3f}"
-
-
 def comparison(part, summaries: dict[str, Summary]) -> str:
   """A Markdown table of paired differences and what they allow to conclude."""
   arms = [arm for arm in part.arms if arm.is_gaf]
@@ -268,7 +211,10 @@ def comparison(part, summaries: dict[str, Summary]) -> str:
   lines: list[list[str]] = [[arm.label] for arm in arms]
   paragraphs = []
   for measure in ("final", "best"):
-    header += [f"{measure}, against {name}" for name in ("plain", *map(_named, kinds))]
+    header += [
+      f"{measure}, against {name}"
+      for name in ("plain", *(f"random {kind}" for kind in kinds))
+    ]
     found = {}
     for arm, line in zip(arms, lines):
       plain, controls = differences(part, arm, summaries, measure)
@@ -278,7 +224,7 @@ def comparison(part, summaries: dict[str, Summary]) -> str:
   if part.wrong_sources:
     paragraphs.append(_sources(part, summaries))
   number = (len(header) - 1) * len(lines)
-  if part.seeds >= _FEWEST_SEEDS:
+  if part.seeds >= FEWEST_SEEDS:
     paragraphs.append(
       f"A 95 % interval leaves out zero by chance in 5 % of cases, so expect"
       f" {0.05 * number:.1f} of the {number} above to do so where there is no"
@@ -302,7 +248,9 @@ def overview(measure: str, results: list[tuple[Any, dict[str, Summary]]]) -> str
   ]
   sourced = any(part.wrong_sources for part in parts)
   header = ["", "accepted", *["of these wrong"] * sourced, "plain mean", "GAF"]
-  header += [f"GAF - {name}" for name in ("plain", *map(_named, kinds))]
+  header += [
+    f"GAF - {name}" for name in ("plain", *(f"random {kind}" for kind in kinds))
+  ]
   lines = [header]
   for part, summaries in results:
     plain = getattr(summaries["plain"], measure)
@@ -324,20 +272,11 @@ def overview(measure: str, results: list[tuple[Any, dict[str, Summary]]]) -> str
           *[wrong] * sourced,
           "",
           spread(getattr(summary, measure)),
-          _marked(against),
-          *(_marked(controls[kind]) if kind in controls else "" for kind in kinds),
+          against.marked,
+          *(controls[kind].marked if kind in controls else "" for kind in kinds),
         ]
       )
   return aligned(lines)
-
-
-def _marked(difference):
-  """In bold where it is not none."""
-  return f"**{difference}**" if difference.sign else str(difference)
-
-
-def _named(kind):
-  return f"random {kind}"
 
 
 def differences(part, arm, summaries: dict[str, Summary], measure: str):
@@ -370,51 +309,20 @@ def conclusion(
     versus: by arm, its difference to the plain mean and to each of its controls.
   """
   start = f"{measure.capitalize()} accuracy: "
-  if seeds < _FEWEST_SEEDS:
+  if seeds < FEWEST_SEEDS:
     number = "one seed gives" if seeds == 1 else f"{seeds} seeds give"
     return start + (
       f"{number} no interval to tell the differences from chance, so they allow no"
       " conclusion."
     )
 
-  def having(signs):
-    return [
-      label
-      for label, (plain, controls) in versus.items()
-      if (plain.sign, against_all(controls)) == signs
-    ]
-
-  verdicts = (
-    (
-      (1, 1),
-      "above the plain mean and above chance too: which micro-gradients are left out"
-      " matters",
-    ),
-    (
-      (1, 0),
-      "above the plain mean, but not told apart from chance: how much is left out is"
-      " enough to explain it",
-    ),
-    (
-      (1, -1),
-      "above the plain mean, but below chance: leaving out as much at random does"
-      " better",
-    ),
-    ((0, 1), "not told apart from the plain mean, though above chance"),
-    ((0, 0), "told apart neither from the plain mean nor from chance"),
-    ((0, -1), "not told apart from the plain mean, and below chance"),
-    (
-      (-1, 1),
-      "below the plain mean, though above chance: it chooses well, but leaving out as"
-      " much costs more",
-    ),
-    ((-1, 0), "below the plain mean, and not told apart from chance"),
-    ((-1, -1), "below the plain mean and below chance"),
-  )
+  alike: dict[tuple[int, int], list[str]] = {}
+  for label, (plain, controls) in versus.items():
+    alike.setdefault((plain.sign, against_all(controls)), []).append(label)
   said = [
-    f"{_listed(names)} {'is' if len(names) == 1 else 'are each'} {verdict}"
-    for signs, verdict in verdicts
-    if (names := having(signs))
+    f"{_listed(alike[signs])} {verdict}"
+    for signs, verdict in _VERDICTS.items()
+    if signs in alike
   ]
   return start + (
     f"counting only differences whose 95 % confidence interval over the {seeds} seeds"
@@ -453,4 +361,5 @@ def _sources(part, summaries):
 
 
 def _listed(names):
-  return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+  said = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+  return f"{said} {'is' if len(names) == 1 else 'are each'}"

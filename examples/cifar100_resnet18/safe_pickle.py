@@ -5,7 +5,7 @@ import pickle
 
 import numpy as np
 
-from errors import UserError
+from common.command import UserError
 
 # The letters of NumPy's plain number types: no objects, no records.
 _NUMBERS = frozenset("?bBhHiIlLqQfd") | {

@@ -4,15 +4,17 @@
 README.md beside this file says what else it does.
 """
 
+import pathlib
 import sys
 
-import command
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
+
+import charts
 import data
-import devices
-import launch
 import options as options_lib
-import plots
 import report
+import runs
+from common import command, devices, launch
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,26 +37,20 @@ def main(argv: list[str] | None = None) -> int:
       if options.download:  # Once, not in each process.
         for part in parts:
           data.load(part.dataset, options.data_dir, download=True)
-      return launch.launch(argv, options, received)
+      return launch.launch(__file__, argv, options, received)
     launch.watch()
+    name = options_lib.run_name(options)
     with devices.leaving_at_once(options):
-      return command.run(
-        "train.py",
-        options,
-        parts,
-        options_lib.run_name(options),
-        options_lib.compared(options),
-        received,
-        _finish,
-      )
+      return runs.run("train.py", options, parts, name, received, _finish)
 
   return command.guarded("train.py", start)
 
 
 def _finish(directory, experiments):
-  text = report.write(directory, experiments)
+  rows = directory.metrics()
+  text = report.write(directory.path, experiments, rows)
   for one in experiments:
-    plots.draw(directory, one)
+    charts.draw_part(directory.path, one, rows)
   return text
 
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from errors import UserError
+from common.command import UserError
 
 # The mesh axis that the microbatches of a step lie along.
 AXIS = "data"
