@@ -34,8 +34,8 @@ def draw(
     path / "validation_loss.png", experiments, title, "bits per byte", limits, fill
   )
   title = (
-    f"Cosine distance of micro-gradients, mean of each {part.eval_every} steps, {seeds};"
-    " grey: smallest to largest of a micro-gradient, plain mean"
+    f"Cosine distance of micro-gradients, mean of each {part.eval_every} steps,"
+    f" {seeds}; grey: smallest to largest of a micro-gradient, plain mean"
   )
   _panels(
     path / "cosine_distance.png",

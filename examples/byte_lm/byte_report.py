@@ -15,31 +15,18 @@ from common.tables import FEWEST_SEEDS, Difference, aligned, spread, write_resul
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-  """What an arm came to; float64 arrays `[seeds]`, losses in bits per byte.
+  """What an arm came to; float64 arrays `[seeds]`, losses in bits per byte."""
 
-  Attributes:
-    best: the lowest validation loss of all evaluations.
-    final: the validation loss after the last step.
-    training: the mean loss in the last tenth of the steps, of right sources.
-    accepted: the accepted share of all micro-gradients.
-    from_wrong: the share of the accepted that came from wrong sources.
-    taken: the share of the steps in which any were accepted.
-    first_distance: the mean distance in the first tenth of the steps.
-    last_distance: the mean distance in the last tenth.
-    largest_mean: the largest mean distance of a step.
-    largest: the largest distance of a micro-gradient.
-  """
-
-  best: np.ndarray
-  final: np.ndarray
-  training: np.ndarray
-  accepted: np.ndarray
-  from_wrong: np.ndarray
-  taken: np.ndarray
-  first_distance: np.ndarray
-  last_distance: np.ndarray
-  largest_mean: np.ndarray
-  largest: np.ndarray
+  best: np.ndarray  # The lowest validation loss of all evaluations
+  final: np.ndarray  # The validation loss after the last step
+  training: np.ndarray  # The mean loss in the last tenth of the steps, of right sources
+  accepted: np.ndarray  # The accepted share of all micro-gradients
+  from_wrong: np.ndarray  # The share of the accepted that came from wrong sources
+  taken: np.ndarray  # The share of the steps in which any were accepted
+  first_distance: np.ndarray  # The mean distance in the first tenth of the steps
+  last_distance: np.ndarray  # The mean distance in the last tenth
+  largest_mean: np.ndarray  # The largest mean distance of a step
+  largest: np.ndarray  # The largest distance of a micro-gradient
 
   @classmethod
   def of(cls, trace, wrong: np.ndarray, validation: np.ndarray) -> "Summary":
@@ -69,11 +56,7 @@ def write(
 ) -> str:
   """Writes `results.md`, `results.csv` and the plots; returns the text of the first.
 
-  Args:
-    path: of the output directory.
-    text: description of the text.
-    experiments: what was run.
-    rows: the lines of the metrics file.
+  `text` describes the text, `rows` are the lines of the metrics file.
   """
   found = [_sizes(experiments[0].part, text)]
   lines = []

@@ -36,32 +36,22 @@ _CODE_PAGE = np.frombuffer(
 
 
 class Batches(NamedTuple):
-  """What n steps see.
+  """What n steps see."""
 
-  Attributes:
-    inputs: uint8 `[n, k, b, CONTEXT]`.
-    targets: uint8 `[n, k, b, CONTEXT]`, the byte after each input, where right.
-  """
-
-  inputs: np.ndarray
+  inputs: np.ndarray  # uint8 `[n, k, b, CONTEXT]`
+  # uint8 `[n, k, b, CONTEXT]`, the byte after each input, where right.
   targets: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-  """Bytes to train on and windows to validate on, of different files.
+  """Bytes to train on and windows to validate on, of different files."""
 
-  Attributes:
-    training: uint8 `[n]`, the training files one after the other.
-    validation: uint8 `[windows, CONTEXT + 1]`, evenly spaced in the other files.
-    description: what was read, for people.
-    digest: tells whether two texts are the same.
-  """
-
-  training: np.ndarray
+  training: np.ndarray  # uint8 `[n]`, the training files one after the other
+  # uint8 `[windows, CONTEXT + 1]`, evenly spaced in the other files.
   validation: np.ndarray
-  description: str
-  digest: str
+  description: str  # What was read, for people
+  digest: str  # Tells whether two texts are the same
 
 
 class Schedule:
@@ -81,13 +71,7 @@ class Schedule:
     self.control_key = (seed, *b"choice")
 
   def batches(self, start: int, stop: int, clean: bool) -> Batches:
-    """What the steps from `start` to before `stop` see.
-
-    Args:
-      start: first step.
-      stop: the step after the last.
-      clean: whether the wrong sources are left out.
-    """
+    """What the steps from `start` to before `stop` see; `clean`: nothing is wrong."""
     training, part = self._text.training, self._part
     shape, last = (
       (part.num_microbatches, part.microbatch_size),
@@ -105,14 +89,7 @@ class Schedule:
 
 
 def load(root: pathlib.Path | None = None) -> Text:
-  """Reads the source files of this Python's standard library.
-
-  Args:
-    root: read this directory instead.
-
-  Raises:
-    UserError: if there are no source files, or next to none.
-  """
+  """The source files of this Python's standard library, or of another directory."""
   root = root or pathlib.Path(sysconfig.get_paths()["stdlib"])
   files = {name: (root / name).read_bytes() for name in source_files(root)}
   kept = {True: [], False: []}

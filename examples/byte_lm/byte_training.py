@@ -26,19 +26,12 @@ class Learner(NamedTuple):
 
 
 class Trace(NamedTuple):
-  """What happened at each step; arrays with the steps in front.
+  """What happened at each step; arrays with the steps in front."""
 
-  Attributes:
-    loss: float32 `[k]`, in bits per byte.
-    distances: float32 `[k]`, NaN where nothing was compared.
-    accepted: bool `[k]`.
-    weights: float32 `[k]`, of the micro-gradients in the mean.
-  """
-
-  loss: Any
-  distances: Any
-  accepted: Any
-  weights: Any
+  loss: Any  # float32 `[k]`, in bits per byte
+  distances: Any  # float32 `[k]`, NaN where nothing was compared
+  accepted: Any  # bool `[k]`
+  weights: Any  # float32 `[k]`, of the micro-gradients in the mean
 
 
 class ByteTrainer(Trainer):
@@ -73,14 +66,7 @@ class ByteTrainer(Trainer):
   def advance(
     self, arm: Arm, learner: Learner, batches: Batches, chosen: Chosen | None
   ) -> tuple[Learner, Trace]:
-    """Takes some steps.
-
-    Args:
-      arm: how.
-      learner: where they start from.
-      batches: what they see.
-      chosen: what a control keeps; else None.
-    """
+    """Takes some steps; of a control, `chosen` says what it keeps."""
 
     def take(learner, tau, seen):
       def step(learner, seen):

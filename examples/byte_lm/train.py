@@ -21,14 +21,10 @@ RULES = ("sequential", "most_neighbors")
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Runs the command.
+  """Runs the command; returns its exit code.
 
-  Args:
-    argv: the command line without the program, None for the process's own.
-
-  Returns:
-    The exit code: 0, 2 after a sentence about what is wrong, or 128 plus the number
-    of the signal that stopped it.
+  It is 0, or 2 after a sentence about what is wrong, or 128 plus the number of the
+  signal that stopped it.
   """
   options = _parsed(argv)
 

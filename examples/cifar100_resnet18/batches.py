@@ -18,24 +18,17 @@ _SHIFT = 4
 
 
 class Batches(NamedTuple):
-  """What n steps see.
+  """What n steps see."""
 
-  Attributes:
-    steps: int32 `[n]`, their numbers.
-    indices: int32 `[n, k, b]`, which training images.
-    labels: int32 `[n, k, b]`.
-    wrong: bool `[n, k]`, whether a microbatch comes from a wrong source.
-    crops: int8 `[n, k, b, 3]`, rows and columns in 0 to 8 at which a crop of the
-      padded image begins, and whether it is mirrored; None without augmentation.
-    images: uint8 `[n, k, b, height, width, channels]` where they are not looked up
-      by `indices` on the device, else None.
-  """
-
-  steps: Any
-  indices: Any
-  labels: Any
-  wrong: Any
+  steps: Any  # int32 `[n]`, their numbers
+  indices: Any  # int32 `[n, k, b]`, which training images
+  labels: Any  # int32 `[n, k, b]`
+  wrong: Any  # bool `[n, k]`, whether a microbatch comes from a wrong source
+  # int8 `[n, k, b, 3]`, rows and columns in 0 to 8 at which a crop of the padded
+  # image begins, and whether it is mirrored; None without augmentation.
   crops: Any
+  # uint8 `[n, k, b, height, width, channels]` where they are not looked up by
+  # `indices` on the device, else None.
   images: Any = None
 
 
@@ -60,24 +53,16 @@ class Schedule:
     else:
       self.labels = labels_lib.flip(base, part.label_noise, dataset.num_classes, rng)
     self.wrong = labels_lib.draw_wrong_sources(
-      part.steps,
-      part.num_microbatches,
-      part.wrong_sources,
-      _rng(seed, _SOURCES),
+      part.steps, part.num_microbatches, part.wrong_sources, _rng(seed, _SOURCES)
     )
     if part.balanced:
       self._classes = _classes(base, dataset.num_classes, part)
 
   def batches(self, start: int, stop: int, clean: bool) -> Batches:
-    """What the steps from `start` to before `stop` see.
+    """What the steps from `start` to before `stop` see; `clean`: nothing is wrong.
 
     Without `balanced`, the images come in a new random order each time all have been
     seen; with it, each step draws anew from each class, of labels before flipping.
-
-    Args:
-      start: first step.
-      stop: the step after the last.
-      clean: whether the wrong sources are left out.
     """
     part, steps = self._part, range(start, stop)
     if part.balanced:
@@ -158,13 +143,9 @@ def _classes(labels, num_classes, part):
 
 
 def cropped(images: jax.Array, crops: jax.Array) -> jax.Array:
-  """Images uint8 `[k, b, height, width, channels]`, cropped and mirrored.
+  """Images uint8 `[k, b, height, width, channels]`, cropped and mirrored by `crops`.
 
   The image moves by up to 4 pixels over a black border, as usual for CIFAR.
-
-  Args:
-    images: as they are.
-    crops: see `Batches`.
   """
   around = ((0, 0), (_SHIFT, _SHIFT), (_SHIFT, _SHIFT), (0, 0))
   flat = images.reshape(-1, *images.shape[2:])

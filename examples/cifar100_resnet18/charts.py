@@ -20,25 +20,16 @@ _MEASURES = ("best", "final")
 
 
 def draw(path: pathlib.Path, figure, results, rows) -> None:
-  """Writes one PNG.
+  """Writes the PNG of a `figures.Figure`.
 
-  Args:
-    path: of the file.
-    figure: a `figures.Figure`.
-    results: experiments and their summaries by arm.
-    rows: the lines of the metrics file.
+  `results` are experiments and their summaries by arm, `rows` the lines of the metrics
+  file.
   """
   DRAW[figure.draw](path, figure, results, rows)
 
 
 def draw_part(path: pathlib.Path, experiment, rows) -> None:
-  """Writes `PART_accuracy.png`, `PART_distance.png` and `PART_accept_rate.png`.
-
-  Args:
-    path: of the output directory.
-    experiment: what has run.
-    rows: the lines of the metrics file.
-  """
+  """Writes `PART_accuracy.png`, `PART_distance.png` and `PART_accept_rate.png`."""
   part = experiment.part
   png = lambda kind: path / f"{part.name}_{kind}.png"
   note = plots.spread_note(part)

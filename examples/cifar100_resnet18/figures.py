@@ -19,28 +19,18 @@ _FLIPPED = 0.4
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  """A data set, a model, and sizes that suit them.
+  """A data set, a model, and sizes that suit them."""
 
-  Attributes:
-    base: fields of `Part`.
-    human: fields of `Part` for labels that people got wrong, or flipped ones where
-      there are none.
-    many: fields of `Part` for more than two microbatches.
-    taus: thresholds of GAF where one or two are wanted.
-    many_taus: likewise for more than two microbatches.
-    sizes: of microbatches, from small to large.
-    learning_rates: by optimizer, where it is not that of `base`.
-    vit: fields of `Part` for a vision transformer.
-  """
-
-  base: dict
+  base: dict  # Fields of `Part`
+  # Fields of `Part` for labels that people got wrong, or flipped ones where there are
+  # none.
   human: dict
-  many: dict
-  taus: tuple[float, ...]
-  many_taus: tuple[float, ...]
-  sizes: tuple[int, ...]
-  learning_rates: dict
-  vit: dict
+  many: dict  # Fields of `Part` for more than two microbatches
+  taus: tuple[float, ...]  # Thresholds of GAF where one or two are wanted
+  many_taus: tuple[float, ...]  # Likewise for more than two microbatches
+  sizes: tuple[int, ...]  # Of microbatches, from small to large
+  learning_rates: dict  # By optimizer, where it is not that of `base`
+  vit: dict  # Fields of `Part` for a vision transformer
 
   def part(self, name: str, arms, **changed) -> Part:
     """A part, still without a title, of this setting but for what is given."""
@@ -260,19 +250,12 @@ def sources(setting: Setting):
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-  """An experiment that has a name on the command line.
+  """An experiment that has a name on the command line."""
 
-  Attributes:
-    parts: from a setting to what runs.
-    draw: a key of `charts.DRAW`.
-    title: what it shows, and where it is in the paper.
-    x: for charts over a number, its name; see `x_of`.
-  """
-
-  parts: Callable[[Setting], tuple[Part, ...]]
-  draw: str
-  title: str
-  x: str | None = None
+  parts: Callable[[Setting], tuple[Part, ...]]  # From a setting to what runs
+  draw: str  # A key of `charts.DRAW`
+  title: str  # What it shows, and where it is in the paper
+  x: str | None = None  # For charts over a number, its name; see `x_of`
 
   def x_of(self, part: Part, arm: Arm) -> float:
     """Where an arm stands on the axis `x`."""

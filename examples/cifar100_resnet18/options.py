@@ -51,14 +51,7 @@ def add_files(parser) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-  """The options; a bad one ends the program with a sentence and exit code 2.
-
-  Args:
-    argv: the command line without the program, None for the process's own.
-
-  Returns:
-    A namespace with one value for each option, None where it was not given.
-  """
+  """The options, None where one was not given; a bad one ends the program."""
   parser = command.Parser(
     prog="train.py",
     description=(

@@ -93,14 +93,7 @@ def parts(options) -> tuple[plan.Part, ...]:
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Runs the command.
-
-  Args:
-    argv: the command line without the program, None for the process's own.
-
-  Returns:
-    The exit code, as of `train.main`.
-  """
+  """Runs the command; returns its exit code, as that of `train.py`."""
   options = parse(sys.argv[1:] if argv is None else argv)
   figure = figures.FIGURES[options.name]
 

@@ -7,15 +7,7 @@ import models
 import optimizers
 from common import arms as arms_lib
 from common.arms import CLEAN, PLAIN, gaf_arms
-from common.command import (
-  COUNT,
-  INDEX,
-  NOT_NEGATIVE,
-  POSITIVE,
-  SEVERAL,
-  SHARE,
-  option,
-)
+from common.command import COUNT, INDEX, NOT_NEGATIVE, POSITIVE, SEVERAL, SHARE, option
 
 # What can be wrong with a source, in words for titles.
 CORRUPTIONS = {
@@ -43,10 +35,7 @@ class Part(arms_lib.Part):
     rivals="labels",
   )
   random_labels: bool = option(
-    False,
-    "draw all training labels at random, from all classes",
-    True,
-    rivals="labels",
+    False, "draw all training labels at random, from all classes", True, rivals="labels"
   )
   noisy_labels: str | None = option(
     None,
@@ -102,9 +91,7 @@ class Part(arms_lib.Part):
     2, "in a step; default 2, or one for each device", SEVERAL
   )
   devices: int | None = option(
-    None,
-    "that share the microbatches of each step; on a CPU virtual ones",
-    COUNT,
+    None, "that share the microbatches of each step; on a CPU virtual ones", COUNT
   )
   steps: int = option(4_000, "default 4000 (main job: and 1500)", COUNT)
   seeds: int = option(3, "default 3 (main job: 5)", COUNT)
@@ -112,11 +99,7 @@ class Part(arms_lib.Part):
 
 
 def main_job(quick: bool) -> tuple[Part, Part]:
-  """The two parts that run when nothing else is asked for, at full size.
-
-  Args:
-    quick: whether a tenth of the steps will be taken.
-  """
+  """The two parts that run when nothing else is asked for, before `quick` cuts them."""
   noise_arms = [PLAIN]
   for tau in (0.97, 0.9, 0.8):
     noise_arms += gaf_arms(2, tau=tau)

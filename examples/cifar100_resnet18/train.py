@@ -18,15 +18,10 @@ from common import command, devices, launch
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Runs the command.
+  """Runs the command; returns its exit code.
 
-  Args:
-    argv: the command line without the program, None for the process's own.
-
-  Returns:
-    The exit code: 0, or 2 after a sentence about what is wrong with the options or
-    files, or 128 plus the signal's number after an orderly stop, or 1 or 3 when
-    one of several processes has died.
+  It is 0, or 2 after a sentence about what is wrong, or 128 plus the number of the
+  signal that stopped it, or 1 or 3 when one of several processes has died.
   """
   argv = sys.argv[1:] if argv is None else argv
   options = options_lib.parse(argv)

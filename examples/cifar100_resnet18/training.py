@@ -26,45 +26,26 @@ _STALE_STEPS = 100
 
 
 class Learner(NamedTuple):
-  """What training changes.
+  """What training changes."""
 
-  Attributes:
-    params: of the model.
-    batch_stats: BatchNorm's running statistics, empty without BatchNorm.
-    opt_state: of the optimizer, GAF's within it.
-    plateau: of `optax.contrib.reduce_on_plateau`; None without it.
-    stale: older parameters, where some sources have those; else None.
-  """
-
-  params: Any
-  batch_stats: Any
-  opt_state: Any
-  plateau: Any = None
-  stale: Any = None
+  params: Any  # Of the model
+  batch_stats: Any  # BatchNorm's running statistics, empty without BatchNorm
+  opt_state: Any  # Of the optimizer, GAF's within it
+  plateau: Any = None  # Of `optax.contrib.reduce_on_plateau`; None without it
+  stale: Any = None  # Older parameters, where some sources have those; else None
 
 
 class Trace(NamedTuple):
-  """What happened at each step; arrays with the steps in front.
+  """What happened at each step; arrays with the steps in front."""
 
-  Attributes:
-    loss: float32, the mean over all microbatches, accepted or not.
-    distance: float32, mean cosine distance; NaN where nothing was compared.
-    threshold: float32, tau.
-    accept_rate: float32, the accepted share since the first step.
-    skipped_steps: int32, since the first step.
-    nonfinite: int32, since the first step.
-    accepted: bool `[k]`.
-    weights: float32 `[k]`, of the micro-gradients in the mean.
-  """
-
-  loss: Any
-  distance: Any
-  threshold: Any
-  accept_rate: Any
-  skipped_steps: Any
-  nonfinite: Any
-  accepted: Any
-  weights: Any
+  loss: Any  # Float32, the mean over all microbatches, accepted or not
+  distance: Any  # Float32, mean cosine distance; NaN where nothing was compared
+  threshold: Any  # Float32, tau
+  accept_rate: Any  # Float32, the accepted share since the first step
+  skipped_steps: Any  # Int32, since the first step
+  nonfinite: Any  # Int32, since the first step
+  accepted: Any  # bool `[k]`
+  weights: Any  # float32 `[k]`, of the micro-gradients in the mean
 
 
 class Trainer(experiment.Trainer):
@@ -137,14 +118,7 @@ class Trainer(experiment.Trainer):
   def advance(
     self, arm: Arm, learner: Learner, batches: Batches, chosen: Chosen | None = None
   ) -> tuple[Learner, Trace]:
-    """Takes some steps.
-
-    Args:
-      arm: how.
-      learner: where they start from; its buffers are given away.
-      batches: what they see.
-      chosen: what an arm that imitates keeps.
-    """
+    """Takes some steps; the buffers of `learner` are given away."""
     seen = batches, chosen
     if self._looped:
       return self._advance(arm, learner, seen)
@@ -353,9 +327,7 @@ class Trainer(experiment.Trainer):
 
     def count(x, y):
       logits = self._model.apply(
-        {"params": params, "batch_stats": batch_stats},
-        self._inputs(x),
-        train=False,
+        {"params": params, "batch_stats": batch_stats}, self._inputs(x), train=False
       )
       losses = optax.softmax_cross_entropy_with_integer_labels(
         logits, jnp.maximum(y, 0)

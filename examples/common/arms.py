@@ -40,11 +40,7 @@ class Arm:
   name: str
   label: str
   tau: float = option(
-    2.0,
-    "one arm for each; default 0.97",
-    TAU,
-    nargs="+",
-    rivals="threshold",
+    2.0, "one arm for each; default 0.97", TAU, nargs="+", rivals="threshold"
   )
   target: float | None = option(
     None,
@@ -66,10 +62,7 @@ class Arm:
     metavar="S",
   )
   anchor_decay: float | None = option(
-    None,
-    "compare with a moving average of gradients instead",
-    DECAY,
-    metavar="DECAY",
+    None, "compare with a moving average of gradients instead", DECAY, metavar="DECAY"
   )
   by_leaf: bool = option(False, "filter each parameter array on its own", True)
   imitates: str | None = None
@@ -96,29 +89,17 @@ CLEAN = Arm("clean", "plain mean, nothing wrong", clean=True)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
-  """A setting and its arms; an arm that imitates comes after the one it imitates.
+  """A setting and its arms; an arm that imitates comes after the one it imitates."""
 
-  Attributes:
-    name: short, for files.
-    title: for people.
-    arms: what is compared.
-    wrong_sources: how many of each step's microbatches have something wrong.
-    microbatch_size: examples in a microbatch.
-    num_microbatches: microbatches in a step.
-    steps: number of steps.
-    seeds: number of seeds, from 0 on.
-    eval_every: steps between evaluations.
-  """
-
-  name: str
-  title: str
-  arms: tuple[Arm, ...]
-  wrong_sources: int
-  microbatch_size: int
-  num_microbatches: int
-  steps: int
-  seeds: int
-  eval_every: int
+  name: str  # Short, for files
+  title: str  # For people
+  arms: tuple[Arm, ...]  # What is compared
+  wrong_sources: int  # How many of each step's microbatches have something wrong
+  microbatch_size: int  # Examples in a microbatch
+  num_microbatches: int  # Microbatches in a step
+  steps: int  # Number of steps
+  seeds: int  # Number of seeds, from 0 on
+  eval_every: int  # Steps between evaluations
 
   def arm(self, name: str) -> Arm:
     return next(arm for arm in self.arms if arm.name == name)
@@ -164,15 +145,10 @@ def gaf_arms(
 
 
 class Chosen(NamedTuple):
-  """What a control keeps; see `gaf_optax.Decision`.
+  """What a control keeps; see `gaf_optax.Decision`."""
 
-  Attributes:
-    accepted: bool `[n, k]`.
-    weights: float32 `[n, k]`.
-  """
-
-  accepted: Any
-  weights: Any
+  accepted: Any  # bool `[n, k]`
+  weights: Any  # float32 `[n, k]`
 
 
 def random_choice(accepted: np.ndarray, weights: np.ndarray, *key: int) -> Chosen:
@@ -188,10 +164,7 @@ def random_choice(accepted: np.ndarray, weights: np.ndarray, *key: int) -> Chose
 
 
 def random_steps(accepted: np.ndarray, *key: int) -> Chosen:
-  """All micro-gradients in as many steps of each window as GAF took, at random.
-
-  Args: as `random_choice`.
-  """
+  """All micro-gradients in as many steps of each window as GAF took, at random."""
   rng, taken = np.random.default_rng(key), accepted.any(axis=1)
   for start in range(0, len(taken), _WINDOW):
     rng.shuffle(taken[start : start + _WINDOW])

@@ -56,10 +56,10 @@ TAU = number(
 
 
 def option(default: Any, help: str | None = None, kind=None, **arguments) -> Any:
-  """A dataclass field that is an option of the command line, too.
+  """A dataclass field that is an option of the command line, too, None if not given.
 
   Args:
-    default: of the field; the option is None where it is not given.
+    default: of the field.
     help: says what it is; the field's documentation.
     kind: the option's `type`; True for one that is there or not.
     **arguments: others of `add_argument`; `flag` for another name, `rivals` for
@@ -126,13 +126,8 @@ def compared(options: argparse.Namespace) -> dict:
 def guarded(prog: str, action: Callable[[list[int]], int]) -> int:
   """Runs a command; what the user has to know ends it with one sentence.
 
-  Args:
-    prog: the name of the command.
-    action: takes a list that the first SIGINT or SIGTERM is put in, and returns the
-      exit code.
-
-  Returns:
-    The exit code: of `action`, 2 after a `UserError`, 130 after a second Ctrl-C.
+  `action` takes a list that the first SIGINT or SIGTERM is put in. The exit code is
+  that of `action`, 2 after a `UserError`, or 130 after a second Ctrl-C.
   """
   try:
     with _stop_signals() as received:

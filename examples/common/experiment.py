@@ -32,12 +32,9 @@ class Trainer:
   `advance(arm, learner, batches, chosen)` gives the next one and a trace of the steps,
   and `evaluate(learner)` a tuple of numbers, the loss last; `empty_trace(part)`, to be
   filled, and `row(trace, measured)`, a line of the metrics file about some steps.
-
-  Attributes:
-    longest: number of steps between two looks at whether to stop, at most.
   """
 
-  longest = 100
+  longest = 100  # Number of steps between two looks at whether to stop, at most.
 
   def __init__(self):
     self._compiled: dict[Any, Any] = {}
@@ -67,7 +64,7 @@ class _Run(NamedTuple):
   directory: Any
   progress: tqdm.tqdm
   checkpoint_seconds: float
-  stop: Callable[[], bool]
+  received: list[int]  # Signals that have come, which stop it.
 
 
 class Experiment:
@@ -92,7 +89,7 @@ class Experiment:
     """Runs the arms that are not complete and reads the traces of those that are.
 
     Raises:
-      Stopped: after saving, when `run.stop()` is true.
+      Stopped: after saving, when a signal has come.
     """
     team, part = self.team, self.part
     for arm in part.arms:
@@ -153,7 +150,7 @@ class Experiment:
             run.directory.append_metrics(row | trainer.row(some, measured))
         run.progress.update(stop - start)
         start = stop
-        stopping = team.any(run.stop())
+        stopping = team.any(bool(run.received))
         due = time.monotonic() - saved >= run.checkpoint_seconds
         if stopping or due or start == part.steps:
           run.directory.save(checkpoints, start, learners, trace)
@@ -186,21 +183,18 @@ def run_all(
   received: list[int],
   finish: Callable[[storage.RunDirectory, Sequence[Experiment]], str],
 ) -> int:
-  """Runs all arms of all experiments, or what is left of them.
+  """Runs all arms of experiments of one team, or what is left of them.
 
   Args:
     prog: the name of the command.
     options: the command line; see `command.add_output`.
     name: of the output directory, without its number.
-    experiments: of one team.
+    experiments: what runs.
     received: signals that have come, which stop the run.
     finish: writes what came out and returns it as a text.
 
   Returns:
     The exit code: 0, or 128 plus the signal's number.
-
-  Raises:
-    UserError: about files.
   """
   team = experiments[0].team
 
@@ -212,13 +206,13 @@ def run_all(
     return storage.RunDirectory(path, compared(options), options.resume, log)
 
   total = sum(one.part.steps * len(one.part.arms) for one in experiments)
-  bar = tqdm.tqdm(total=total, unit="step", mininterval=0.5, disable=not team.first)
+  shown = dict(total=total, unit="step", mininterval=0.5, disable=not team.first)
   with contextlib.closing(team.together(make_directory)) as directory:
     try:
-      with bar as progress:
-        stop = lambda: bool(received)
+      with tqdm.tqdm(**shown) as progress:
+        run = _Run(directory, progress, options.checkpoint_seconds, received)
         for one in experiments:
-          one.run(_Run(directory, progress, options.checkpoint_seconds, stop))
+          one.run(run)
     except Stopped:
       if team.first:
         print(

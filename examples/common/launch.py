@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 
@@ -22,8 +21,6 @@ _IN_ORDER = (0, 128 + signal.SIGINT, 128 + signal.SIGTERM)
 _FOLLOWS = (2, None, -signal.SIGABRT, devices.LOST, *_IN_ORDER)
 # For how long the cause is waited for.
 _GRACE_SECONDS = 5
-# How much is shown of what a process wrote that is not the first.
-_LAST_LINES = 20
 
 
 def launch(
@@ -31,30 +28,19 @@ def launch(
 ) -> int:
   """Starts the processes, waits until they have ended, and ends them if one dies.
 
-  The first one prints; what another one wrote is shown if it fails.
-
-  Args:
-    script: the path of the command.
-    argv: the command line without the program.
-    options: what was read from it.
-    received: signals that have come; they go to the first process, which tells
-      the others.
-
-  Returns:
-    The exit code: that of the processes, or 1 if one died.
+  Signals that have come go to the first process, which tells the others. The exit code
+  is that of the processes, or 1 if one died.
   """
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{probe.getsockname()[1]}"
   command = [sys.executable, script, *argv, f"--coordinator={address}"]
   with contextlib.ExitStack() as stack:
-    children, logs = [], []
+    children = []
     for process in range(options.processes):
-      logs.append(stack.enter_context(tempfile.TemporaryFile()))
-      children.append(_start(command, options, process, logs[process]))
+      children.append(_start(command, options, process))
       stack.callback(_end, children[process])
-    codes = _wait(children, received)
-    return _result(codes, logs, received)
+    return _result(_wait(children, received), received)
 
 
 def watch() -> None:
@@ -69,20 +55,15 @@ def watch() -> None:
   threading.Thread(target=wait, daemon=True).start()
 
 
-def _start(command, options, process, log):
+def _start(command, options, process):
   each = options.devices // options.processes
   own = range(process * each, (process + 1) * each)
   return subprocess.Popen(
     [*command, f"--process-id={process}"],
     # The ids are for GPUs, of which each process takes its own.
-    env={
-      **os.environ,
-      _LAUNCHED: "1",
-      "JAX_LOCAL_DEVICE_IDS": ",".join(map(str, own)),
-    },
+    env=os.environ | {_LAUNCHED: "1", "JAX_LOCAL_DEVICE_IDS": ",".join(map(str, own))},
     stdin=subprocess.PIPE,  # For `watch`.
-    stdout=log if process else None,
-    stderr=log if process else None,
+    stdout=subprocess.DEVNULL if process else None,  # The first one prints.
     start_new_session=True,  # Ctrl-C comes from the launcher alone.
   )
 
@@ -109,19 +90,14 @@ def _end(child):
   child.stdin.close()
 
 
-def _result(codes, logs, received):
-  def rank(process):
-    code = codes[process]
+def _result(codes, received):
+  def rank(code):
     return _FOLLOWS.index(code) if code in _FOLLOWS else -1 - (code < 0)
 
-  culprit = min(range(len(codes)), key=rank)
-  code = codes[culprit]
+  code = min(codes, key=rank)
   if code in _IN_ORDER:
     return codes[0]
-  logs[culprit].seek(0)
-  written = logs[culprit].read().decode(errors="replace").splitlines()
-  print(*written[-_LAST_LINES:], sep="\n", end="\n" * bool(written), file=sys.stderr)
-  if code == 2:
+  if code == 2:  # They have said why.
     return 2
   if received:
     print("train.py: stopped at once; --resume goes on.", file=sys.stderr)
@@ -130,8 +106,8 @@ def _result(codes, logs, received):
   if code is not None and code < 0:
     how = f"was ended by {signal.Signals(-code).name}"
   print(
-    f"train.py: process {culprit} of {len(codes)} {how}, and the others were ended;"
-    " the same command with --resume goes on from the last checkpoint.",
+    f"train.py: process {codes.index(code)} of {len(codes)} {how}, and the others were"
+    " ended; the same command with --resume goes on from the last checkpoint.",
     file=sys.stderr,
   )
   return 1

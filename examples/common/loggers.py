@@ -15,12 +15,7 @@ from common.command import UserError
 def make(options: argparse.Namespace, path: pathlib.Path) -> "Loggers":
   """What `--tensorboard` and `--wandb` ask for; nothing else is imported.
 
-  Args:
-    options: the command line.
-    path: the output directory, which need not exist before `Loggers.begin`.
-
-  Raises:
-    UserError: if a package is missing.
+  The output directory `path` need not exist before `Loggers.begin`.
   """
   loggers: list[Any] = []
   if options.tensorboard:
@@ -40,14 +35,8 @@ class Loggers:
   def begin(self, part, arm, rows: list[dict[str, Any]]) -> None:
     """Goes on to an arm, from where the metrics file is.
 
-    Args:
-      part: the setting.
-      arm: one of its arms.
-      rows: the lines of the metrics file. Whatever else was logged of this arm comes
-        after its checkpoint, and will come again.
-
-    Raises:
-      UserError: if a logger cannot start, or cannot write.
+    Whatever else than its lines was logged of this arm comes after its checkpoint, and
+    will come again.
     """
     self.close()
     rows = [row for row in rows if (row["part"], row["arm"]) == (part.name, arm.name)]

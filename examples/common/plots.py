@@ -63,14 +63,9 @@ def at_most_one(axes) -> None:
 
 
 def rolling(values: np.ndarray, width: int) -> np.ndarray:
-  """Mean of the finite values of the last `width` steps and all seeds.
+  """Mean `[steps]` of the finite values of the last `width` steps and all seeds.
 
-  Args:
-    values: float `[seeds, steps]`.
-    width: number of steps, fewer at the beginning.
-
-  Returns:
-    float `[steps]`, NaN where there is none.
+  NaN where there is none; `values` are `[seeds, steps]`.
   """
   finite = np.isfinite(values)
   total = np.cumsum(np.where(finite, values, 0).sum(axis=0, dtype=float))

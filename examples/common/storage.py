@@ -37,11 +37,7 @@ def choose_directory(out: str | None, name: str, resume: bool) -> pathlib.Path:
 
 
 class RunDirectory:
-  """An output directory with its metrics file and checkpoints.
-
-  Attributes:
-    path: where it is.
-  """
+  """An output directory with its metrics file and checkpoints."""
 
   def __init__(
     self, path: pathlib.Path, options: dict, resume: bool, log: Loggers | None = None
@@ -53,9 +49,6 @@ class RunDirectory:
       options: what must be the same when a run is resumed, by flag.
       resume: whether to go on with what is there.
       log: gets the lines of the metrics file too.
-
-    Raises:
-      UserError: if what is there does not allow it.
     """
     self.path, self._log = path, log or Loggers()
     self._kept = 0  # What of the metrics file the last checkpoint knows of, in bytes.
@@ -185,14 +178,7 @@ class Checkpoints:
     return self._manager.latest_step() or 0
 
   def save(self, step: int, learners, trace, metrics_size: int) -> None:
-    """Saves what the arm needs to go on from `step`.
-
-    Args:
-      step: steps taken.
-      learners: a list of learners, one for each seed.
-      trace: a NamedTuple of all seeds.
-      metrics_size: of the metrics file at this moment, in bytes.
-    """
+    """Saves what the arm needs to go on from `step`; the trace is a NamedTuple."""
     # As NumPy arrays, which can be restored on any device.
     learners = jax.tree.map(np.asarray, learners)
     self._manager.save(

@@ -18,15 +18,11 @@ FEWEST_SEEDS = 3
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-  """Paired differences over seeds.
+  """Paired differences over seeds."""
 
-  Attributes:
-    mean: of the differences.
-    margin: half the width of its 95 % confidence interval, by Student's t; None with
-      too few seeds.
-  """
-
-  mean: float
+  mean: float  # Of the differences
+  # Half the width of its 95 % confidence interval, by Student's t; None with too few
+  # seeds.
   margin: float | None
 
   @classmethod

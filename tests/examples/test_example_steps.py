@@ -15,12 +15,12 @@ import pytest
 
 import batches
 import data
-import devices
 import gaf_optax
 import models
 import options
 import plan
 import training
+from common import arms, devices
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled")
 _K, _SIZE = 4, 6
@@ -159,7 +159,7 @@ def _by_hand(rule, vectors, tau, softness):
   ],
 )
 def test_weights_in_the_trace_are_those_of_the_mean(images, rule, tau, softness):
-  arm = plan.Arm("a", "a", tau=tau, rule=rule, softness=softness)
+  arm = arms.Arm("a", "a", tau=tau, rule=rule, softness=softness)
   part = _part([arm])
   trainer = training.Trainer(part, images)
   learner = trainer.init(arm, 1)
@@ -194,7 +194,7 @@ def _applied(trainer, arm, seen, weights):
   learner = trainer.init(arm, 0)
   before = _host(learner.params)
   weights = np.float32(weights)[None]
-  chosen = batches.Chosen(weights > 0, weights)
+  chosen = arms.Chosen(weights > 0, weights)
   learner, _ = trainer.advance(arm, learner, seen, chosen)
   return before, _host(learner.params)
 
