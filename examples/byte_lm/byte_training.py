@@ -10,7 +10,7 @@ import optax
 import gaf_optax
 from byte_model import ByteTransformer
 from byte_text import CONTEXT, Batches, Text
-from common.arms import RULES, Arm, Chosen, Part, already_decided
+from common.arms import RULES, Arm, Chosen, Part, already_decided, relative
 from common.experiment import Trainer
 
 _LEARNING_RATE = 4e-3
@@ -31,7 +31,7 @@ class Trace(NamedTuple):
   loss: Any  # float32 `[k]`, in bits per byte
   distances: Any  # float32 `[k]`, NaN where nothing was compared
   accepted: Any  # bool `[k]`
-  weights: Any  # float32 `[k]`, of the micro-gradients in the mean
+  weights: Any  # float32 `[k]`, of the micro-gradients in the mean; the largest is 1
 
 
 class ByteTrainer(Trainer):
@@ -120,5 +120,5 @@ class ByteTrainer(Trainer):
     updates, opt_state = transformation.update(grads, learner.opt_state, learner.params)
     state = opt_state[0].gaf_state
     learner = Learner(optax.apply_updates(learner.params, updates), opt_state)
-    weights = state.accepted.astype(jnp.float32)
+    weights = relative(state.weights)
     return learner, Trace(losses, state.distances, state.accepted, weights)

@@ -14,7 +14,7 @@ import byte_text
 from byte_plots import EVALUATIONS
 from byte_training import ByteTrainer
 from common import command
-from common.arms import CLEAN, PLAIN, Part, gaf_arms
+from common.arms import CLEAN, PLAIN, Arm, Part, gaf_arms
 from common.experiment import Experiment, run_all
 
 RULES = ("sequential", "most_neighbors")
@@ -78,36 +78,15 @@ def _parsed(argv):
   parser.add_argument(
     "--quick", action="store_true", help="fewer steps and seeds: 40 and 2"
   )
-  parser.add_argument(
-    "--steps",
-    type=command.number(
-      int,
-      f"a multiple of {EVALUATIONS}, the number of evaluations, of at least"
-      f" {EVALUATIONS}",
-      lambda n: n > 0 and n % EVALUATIONS == 0,
-    ),
-    help="of each run (default: 300)",
+  helps = dict(
+    steps=f"of each run, a multiple of {EVALUATIONS}; default 300",
+    seeds="how many; default 5",
+    num_microbatches="in each step, three of eight of them from wrong sources;"
+    " default 8",
+    microbatch_size=f"windows of {byte_text.CONTEXT} bytes in each; default 2",
   )
-  parser.add_argument("--seeds", type=command.COUNT, help="how many (default: 5)")
-  parser.add_argument(
-    "--num-microbatches",
-    type=command.SEVERAL,
-    default=8,
-    help="in each step, three of eight of them from wrong sources (default: 8)",
-  )
-  parser.add_argument(
-    "--microbatch-size",
-    type=command.COUNT,
-    default=2,
-    help=f"windows of {byte_text.CONTEXT} bytes in each (default: 2)",
-  )
-  parser.add_argument(
-    "--tau",
-    type=command.TAU,
-    nargs="+",
-    default=[1.0],
-    help="thresholds of GAF, for each rule (default: 1)",
-  )
+  command.add_options(parser, Part, helps, **helps)
+  command.add_options(parser, Arm, ["tau"], tau="of GAF, for each rule; default 1")
   parser.add_argument(
     "--parts",
     nargs="+",
@@ -119,8 +98,12 @@ def _parsed(argv):
   parser.set_defaults(out="runs/byte_lm")
   options = parser.parse_args(argv)
   options.steps = options.steps or (40 if options.quick else 300)
+  if options.steps % EVALUATIONS:
+    parser.error(f"--steps {options.steps} is not a multiple of {EVALUATIONS}")
   options.seeds = options.seeds or (2 if options.quick else 5)
-  options.tau = sorted(set(options.tau))
+  options.num_microbatches = options.num_microbatches or 8
+  options.microbatch_size = options.microbatch_size or 2
+  options.tau = sorted(set(options.tau or [1.0]))
   options.parts = [part for part in byte_text.PARTS if part in options.parts]
   return options
 

@@ -85,57 +85,52 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   )
   add_files(parser)
   options = parser.parse_args(argv)
-  if wrong := _wrong_together(options) or _wrong_processes(options):
+  if wrong := _wrong_together(options):
     parser.error(wrong)
   return options
 
 
 def _wrong_together(options) -> str | None:
   """What is wrong with options that go together, or None."""
-  dataset, k = options.dataset or "digits", _num_microbatches(options)
-  taus = options.tau or ()
-  if options.noisy_labels and dataset == "digits":
-    return "--noisy-labels goes with --dataset cifar10 or cifar100"
-  if options.noisy_labels_key and not options.noisy_labels:
-    return "--noisy-labels-key goes with --noisy-labels"
+  k, taus = _num_microbatches(options), options.tau or ()
+  model = options.model or _default_model(options.dataset)
+  cifar = None if _is_digits(options.dataset) else options.dataset
+  soft = not options.softness or (options.rule or "sequential") in SOFT_RULES
+  plateau = options.optimizer == optimizers.PLATEAU
+  devices, processes, process = options.devices, options.processes, options.process_id
+  cifars, soft_rules = "cifar10 or cifar100", ", ".join(SOFT_RULES)
+  # Options and what each needs.
+  for name, needed, said in (
+    ("noisy_labels", cifar, f"--dataset {cifars}"),
+    ("noisy_labels_key", options.noisy_labels, "--noisy-labels"),
+    ("wrong_kind", options.wrong_sources, "--wrong-sources"),
+    ("augment", cifar, f"--dataset {cifars}"),
+    ("plateau_patience", plateau, f"--optimizer {optimizers.PLATEAU}"),
+    ("softness", soft, f"--rule {soft_rules}"),
+    ("coordinator", processes, "--processes"),
+    ("process_id", processes, "--processes"),
+    ("processes", devices, "--devices"),
+  ):
+    if getattr(options, name) is not None and not needed:
+      return f"--{name.replace('_', '-')} goes with {said}"
   if (options.wrong_sources or 0) > k:
     return f"--wrong-sources {options.wrong_sources} is more than the {k} microbatches"
-  if options.wrong_kind and not options.wrong_sources:
-    return "--wrong-kind goes with --wrong-sources"
-  if options.augment and dataset == "digits":
-    return "--augment goes with --dataset cifar10 or cifar100"
-  if options.plateau_patience and options.optimizer != optimizers.PLATEAU:
-    return f"--plateau-patience goes with --optimizer {optimizers.PLATEAU}"
-  if options.softness and (options.rule or "sequential") not in SOFT_RULES:
-    return f"--softness goes with --rule {', '.join(SOFT_RULES)}"
   if options.anchor_decay is not None and (options.rule or options.softness):
     return "--anchor-decay replaces --rule and --softness"
   if len(set(taus)) < len(taus):
     return "--tau has the same value twice"
-  if options.devices and k < 2:
+  if devices and k < 2:
     said = "leaves nothing to compare; give more of either"
     return f"--devices 1 with one microbatch {said}"
-  if options.devices and k % options.devices:
-    return f"--num-microbatches {k} is not a multiple of --devices {options.devices}"
-  return wrong_width(options.model or _default_model(dataset), options.width)
-
-
-def _wrong_processes(options) -> str | None:
-  """What is wrong with the options of the processes, or None."""
-  devices, processes, process = options.devices, options.processes, options.process_id
-  if processes is None:
-    if options.coordinator is not None:
-      return "--coordinator goes with --processes"
-    return None if process is None else "--process-id goes with --processes"
-  if devices is None:
-    return "--processes goes with --devices"
-  if devices % processes:
+  if devices and k % devices:
+    return f"--num-microbatches {k} is not a multiple of --devices {devices}"
+  if processes and devices % processes:
     return f"--devices {devices} is not a multiple of --processes {processes}"
   if (options.coordinator is None) != (process is None):
     return "--coordinator and --process-id go together"
   if process is not None and process >= processes:
     return f"--process-id {process} is not below --processes {processes}"
-  return None
+  return wrong_width(model, options.width)
 
 
 def wrong_width(model: str, width: int | None) -> str | None:
@@ -146,8 +141,12 @@ def wrong_width(model: str, width: int | None) -> str | None:
   return None
 
 
+def _is_digits(dataset):
+  return (dataset or Part.dataset) == "digits"
+
+
 def _default_model(dataset):
-  return "mlp" if dataset == "digits" else "resnet18"
+  return "mlp" if _is_digits(dataset) else "resnet18"
 
 
 def _num_microbatches(options):
@@ -182,7 +181,7 @@ def parts(options: argparse.Namespace) -> tuple[Part, ...]:
     return tuple(sized(part, options) for part in plan.main_job(options.quick))
   settings = given(options, _OF_PART)
   settings["num_microbatches"] = k = _num_microbatches(options)
-  settings.setdefault("model", _default_model(settings.get("dataset", "digits")))
+  settings.setdefault("model", _default_model(options.dataset))
   gaf = given(options, _OF_ARM)
   taus = gaf.pop("tau", [_DEFAULT_TAU])
   arms = [PLAIN]

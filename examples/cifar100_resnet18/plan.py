@@ -7,7 +7,7 @@ import models
 import optimizers
 from common import arms as arms_lib
 from common.arms import CLEAN, PLAIN, gaf_arms
-from common.command import COUNT, INDEX, NOT_NEGATIVE, POSITIVE, SEVERAL, SHARE, option
+from common.command import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, option
 
 # What can be wrong with a source, in words for titles.
 CORRUPTIONS = {
@@ -44,12 +44,6 @@ class Part(arms_lib.Part):
     rivals="labels",
   )
   noisy_labels_key: str | None = option(None, "which array of that file", metavar="KEY")
-  wrong_sources: int = option(
-    0,
-    "how many of each step's microbatches, other ones each time, have something wrong",
-    INDEX,
-    metavar="N",
-  )
   wrong_kind: str = option(
     "shifted-labels",
     "what is wrong with them; default shifted-labels: each label by one",
@@ -81,21 +75,14 @@ class Part(arms_lib.Part):
     COUNT,
     metavar="N",
   )
-  microbatch_size: int = option(10, "images; default 10", COUNT)
   balanced: bool = option(
     False,
     "equally many images of each class in a microbatch, drawn anew in each step",
     True,
   )
-  num_microbatches: int = option(
-    2, "in a step; default 2, or one for each device", SEVERAL
-  )
   devices: int | None = option(
     None, "that share the microbatches of each step; on a CPU virtual ones", COUNT
   )
-  steps: int = option(4_000, "default 4000 (main job: and 1500)", COUNT)
-  seeds: int = option(3, "default 3 (main job: 5)", COUNT)
-  eval_every: int = option(100, "default 100 (and 50)", COUNT, metavar="STEPS")
 
 
 def main_job(quick: bool) -> tuple[Part, Part]:

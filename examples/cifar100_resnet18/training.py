@@ -15,7 +15,7 @@ import models
 import optimizers
 from batches import Batches, cropped
 from common import experiment
-from common.arms import RULES, SOFT_RULES, Arm, Chosen, already_decided
+from common.arms import RULES, SOFT_RULES, Arm, Chosen, already_decided, relative
 from common.devices import AXIS
 from data import Dataset
 from plan import Part
@@ -45,7 +45,7 @@ class Trace(NamedTuple):
   skipped_steps: Any  # Int32, since the first step
   nonfinite: Any  # Int32, since the first step
   accepted: Any  # bool `[k]`
-  weights: Any  # float32 `[k]`, of the micro-gradients in the mean
+  weights: Any  # float32 `[k]`, of the micro-gradients in the mean; the largest is 1
 
 
 class Trainer(experiment.Trainer):
@@ -266,13 +266,13 @@ class Trainer(experiment.Trainer):
     measured = gaf_optax.metrics(opt_state)
     trace = Trace(
       self._mean(losses),
-      measured["cosine_distance"],
+      measured["mean_distance"],
       measured["threshold"],
       measured["accept_rate"],
       measured["skipped_steps"],
       measured["nonfinite"],
       opt_state.gaf_state.accepted,
-      _weights(arm, opt_state.gaf_state),
+      relative(opt_state.gaf_state.weights),
     )
     learner = Learner(
       optax.apply_updates(learner.params, updates),
@@ -385,18 +385,3 @@ def _shuffled(rule):
     )
 
   return shuffled
-
-
-def _weights(arm, state):
-  """Weights `[k]` of the micro-gradients in the mean of the last step."""
-  accepted = state.accepted.astype(jnp.float32)
-  if arm.softness:
-    margin = (state.threshold - state.distances) / arm.softness
-    # What was compared with nothing is accepted or not.
-    soft = jnp.where(jnp.isnan(margin), accepted, jax.nn.sigmoid(margin))
-    return jnp.where(jnp.any(state.accepted), soft, 0)
-  if arm.rule == "running_average":
-    # Each one joins with half of the weight, the first two alike.
-    place = jnp.maximum(jnp.cumsum(accepted), 2)
-    return accepted * 2.0 ** (place - 1 - jnp.sum(accepted))
-  return accepted

@@ -4,9 +4,20 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from common.command import DECAY, NOT_NEGATIVE, SHARE, TAU, option
+from common.command import (
+  COUNT,
+  DECAY,
+  INDEX,
+  NOT_NEGATIVE,
+  SEVERAL,
+  SHARE,
+  TAU,
+  option,
+)
 from gaf_optax import Decision, rules
 
 RULES = {
@@ -91,15 +102,22 @@ CLEAN = Arm("clean", "plain mean, nothing wrong", clean=True)
 class Part:
   """A setting and its arms; an arm that imitates comes after the one it imitates."""
 
-  name: str  # Short, for files
-  title: str  # For people
-  arms: tuple[Arm, ...]  # What is compared
-  wrong_sources: int  # How many of each step's microbatches have something wrong
-  microbatch_size: int  # Examples in a microbatch
-  num_microbatches: int  # Microbatches in a step
-  steps: int  # Number of steps
-  seeds: int  # Number of seeds, from 0 on
-  eval_every: int  # Steps between evaluations
+  name: str  # short, for files
+  title: str  # for people
+  arms: tuple[Arm, ...]
+  wrong_sources: int = option(
+    0,
+    "how many of each step's microbatches, other ones each time, have something wrong",
+    INDEX,
+    metavar="N",
+  )
+  microbatch_size: int = option(10, "images; default 10", COUNT)
+  num_microbatches: int = option(
+    2, "in a step; default 2, or one for each device", SEVERAL
+  )
+  steps: int = option(4_000, "default 4000 (main job: and 1500)", COUNT)
+  seeds: int = option(3, "default 3 (main job: 5)", COUNT)
+  eval_every: int = option(100, "default 100 (and 50)", COUNT, metavar="STEPS")
 
   def arm(self, name: str) -> Arm:
     return next(arm for arm in self.arms if arm.name == name)
@@ -170,6 +188,12 @@ def random_steps(accepted: np.ndarray, *key: int) -> Chosen:
     rng.shuffle(taken[start : start + _WINDOW])
   keep = np.broadcast_to(taken[:, None], accepted.shape)
   return Chosen(keep.copy(), keep.astype(np.float32))
+
+
+def relative(weights: jax.Array) -> jax.Array:
+  """Weights `[k]` in proportion to the largest, so that equal ones are exactly 1."""
+  largest = jnp.max(weights)
+  return weights / jnp.where(largest > 0, largest, 1)
 
 
 def already_decided(chosen: Chosen):

@@ -354,7 +354,7 @@ def refused(capsys):
   "argv, said",
   [
     (["--steps", "30"], "multiple of 20"),
-    (["--steps", "0"], "at least 20"),
+    (["--steps", "0"], "at least 1"),
     (["--seeds", "none"], "at least 1, got 'none'"),
     (["--num-microbatches", "1"], "at least 2"),
     (["--tau", "2"], "from 0 to below 2"),
