@@ -217,7 +217,7 @@ def _over_x(path, figure, results, rows):
   drawn, axes = _panels(figure, results, names[figure.x])
   first = results[0][0].part
   styles = plots.styles(first)
-  x = [figure.x_of(experiment.part, first.arms[0]) for experiment, _ in results]
+  x = [getattr(experiment.part, figure.x) for experiment, _ in results]
   for arm in first.arms:
     shown = _MEASURES if arm.imitates else (*_MEASURES, "accepted")
     for ax, measure in zip(axes, shown):

@@ -2,10 +2,9 @@
 
 import dataclasses
 import hashlib
-import os
 import pathlib
+import shutil
 import tarfile
-import tempfile
 import urllib.request
 
 import numpy as np
@@ -152,18 +151,15 @@ def _read(path):
 
 
 def _download(archive, packed):
-  partial = None
+  partial = packed.with_name(f".{packed.name}.partial")
   try:
     packed.parent.mkdir(parents=True, exist_ok=True)
     with urllib.request.urlopen(archive.url, timeout=30) as response:
-      with tempfile.NamedTemporaryFile(dir=packed.parent, delete=False) as file:
-        partial = file.name
-        while block := response.read(1 << 20):
-          file.write(block)
-    os.replace(partial, packed)
+      with open(partial, "wb") as file:
+        shutil.copyfileobj(response, file)
+    partial.replace(packed)
   except OSError as error:  # URLError and timeouts are OSErrors.
-    if partial is not None:
-      os.unlink(partial)
+    partial.unlink(missing_ok=True)
     raise UserError(
       f"{archive.url} could not be fetched ({error}); get it on a machine with a"
       f" network and put it at {packed}."

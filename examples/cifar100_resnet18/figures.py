@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import optimizers as optimizers_lib
 import plan
-from common.arms import CLEAN, PLAIN, Arm, gaf_arms
+from common.arms import CLEAN, PLAIN, gaf_arms
 from common.command import UserError
 from plan import Part
 
@@ -96,7 +96,7 @@ SETTINGS = {
 LABEL_FILES = {CIFAR10: "cifar10n_human_labels.npz", CIFAR100: "CIFAR-100_human.pt"}
 
 
-def _clean_and_noisy(setting, **changed):
+def distance(setting: Setting, **changed):
   arms = PLAIN, *gaf_arms(2, tau=setting.taus[0])
   return (
     setting.part("clean", arms, **changed),
@@ -104,12 +104,8 @@ def _clean_and_noisy(setting, **changed):
   )
 
 
-def distance(setting: Setting):
-  return _clean_and_noisy(setting)
-
-
 def vit(setting: Setting):
-  return _clean_and_noisy(setting, **setting.vit)
+  return distance(setting, **setting.vit)
 
 
 def microbatch_distance(setting: Setting):
@@ -255,11 +251,7 @@ class Figure:
   parts: Callable[[Setting], tuple[Part, ...]]  # From a setting to what runs
   draw: str  # A key of `charts.DRAW`
   title: str  # What it shows, and where it is in the paper
-  x: str | None = None  # For charts over a number, its name; see `x_of`
-
-  def x_of(self, part: Part, arm: Arm) -> float:
-    """Where an arm stands on the axis `x`."""
-    return arm.tau if self.x == "tau" else getattr(part, self.x)
+  x: str | None = None  # For charts over a number, the field of `Part` that it is
 
 
 FIGURES = {
@@ -269,7 +261,7 @@ FIGURES = {
     microbatch_distance, "distances", "Distance by microbatch size (Figure 4)"
   ),
   "random-labels": Figure(random_labels, "curves", "Random labels (Figure 5)"),
-  "tau": Figure(tau, "over_tau", "Accuracy against tau (Figure 7)", "tau"),
+  "tau": Figure(tau, "over_tau", "Accuracy against tau (Figure 7)"),
   "microbatch-size": Figure(
     microbatch_size, "over_x", "Accuracy against microbatch size", "microbatch_size"
   ),

@@ -25,6 +25,10 @@ _EVALUATION_BATCH = 500
 _STALE_STEPS = 100
 
 
+# What is taken from the state of GAF as it is.
+_COUNTERS = ("threshold", "accept_rate", "skipped_steps", "nonfinite")
+
+
 class Learner(NamedTuple):
   """What training changes."""
 
@@ -108,11 +112,8 @@ class Trainer(experiment.Trainer):
       "train_loss": float(trace.loss.mean()),
       "test_loss": loss,
       "test_accuracy": accuracy,
-      "accept_rate": float(trace.accept_rate[-1]),
-      "skipped_steps": int(trace.skipped_steps[-1]),
       "cosine_distance": float(distances.mean()) if len(distances) else float("nan"),
-      "threshold": float(trace.threshold[-1]),
-      "nonfinite": int(trace.nonfinite[-1]),
+      **{name: getattr(trace, name)[-1].item() for name in _COUNTERS},
     }
 
   def advance(
@@ -229,8 +230,7 @@ class Trainer(experiment.Trainer):
     )
 
   def _init(self, seed):
-    x = jnp.zeros((1, *self._dataset.train_images.shape[1:]), jnp.uint8)
-    x = self._inputs(x)
+    x = self._inputs(jnp.zeros((1, *self._dataset.train_images.shape[1:]), jnp.uint8))
     variables = self._model.init(jax.random.key(seed), x, train=False)
     return variables["params"], variables.get("batch_stats", {})
 
@@ -256,23 +256,19 @@ class Trainer(experiment.Trainer):
     micro_gradients = jax.vmap(
       jax.value_and_grad(loss, has_aux=True), in_axes=(params_axis, None, 0, 0)
     )
-    (losses, stats), grads = micro_gradients(
-      params, learner.batch_stats, x, batch.labels
-    )
+    found = micro_gradients(params, learner.batch_stats, x, batch.labels)
+    (losses, stats), grads = found
     transformation = self._transformation(arm, tau, chosen)
     updates, opt_state = transformation.update(grads, learner.opt_state, learner.params)
     if learner.plateau is not None:
       updates = optax.tree.scale(learner.plateau.scale, updates)
-    measured = gaf_optax.metrics(opt_state)
+    state = opt_state.gaf_state
     trace = Trace(
-      self._mean(losses),
-      measured["mean_distance"],
-      measured["threshold"],
-      measured["accept_rate"],
-      measured["skipped_steps"],
-      measured["nonfinite"],
-      opt_state.gaf_state.accepted,
-      relative(opt_state.gaf_state.weights),
+      loss=self._mean(losses),
+      distance=state.mean_distance,
+      accepted=state.accepted,
+      weights=relative(state.weights),
+      **{name: getattr(state, name) for name in _COUNTERS},
     )
     learner = Learner(
       optax.apply_updates(learner.params, updates),

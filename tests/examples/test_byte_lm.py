@@ -280,7 +280,8 @@ def test_two_microbatches_have_a_choice_too():
 
 
 def test_loss_falls(whole):
-  rows = [json.loads(line) for line in (whole / storage.METRICS).open()]
+  lines = (whole / storage.METRICS).read_text().splitlines()
+  rows = [json.loads(line) for line in lines]
   for arm in {row["arm"] for row in rows}:
     for seed in range(2):
       losses = [

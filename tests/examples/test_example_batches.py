@@ -237,7 +237,7 @@ def _accepted(steps=4000, k=8):
 
 def test_random_choice_takes_as_much_in_each_step():
   accepted, weights = _accepted()
-  found = arms.random_choice(accepted, weights, 0)
+  found = arms.random_choice(accepted, weights, 0, 3)
   assert found.accepted.dtype == bool and found.weights.dtype == np.float32
   numbers = accepted.sum(axis=1)
   np.testing.assert_array_equal(found.accepted.sum(axis=1), numbers)
@@ -251,9 +251,9 @@ def test_random_choice_takes_as_much_in_each_step():
   rates = found.accepted.mean(axis=0)
   assert np.ptp(accepted.mean(axis=0)) > 0.4
   assert np.ptp(rates) < 10 * np.sqrt(0.25 / len(accepted))
-  again = arms.random_choice(accepted, weights, 0)
+  again = arms.random_choice(accepted, weights, 0, 3)
   jax.tree.map(np.testing.assert_array_equal, found, again)
-  other = arms.random_choice(accepted, weights, 1)
+  other = arms.random_choice(accepted, weights, 1, 3)
   assert np.any(other.accepted != found.accepted)
 
 
@@ -264,7 +264,7 @@ def test_random_steps_are_as_many_in_each_window(steps):
   accepted[: steps // 2][np.arange(steps // 2) % 3 > 0] = False
   accepted[steps // 2 :: 4] = False
   before = accepted.copy()
-  found = arms.random_steps(accepted, 0)
+  found = arms.random_steps(accepted, 0, 3)
   np.testing.assert_array_equal(accepted, before)
   taken, ours = before.any(axis=1), found.accepted.any(axis=1)
   np.testing.assert_array_equal(found.accepted, np.repeat(ours[:, None], 8, axis=1))
@@ -278,7 +278,7 @@ def test_random_steps_are_as_many_in_each_window(steps):
     # At all times within a window.
     rates = ours.reshape(-1, 50).mean(axis=0)
     assert np.abs(rates - taken.mean()).max() < 5 * np.sqrt(0.25 / 80)
-  other = arms.random_steps(accepted, 1)
+  other = arms.random_steps(accepted, 1, 3)
   assert np.any(other.accepted != found.accepted)
 
 

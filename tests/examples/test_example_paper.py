@@ -117,7 +117,7 @@ def test_what_the_figures_vary():
   for name, figure in figures.FIGURES.items():
     assert figure.draw in charts.DRAW
     if figure.draw == "over_x":
-      x = [figure.x_of(part, part.arms[0]) for part in _parts(name)]
+      x = [getattr(part, figure.x) for part in _parts(name)]
       assert x == sorted(set(x)) and len(x) > 3
 
 
