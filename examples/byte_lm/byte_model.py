@@ -10,17 +10,11 @@ _SLOWEST = 100.0
 
 
 class ByteTransformer(nn.Module):
-  """Pre-norm decoder with rotary positions; its embedding is its output layer too.
+  """Pre-norm decoder with rotary positions; its embedding is its output layer too."""
 
-  Attributes:
-    width: of the residual stream, a multiple of twice the number of heads.
-    depth: number of blocks.
-    heads: of the attention.
-  """
-
-  width: int = 96
-  depth: int = 2
-  heads: int = 4
+  width: int = 96  # Of the residual stream, a multiple of twice the number of heads
+  depth: int = 2  # Number of blocks
+  heads: int = 4  # Of the attention
 
   @nn.compact
   def __call__(self, tokens: jax.Array) -> jax.Array:

@@ -1,115 +1,89 @@
 """Plots: validation loss and cosine distance over the steps, as PNG."""
 
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from byte_runs import EVALUATIONS, Plan, Records
-from byte_text import PARTS
+from common import plots
+from common.experiment import Experiment
 
-# Told apart with any colour vision (Okabe and Ito); black is the plain mean.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+EVALUATIONS = 20
 
 
-def draw(path: pathlib.Path, plan: Plan, records: Records) -> None:
+def losses(rows: list[dict], part, arm) -> np.ndarray:
+  """Validation losses `[seeds, EVALUATIONS]` of an arm."""
+  return plots.curves(rows, part, arm, "validation_loss")[1]
+
+
+def draw(
+  path: pathlib.Path, experiments: Sequence[Experiment], rows: list[dict]
+) -> None:
   """Writes `validation_loss.png` and `cosine_distance.png`, a panel for each part."""
-  seeds = "one seed" if plan.seeds == 1 else f"mean of {plan.seeds} seeds"
-  band = "" if plan.seeds == 1 else ", band: smallest to largest"
-  losses = np.stack([record["validation"] for record in records.values()])
+  part = experiments[0].part
+  seeds = "one seed" if part.seeds == 1 else f"mean of {part.seeds} seeds"
+  around = "" if part.seeds == 1 else ", band: smallest to largest"
+  drawn = [losses(rows, one.part, arm) for one in experiments for arm in one.part.arms]
   # From a fifth of the steps on: the beginning is one steep fall in all arms.
-  highest = losses[:, EVALUATIONS // 5 :].max()
+  highest = np.stack(drawn)[..., EVALUATIONS // 5 :].max()
+  limits = np.min(drawn) - 0.05, highest + 0.05
+  title = f"Validation loss, {seeds}{around}"
+  fill = lambda axes, one: _losses(axes, one.part, rows)
   _panels(
-    path / "validation_loss.png",
-    plan,
-    f"Validation loss, {seeds}{band}",
-    "bits per byte",
-    (losses.min() - 0.05, highest + 0.05),
-    lambda axes, part, arms: _losses(axes, plan, part, arms, records),
+    path / "validation_loss.png", experiments, title, "bits per byte", limits, fill
+  )
+  title = (
+    f"Cosine distance of micro-gradients, mean of each {part.eval_every} steps,"
+    f" {seeds}; grey: smallest to largest of a micro-gradient, plain mean"
   )
   _panels(
     path / "cosine_distance.png",
-    plan,
-    f"Cosine distance of micro-gradients, mean of each {_width(plan)} steps, {seeds};"
-    " grey: smallest to largest of a micro-gradient, plain mean",
+    experiments,
+    title,
     "cosine distance",
     (0, 2),
-    lambda axes, part, arms: _distances(axes, plan, part, arms, records),
+    _distances,
   )
 
 
-def _panels(path, plan, title, ylabel, ylim, fill):
-  parts = plan.arms()
-  figure = Figure(figsize=(5 * max(2, len(parts)), 5.5), dpi=100, layout="constrained")
+def _panels(path, experiments, title, ylabel, ylim, fill):
+  size = (5 * max(2, len(experiments)), 5.5)
+  figure = Figure(figsize=size, dpi=100, layout="constrained")
   figure.suptitle(title, fontsize=11)
-  panels = figure.subplots(1, len(parts), sharey=True, squeeze=False)[0]
-  for axes, (part, arms) in zip(panels, parts.items()):
-    fill(axes, part, arms)
-    axes.set_title(PARTS[part].replace(": ", ":\n"), fontsize=10)
+  panels = figure.subplots(1, len(experiments), sharey=True, squeeze=False)[0]
+  for axes, one in zip(panels, experiments):
+    fill(axes, one)
+    axes.set_title(one.part.title.replace(": ", ":\n"), fontsize=10)
     axes.set_xlabel("step")
-    axes.set_xlim(0, plan.steps)
+    axes.set_xlim(0, one.part.steps)
     axes.grid(alpha=0.3)
   panels[0].set_ylabel(ylabel)
   panels[0].set_ylim(ylim)
-  # The last panel has every kind of line; below all, it takes nothing from curves.
-  figure.legend(
-    *panels[-1].get_legend_handles_labels(),
-    loc="outside lower center",
-    ncols=3,
-    fontsize=9,
-    frameon=False,
-  )
-  partial = path.with_name(f".{path.name}.partial")
-  figure.savefig(partial, format="png")
-  partial.replace(path)
+  plots.save(figure, panels[-1], path)  # The last panel has every kind of line.
 
 
-def _styles(arms):
-  """By name: GAF in colours, its controls dashed in the same, plain means black."""
-  colors = iter(_COLORS * len(arms))
-  styles = {}
-  for arm in arms:
-    if arm.imitates:
-      styles[arm.label] = dict(styles[arm.imitates.label], linestyle="--")
-    elif arm.is_gaf:
-      styles[arm.label] = dict(color=next(colors), linestyle="-")
-    else:
-      styles[arm.label] = dict(color="black", linestyle=":" if arm.part else "-")
-  return styles
-
-
-def _stacked(records, plan, part, arm, field):
-  """`[seeds, ...]` of one field."""
-  return np.stack(
-    [records[arm.part or part, arm.name, seed][field] for seed in range(plan.seeds)]
-  )
-
-
-def _losses(axes, plan, part, arms, records):
-  steps = np.arange(1, EVALUATIONS + 1) * _width(plan)
-  for arm, style in zip(arms, _styles(arms).values()):
-    values = _stacked(records, plan, part, arm, "validation")
+def _losses(axes, part, rows):
+  for arm in part.arms:
+    style, values = plots.styles(part)[arm.name], losses(rows, part, arm)
+    steps = np.arange(1, EVALUATIONS + 1) * part.eval_every
     axes.plot(steps, values.mean(axis=0), label=arm.label, linewidth=1.4, **style)
     if not arm.imitates:  # A control's band lies on that of its arm.
       low, high = values.min(axis=0), values.max(axis=0)
       axes.fill_between(steps, low, high, color=style["color"], alpha=0.12, linewidth=0)
 
 
-def _width(plan):
-  return plan.steps // EVALUATIONS
-
-
-def _distances(axes, plan, part, arms, records):
-  middles = (np.arange(EVALUATIONS) + 0.5) * _width(plan)
-  for arm, style in zip(arms, _styles(arms).values()):
-    if arm.imitates or arm.part:
+def _distances(axes, one):
+  part = one.part
+  middles = (np.arange(EVALUATIONS) + 0.5) * part.eval_every
+  for arm in part.arms:
+    if arm.imitates or arm.clean:
       continue
-    values = _stacked(records, plan, part, arm, "distances")
     # By stretch of steps: [seeds, stretches, all in it].
-    values = values.reshape(plan.seeds, EVALUATIONS, -1)
+    values = one.traces[arm.name].distances.reshape(part.seeds, EVALUATIONS, -1)
     if not arm.is_gaf:
       low, high = np.nanmin(values, axis=(0, 2)), np.nanmax(values, axis=(0, 2))
       axes.fill_between(middles, low, high, color="0.9")
-    mean = np.nanmean(values, axis=(0, 2))
+    style, mean = plots.styles(part)[arm.name], np.nanmean(values, axis=(0, 2))
     axes.plot(middles, mean, label=arm.label, linewidth=1.4, **style)
-  axes.axhline(1, color="gray", linewidth=0.8, zorder=1)
+  plots.orthogonal(axes)

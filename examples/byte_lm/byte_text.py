@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from byte_errors import UserError
+from common.arms import Part
+from common.command import UserError
 
 CONTEXT = 64
 # A directory of other people's code, of fixtures, or of tables in bulk.
@@ -35,70 +36,60 @@ _CODE_PAGE = np.frombuffer(
 
 
 class Batches(NamedTuple):
-  """What n steps see.
+  """What n steps see."""
 
-  Attributes:
-    inputs: uint8 `[n, k, b, CONTEXT]`.
-    targets: uint8 `[n, k, b, CONTEXT]`, the byte after each input, where right.
-    wrong: bool `[n, k]`, whether a microbatch comes from a wrong source.
-  """
-
-  inputs: np.ndarray
+  inputs: np.ndarray  # uint8 `[n, k, b, CONTEXT]`
+  # uint8 `[n, k, b, CONTEXT]`, the byte after each input, where right.
   targets: np.ndarray
-  wrong: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-  """Bytes to train on and windows to validate on, of different files.
+  """Bytes to train on and windows to validate on, of different files."""
+
+  training: np.ndarray  # uint8 `[n]`, the training files one after the other
+  # uint8 `[windows, CONTEXT + 1]`, evenly spaced in the other files.
+  validation: np.ndarray
+  description: str  # What was read, for people
+  digest: str  # Tells whether two texts are the same
+
+
+class Schedule:
+  """The microbatches of one seed; places depend on seed and step alone.
 
   Attributes:
-    training: uint8 `[n]`, the training files one after the other.
-    validation: uint8 `[windows, CONTEXT + 1]`, evenly spaced in the other files.
-    description: what was read, for people.
-    digest: tells whether two texts are the same.
+    wrong: bool `[steps, k]`, which microbatches come from wrong sources.
+    control_key: numbers that the controls' choices come from.
   """
 
-  training: np.ndarray
-  validation: np.ndarray
-  description: str
-  digest: str
+  def __init__(self, text: Text, part: Part, seed: int):
+    self._text, self._part, self._seed = text, part, seed
+    # Other ones in each step.
+    bad = np.arange(part.num_microbatches) < part.wrong_sources
+    permuted = [_rng(seed, _SOURCES, n).permutation(bad) for n in range(part.steps)]
+    self.wrong = np.array(permuted)
+    self.control_key = (seed, *b"choice")
 
-  def batches(
-    self, part: str, seed: int, steps: range, num_microbatches: int, size: int
-  ) -> Batches:
-    """What some steps of a seed see; places depend on seed and step alone.
-
-    Args:
-      part: a key of `PARTS`.
-      seed: of the run.
-      steps: their numbers.
-      num_microbatches: k.
-      size: windows in each microbatch.
-    """
-    shape = num_microbatches, size
-    last = len(self.training) - CONTEXT - 2
-    places = [_rng(seed, _PLACES, n).integers(last + 1, size=shape) for n in steps]
-    windows = self.training[np.array(places)[..., None] + np.arange(CONTEXT + 2)]
+  def batches(self, start: int, stop: int, clean: bool) -> Batches:
+    """What the steps from `start` to before `stop` see; `clean`: nothing is wrong."""
+    training, part = self._text.training, self._part
+    shape, last = (
+      (part.num_microbatches, part.microbatch_size),
+      len(training) - CONTEXT - 2,
+    )
+    places = [
+      _rng(self._seed, _PLACES, n).integers(last + 1, size=shape)
+      for n in range(start, stop)
+    ]
+    windows = training[np.array(places)[..., None] + np.arange(CONTEXT + 2)]
     inputs, targets = windows[..., :-2], windows[..., 1:-1]
-    if part == "clean":
-      return Batches(inputs, targets, np.zeros(targets.shape[:2], bool))
-    # Three of eight, other ones in each step.
-    bad = np.arange(num_microbatches) < max(1, 3 * num_microbatches // 8)
-    wrong = np.array([_rng(seed, _SOURCES, n).permutation(bad) for n in steps])
-    corrupted = _CODE_PAGE[targets] if part == "code-page" else windows[..., 2:]
-    return Batches(inputs, np.where(wrong[..., None, None], corrupted, targets), wrong)
+    wrong = self.wrong[start:stop] & (not clean)
+    corrupted = _CODE_PAGE[targets] if part.name == "code-page" else windows[..., 2:]
+    return Batches(inputs, np.where(wrong[..., None, None], corrupted, targets))
 
 
 def load(root: pathlib.Path | None = None) -> Text:
-  """Reads the source files of this Python's standard library.
-
-  Args:
-    root: read this directory instead.
-
-  Raises:
-    UserError: if there are no source files, or next to none.
-  """
+  """The source files of this Python's standard library, or of another directory."""
   root = root or pathlib.Path(sysconfig.get_paths()["stdlib"])
   files = {name: (root / name).read_bytes() for name in source_files(root)}
   kept = {True: [], False: []}

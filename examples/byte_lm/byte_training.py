@@ -1,6 +1,5 @@
 """Training: one compiled stretch of steps, and the validation loss after it."""
 
-import threading
 from typing import Any, NamedTuple
 
 import jax
@@ -9,9 +8,10 @@ import numpy as np
 import optax
 
 import gaf_optax
-from byte_arms import RULES, Arm
 from byte_model import ByteTransformer
 from byte_text import CONTEXT, Batches, Text
+from common.arms import RULES, Arm, Chosen, Part, already_decided, relative
+from common.experiment import Trainer
 
 _LEARNING_RATE = 4e-3
 _WARM_UP = 0.1  # Share of the steps.
@@ -25,10 +25,20 @@ class Learner(NamedTuple):
   opt_state: Any
 
 
-class Trainer:
-  """Compiled training, which arms of one rule share; of use in several threads."""
+class Trace(NamedTuple):
+  """What happened at each step; arrays with the steps in front."""
+
+  loss: Any  # float32 `[k]`, in bits per byte
+  distances: Any  # float32 `[k]`, NaN where nothing was compared
+  accepted: Any  # bool `[k]`
+  weights: Any  # float32 `[k]`, of the micro-gradients in the mean; the largest is 1
+
+
+class ByteTrainer(Trainer):
+  """Compiled training, which arms of one rule share."""
 
   def __init__(self, text: Text, steps: int, num_microbatches: int):
+    super().__init__()
     self._model = ByteTransformer()
     self._validation = text.validation
     self._num_microbatches = num_microbatches
@@ -37,63 +47,55 @@ class Trainer:
     self._schedule = optax.warmup_cosine_decay_schedule(
       0.0, _LEARNING_RATE, max(1, int(_WARM_UP * steps)), steps
     )
-    self._compiled: dict[str, Any] = {}
-    self._compiling = threading.Lock()
 
-  def init(self, seed: int) -> Learner:
-    """The learner before the first step."""
+  def init(self, arm: Arm, seed: int) -> Learner:
+    """The learner before the first step; it depends on the seed alone."""
 
     def init(seed):
       tokens = jnp.zeros((1, CONTEXT), jnp.uint8)
       params = self._model.init(jax.random.key(seed), tokens)["params"]
       return Learner(params, self._transformation(2.0, None).init(params))
 
-    return self._run("init", init, np.int32(seed))
+    return self._cached("init", lambda: jax.jit(init), np.int32(seed))
+
+  def empty_trace(self, part: Part) -> Trace:
+    """A trace of a part's steps, of all seeds, before the first."""
+    empty = np.zeros((part.seeds, part.steps, part.num_microbatches), np.float32)
+    return Trace(empty.copy(), empty.copy(), empty.astype(bool), empty)
 
   def advance(
-    self, arm: Arm, learner: Learner, batches: Batches, kept: np.ndarray | None
-  ) -> tuple[Learner, dict[str, np.ndarray]]:
-    """Takes some steps.
-
-    Args:
-      arm: how.
-      learner: where they start from.
-      batches: what they see.
-      kept: bool `[n, k]`, what a control keeps; else None.
-
-    Returns:
-      The learner after them, and of each step: `loss` float32 `[n, k]` in bits per
-      byte, `distances` float32 `[n, k]` and `accepted` bool `[n, k]`.
-    """
+    self, arm: Arm, learner: Learner, batches: Batches, chosen: Chosen | None
+  ) -> tuple[Learner, Trace]:
+    """Takes some steps; of a control, `chosen` says what it keeps."""
 
     def take(learner, tau, seen):
       def step(learner, seen):
-        inputs, targets, kept = seen
-        rule = RULES[arm.rule]() if kept is None else _decided(kept)
-        return self._step(self._transformation(tau, rule), learner, inputs, targets)
+        batches, chosen = seen
+        rule = already_decided(chosen) if arm.imitates else RULES[arm.rule]()
+        return self._step(self._transformation(tau, rule), learner, batches)
 
       return jax.lax.scan(step, learner, seen)
 
     # Stretches of other lengths and microbatches of other sizes are other programs.
-    name = f"{'kept' if arm.imitates else arm.rule} {batches.inputs.shape}"
-    seen = batches.inputs, batches.targets, kept
-    learner, happened = self._run(name, take, learner, np.float32(arm.tau), seen)
-    return learner, jax.tree.map(np.asarray, happened)
+    key = "imitates" if arm.imitates else arm.rule, batches.inputs.shape
+    tau = np.float32(2.0 if arm.imitates else arm.tau)
+    return self._cached(key, lambda: jax.jit(take), learner, tau, (batches, chosen))
 
-  def validate(self, learner: Learner) -> float:
+  def evaluate(self, learner: Learner) -> tuple[float]:
     """Bits per byte on the validation windows."""
-    windows = self._validation
-    loss = self._run(
-      "validate", self._loss, learner.params, windows[:, :-1], windows[:, 1:]
-    )
-    return float(loss)
+    inputs, targets = self._validation[:, :-1], self._validation[:, 1:]
+    make = lambda: jax.jit(self._loss)
+    return (float(self._cached("evaluate", make, learner.params, inputs, targets)),)
 
-  def _run(self, name, function, *args):
-    # By hand, since threads that call a new `jit` function at once each compile it.
-    with self._compiling:
-      if name not in self._compiled:
-        self._compiled[name] = jax.jit(function).lower(*args).compile()
-    return self._compiled[name](*args)
+  def row(self, trace: Trace, measured: tuple[float]) -> dict:
+    """What a line of the metrics file says of the steps since the line before."""
+    (loss,) = measured
+    return {
+      "validation_loss": loss,
+      "train_loss": float(trace.loss.mean()),
+      "accept_rate": float(trace.accepted.mean()),
+      "distance": float(np.nanmean(trace.distances)),
+    }
 
   def _transformation(self, tau, rule):
     adamw = optax.chain(
@@ -111,25 +113,12 @@ class Trainer:
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     return jnp.mean(losses) / np.log(2)
 
-  def _step(self, transformation, learner, inputs, targets):
+  def _step(self, transformation, learner, batches):
     losses, grads = jax.vmap(jax.value_and_grad(self._loss), (None, 0, 0))(
-      learner.params, inputs, targets
+      learner.params, batches.inputs, batches.targets
     )
     updates, opt_state = transformation.update(grads, learner.opt_state, learner.params)
     state = opt_state[0].gaf_state
     learner = Learner(optax.apply_updates(learner.params, updates), opt_state)
-    return learner, {
-      "loss": losses,
-      "distances": state.distances,
-      "accepted": state.accepted,
-    }
-
-
-def _decided(kept):
-  """A rule that keeps what is given `[k]`; its distances are those of plain mean."""
-
-  def rule(gram, valid, tau):
-    plain = RULES["sequential"]()(gram, valid, tau)
-    return plain._replace(weights=kept.astype(gram.dtype), accepted=kept & valid)
-
-  return rule
+    weights = relative(state.weights)
+    return learner, Trace(losses, state.distances, state.accepted, weights)

@@ -4,90 +4,89 @@
 """
 
 import argparse
-import contextlib
 import pathlib
-import signal
 import sys
-import threading
+
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
 
 import byte_report
-import byte_runs
 import byte_text
-from byte_errors import UserError
+from byte_plots import EVALUATIONS
+from byte_training import ByteTrainer
+from common import command
+from common.arms import CLEAN, PLAIN, Arm, Part, gaf_arms
+from common.experiment import Experiment, run_all
 
-
-class _Parser(argparse.ArgumentParser):
-  def error(self, message):
-    self.exit(2, f"{self.prog}: {message.rstrip('.')}. See {self.prog} --help.\n")
+RULES = ("sequential", "most_neighbors")
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Runs the command.
+  """Runs the command; returns its exit code.
 
-  Args:
-    argv: the command line without the program, None for the process's own.
-
-  Returns:
-    The exit code: 0, 2 after a sentence about what is wrong, or 128 plus the number
-    of the signal that stopped it.
+  It is 0, or 2 after a sentence about what is wrong, or 128 plus the number of the
+  signal that stopped it.
   """
   options = _parsed(argv)
-  plan = byte_runs.Plan(
-    options.steps,
-    options.seeds,
-    options.num_microbatches,
-    options.microbatch_size,
-    options.tau,
-    options.parts,
-  )
-  try:
+
+  def start(received):
     text = byte_text.load()
-    byte_runs.open_directory(options.out, plan, text.digest, options.resume)
-    with _stopped_by_signals() as (stop, received):
-      try:
-        records = byte_runs.run_all(options.out, plan, text, stop)
-      except (byte_runs.Stopped, KeyboardInterrupt):
-        said = "stopped; the same command with --resume goes on from here."
-        print(f"train.py: {said}", file=sys.stderr)
-        return 128 + received[0]
-      print(byte_report.write(options.out, plan, text.description, records))
-      print(f"Tables and plots are in {options.out}.")
-  except OSError as error:
-    where = error.filename or options.out
-    print(f"train.py: {where}: {error.strerror}.", file=sys.stderr)
-    return 2
-  except UserError as error:
-    print(f"train.py: {error}", file=sys.stderr)
-    return 2
-  return 0
+    options.text = text.digest  # A resumed run must have the same.
+    trainer = ByteTrainer(text, options.steps, options.num_microbatches)
+    experiments = [
+      Experiment(
+        part,
+        [byte_text.Schedule(text, part, seed) for seed in range(part.seeds)],
+        trainer,
+      )
+      for part in parts(options)
+    ]
+    finish = lambda directory, experiments: byte_report.write(
+      directory.path, text.description, experiments, directory.metrics()
+    )
+    return run_all("train.py", options, "byte_lm", experiments, received, finish)
+
+  return command.guarded("train.py", start)
+
+
+def parts(options: argparse.Namespace) -> list[Part]:
+  """What the options ask for."""
+  k, found = options.num_microbatches, []
+  for name in options.parts:
+    arms = [PLAIN]
+    for rule in RULES:
+      for tau in options.tau:
+        # GAF skips next to no steps here, so that a control of those says nothing.
+        arms += gaf_arms(k, ["choice"], tau=tau, rule=rule)
+    wrong = 0 if name == "clean" else max(1, 3 * k // 8)
+    part = Part(
+      name=name,
+      title=byte_text.PARTS[name],
+      arms=(*arms, CLEAN) if wrong else tuple(arms),
+      wrong_sources=wrong,
+      microbatch_size=options.microbatch_size,
+      num_microbatches=k,
+      steps=options.steps,
+      seeds=options.seeds,
+      eval_every=options.steps // EVALUATIONS,
+    )
+    found.append(part)
+  return found
 
 
 def _parsed(argv):
-  parser = _Parser(prog="train.py", description=__doc__.split("\n")[0])
+  parser = command.Parser(prog="train.py", description=__doc__.split("\n")[0])
   parser.add_argument(
     "--quick", action="store_true", help="fewer steps and seeds: 40 and 2"
   )
-  parser.add_argument("--steps", type=_steps, help="of each run (default: 300)")
-  parser.add_argument("--seeds", type=_at_least(1), help="how many (default: 5)")
-  parser.add_argument(
-    "--num-microbatches",
-    type=_at_least(2),
-    default=8,
-    help="in each step, three of eight of them from wrong sources (default: 8)",
+  helps = dict(
+    steps=f"of each run, a multiple of {EVALUATIONS}; default 300",
+    seeds="how many; default 5",
+    num_microbatches="in each step, three of eight of them from wrong sources;"
+    " default 8",
+    microbatch_size=f"windows of {byte_text.CONTEXT} bytes in each; default 2",
   )
-  parser.add_argument(
-    "--microbatch-size",
-    type=_at_least(1),
-    default=2,
-    help=f"windows of {byte_text.CONTEXT} bytes in each (default: 2)",
-  )
-  parser.add_argument(
-    "--tau",
-    type=_tau,
-    nargs="+",
-    default=[1.0],
-    help="thresholds of GAF, for each rule (default: 1)",
-  )
+  command.add_options(parser, Part, helps, **helps)
+  command.add_options(parser, Arm, ["tau"], tau="of GAF, for each rule; default 1")
   parser.add_argument(
     "--parts",
     nargs="+",
@@ -95,72 +94,18 @@ def _parsed(argv):
     default=list(byte_text.PARTS),
     help="which to run (default: all)",
   )
-  parser.add_argument(
-    "--out",
-    type=pathlib.Path,
-    default=pathlib.Path("runs/byte_lm"),
-    help="output directory (default: runs/byte_lm)",
-  )
-  parser.add_argument(
-    "--resume", action="store_true", help="go on with the run in --out"
-  )
+  command.add_output(parser, "runs/byte_lm")
+  parser.set_defaults(out="runs/byte_lm")
   options = parser.parse_args(argv)
   options.steps = options.steps or (40 if options.quick else 300)
+  if options.steps % EVALUATIONS:
+    parser.error(f"--steps {options.steps} is not a multiple of {EVALUATIONS}")
   options.seeds = options.seeds or (2 if options.quick else 5)
-  options.tau = sorted(set(options.tau))
+  options.num_microbatches = options.num_microbatches or 8
+  options.microbatch_size = options.microbatch_size or 2
+  options.tau = sorted(set(options.tau or [1.0]))
   options.parts = [part for part in byte_text.PARTS if part in options.parts]
   return options
-
-
-def _at_least(least):
-  def convert(text):
-    if not text.isdecimal() or int(text) < least:
-      raise argparse.ArgumentTypeError(
-        f"expected a whole number of at least {least}, got {text!r}"
-      )
-    return int(text)
-
-  return convert
-
-
-def _steps(text):
-  steps = _at_least(byte_runs.EVALUATIONS)(text)
-  if steps % byte_runs.EVALUATIONS:
-    raise argparse.ArgumentTypeError(
-      f"expected a multiple of {byte_runs.EVALUATIONS}, the number of evaluations,"
-      f" got {text!r}"
-    )
-  return steps
-
-
-def _tau(text):
-  with contextlib.suppress(ValueError):
-    if 0 <= float(text) < 2:
-      return float(text)
-  raise argparse.ArgumentTypeError(
-    f"expected a number from 0 to below 2 (at 2 it is the plain mean), got {text!r}"
-  )
-
-
-@contextlib.contextmanager
-def _stopped_by_signals():
-  """An event that the first SIGINT or SIGTERM sets; a second one acts as usual."""
-  stop, received = threading.Event(), []
-
-  def note(number, frame):
-    del frame
-    received.append(number)
-    stop.set()
-    signal.signal(number, before[number])
-
-  before = {
-    number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)
-  }
-  try:
-    yield stop, received
-  finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)
 
 
 if __name__ == "__main__":

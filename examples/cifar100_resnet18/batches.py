@@ -7,51 +7,29 @@ import jax.numpy as jnp
 import numpy as np
 
 import labels as labels_lib
+from common.command import UserError
 from data import Dataset
-from errors import UserError
 from plan import Part
 
 # One stream of random numbers for each purpose; the values only have to differ.
 _NOISE, _ORDER, _SOURCES, _CONTROL, _AUGMENT, _WRONG_LABELS = range(6)
-# The control of as many steps has them at random times within so many: as often as
-# GAF, early and late.
-_WINDOW = 50
 # Pixels that a crop moves by, at most, as usual for CIFAR.
 _SHIFT = 4
 
 
 class Batches(NamedTuple):
-  """What n steps see.
+  """What n steps see."""
 
-  Attributes:
-    steps: int32 `[n]`, their numbers.
-    indices: int32 `[n, k, b]`, which training images.
-    labels: int32 `[n, k, b]`.
-    wrong: bool `[n, k]`, whether a microbatch comes from a wrong source.
-    crops: int8 `[n, k, b, 3]`, rows and columns in 0 to 8 at which a crop of the
-      padded image begins, and whether it is mirrored; None without augmentation.
-    images: uint8 `[n, k, b, height, width, channels]` where they are not looked up
-      by `indices` on the device, else None.
-  """
-
-  steps: Any
-  indices: Any
-  labels: Any
-  wrong: Any
+  steps: Any  # int32 `[n]`, their numbers
+  indices: Any  # int32 `[n, k, b]`, which training images
+  labels: Any  # int32 `[n, k, b]`
+  wrong: Any  # bool `[n, k]`, whether a microbatch comes from a wrong source
+  # int8 `[n, k, b, 3]`, rows and columns in 0 to 8 at which a crop of the padded
+  # image begins, and whether it is mirrored; None without augmentation.
   crops: Any
+  # uint8 `[n, k, b, height, width, channels]` where they are not looked up by
+  # `indices` on the device, else None.
   images: Any = None
-
-
-class Chosen(NamedTuple):
-  """What a control keeps; see `gaf_optax.Decision`.
-
-  Attributes:
-    accepted: bool `[n, k]`.
-    weights: float32 `[n, k]`.
-  """
-
-  accepted: Any
-  weights: Any
 
 
 class Schedule:
@@ -60,12 +38,14 @@ class Schedule:
   Attributes:
     labels: int32 `[n]`, the training labels with their noise.
     wrong: bool `[steps, k]`, which microbatches come from wrong sources.
+    control_key: numbers that the controls' choices come from.
   """
 
   def __init__(self, part: Part, dataset: Dataset, base: np.ndarray, seed: int):
     """Args: `base` are the training labels int32 `[n]` before any flipping."""
     self._part, self._seed = part, seed
     self._num_classes = dataset.num_classes
+    self.control_key = (seed, _CONTROL)
     self._epochs: dict[int, np.ndarray] = {}
     rng = _rng(seed, _NOISE)
     if part.random_labels:
@@ -73,24 +53,16 @@ class Schedule:
     else:
       self.labels = labels_lib.flip(base, part.label_noise, dataset.num_classes, rng)
     self.wrong = labels_lib.draw_wrong_sources(
-      part.steps,
-      part.num_microbatches,
-      part.wrong_sources,
-      _rng(seed, _SOURCES),
+      part.steps, part.num_microbatches, part.wrong_sources, _rng(seed, _SOURCES)
     )
     if part.balanced:
       self._classes = _classes(base, dataset.num_classes, part)
 
   def batches(self, start: int, stop: int, clean: bool) -> Batches:
-    """What the steps from `start` to before `stop` see.
+    """What the steps from `start` to before `stop` see; `clean`: nothing is wrong.
 
     Without `balanced`, the images come in a new random order each time all have been
     seen; with it, each step draws anew from each class, of labels before flipping.
-
-    Args:
-      start: first step.
-      stop: the step after the last.
-      clean: whether the wrong sources are left out.
     """
     part, steps = self._part, range(start, stop)
     if part.balanced:
@@ -171,13 +143,9 @@ def _classes(labels, num_classes, part):
 
 
 def cropped(images: jax.Array, crops: jax.Array) -> jax.Array:
-  """Images uint8 `[k, b, height, width, channels]`, cropped and mirrored.
+  """Images uint8 `[k, b, height, width, channels]`, cropped and mirrored by `crops`.
 
   The image moves by up to 4 pixels over a black border, as usual for CIFAR.
-
-  Args:
-    images: as they are.
-    crops: see `Batches`.
   """
   around = ((0, 0), (_SHIFT, _SHIFT), (_SHIFT, _SHIFT), (0, 0))
   flat = images.reshape(-1, *images.shape[2:])
@@ -190,32 +158,6 @@ def cropped(images: jax.Array, crops: jax.Array) -> jax.Array:
   return jax.vmap(crop)(jnp.pad(flat, around), crops.reshape(-1, 3)).reshape(
     images.shape
   )
-
-
-def random_choice(accepted: np.ndarray, weights: np.ndarray, seed: int) -> Chosen:
-  """In each step as many micro-gradients as GAF accepted, and with its weights.
-
-  Args:
-    accepted: bool `[steps, k]`, what GAF accepted.
-    weights: float32 `[steps, k]`, with which weights.
-    seed: of the run that is imitated.
-  """
-  drawn = _rng(seed, _CONTROL).random(accepted.shape)
-  order = np.argsort(drawn, axis=1)
-  return Chosen(*(np.take_along_axis(x, order, axis=1) for x in (accepted, weights)))
-
-
-def random_steps(accepted: np.ndarray, seed: int) -> Chosen:
-  """All micro-gradients in as many steps of each window as GAF took, at random.
-
-  Args: as `random_choice`.
-  """
-  rng = _rng(seed, _CONTROL)
-  taken = accepted.any(axis=1)
-  for start in range(0, len(taken), _WINDOW):
-    rng.shuffle(taken[start : start + _WINDOW])
-  keep = np.broadcast_to(taken[:, None], accepted.shape)
-  return Chosen(keep.copy(), keep.astype(np.float32))
 
 
 def _rng(*key):

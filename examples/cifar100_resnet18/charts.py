@@ -1,4 +1,4 @@
-"""Charts: what the experiments that have names came to, as PNG."""
+"""Charts: what runs came to, as PNG."""
 
 import pathlib
 
@@ -6,97 +6,177 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-import plots
 import report
+from common import plots
+from common.arms import CONTROLS
+from common.tables import Difference
 
 _MARKERS = {
-  "plain": ("black", "o"),
-  "choice": ("#0072B2", "s"),
-  "steps": ("#D55E00", "D"),
-}
-_AGAINST = {
-  "plain": "GAF - plain mean",
-  "choice": "GAF - random choice",
-  "steps": "GAF - random steps",
+  "plain": ("black", "o", "plain mean"),
+  "choice": ("#0072B2", "s", "random choice"),
+  "steps": ("#D55E00", "D", "random steps"),
 }
 _MEASURES = ("best", "final")
 
 
 def draw(path: pathlib.Path, figure, results, rows) -> None:
-  """Writes one PNG.
+  """Writes the PNG of a `figures.Figure`.
 
-  Args:
-    path: of the file.
-    figure: a `figures.Figure`.
-    results: experiments and their summaries by arm.
-    rows: the lines of the metrics file.
+  `results` are experiments and their summaries by arm, `rows` the lines of the metrics
+  file.
   """
   DRAW[figure.draw](path, figure, results, rows)
 
 
-def _curves(path, figure, results, rows):
-  """A column for each part: distance, test accuracy and training loss."""
-  drawn = Figure(figsize=(5.2 * max(len(results), 2), 9), dpi=110, layout="constrained")
-  axes = drawn.subplots(3, len(results), squeeze=False, sharex="col", sharey="row")
-  for column, (experiment, _) in enumerate(results):
-    part = experiment.part
-    styles = plots.styles(part)
-    of_part = [row for row in rows if row["part"] == part.name]
-    width = _rolling_width(part)
-    steps = np.arange(1, part.steps + 1)
-    for arm in part.arms:
-      style = styles[arm.name]
-      if arm.imitates is None:
-        rolling = plots.rolling(experiment.traces[arm.name].distance, width)
-        axes[0, column].plot(steps, rolling, label=arm.label, linewidth=1.2, **style)
-      for line, field in ((1, "test_accuracy"), (2, "train_loss")):
-        where, values = plots.curves(of_part, part, arm, field)
-        plots.band(axes[line, column], where, values, arm.label, style)
-    axes[0, column].axhline(1, color="gray", linewidth=0.8, zorder=1)
-    axes[0, column].set_title(part.title, fontsize=9)
-    axes[2, column].set_xlabel("step")
-  said = ("cosine distance", "test accuracy", "training loss (labels as trained on)")
-  for line, ylabel in enumerate(said):
-    axes[line, 0].set_ylabel(ylabel)
-  part = results[0][0].part
-  drawn.suptitle(
-    f"{figure.title}\n{plots.spread_note(part)}; distance: mean of the last"
-    f" {_rolling_width(part)} steps",
-    fontsize=10,
+def draw_part(path: pathlib.Path, experiment, rows) -> None:
+  """Writes `PART_accuracy.png`, `PART_distance.png` and `PART_accept_rate.png`."""
+  part = experiment.part
+  png = lambda kind: path / f"{part.name}_{kind}.png"
+  note = plots.spread_note(part)
+  drawn, axes = _single(part, f"Test accuracy ({note})", "test accuracy")
+  for arm in part.arms:
+    _band(axes, rows, part, arm, "test_accuracy")
+  plots.at_most_one(axes)
+  plots.save(drawn, axes, png("accuracy"))
+  title = f"Accepted share of the micro-gradients so far ({note})"
+  drawn, axes = _single(part, title, "accept rate")
+  axes.set_ylim(-0.02, 1.02)
+  for arm in part.arms:
+    # A control's rate ends where GAF's does by construction.
+    if arm.imitates is None and not arm.clean:
+      _band(axes, rows, part, arm, "accept_rate")
+  plots.save(drawn, axes, png("accept_rate"))
+  _distance(png("distance"), part, experiment.traces)
+
+
+def _single(part, what, ylabel):
+  drawn = Figure(figsize=(10, 6.5), dpi=110, layout="constrained")
+  axes = drawn.add_subplot()
+  _dress(axes, part, f"{what}\n{part.title}", ylabel)
+  return drawn, axes
+
+
+def _dress(axes, part, title, ylabel):
+  axes.set_title(title, fontsize=10)
+  axes.set_xlabel("step")
+  axes.set_ylabel(ylabel)
+  axes.set_xlim(0, part.steps)
+  axes.grid(alpha=0.3)
+
+
+def _band(axes, rows, part, arm, field, label=None, style=None):
+  """A curve of the metrics file, usually in the name and style of its arm."""
+  steps, values = plots.curves(rows, part, arm, field)
+  style = style or plots.styles(part)[arm.name]
+  plots.band(axes, steps, values, label or arm.label, style)
+
+
+def _rolling(axes, part, distance, width, label, style):
+  steps = np.arange(1, part.steps + 1)
+  rolling = plots.rolling(distance, width)
+  axes.plot(steps, rolling, label=label, linewidth=1.2, **style)
+
+
+def _distance(path, part, traces):
+  arms = [arm for arm in part.arms if arm.imitates is None]
+  width = max(1, min(100, part.steps // 10))
+  columns = 2 if len(arms) in (2, 4) else 3
+  lines = -(-len(arms) // columns)
+  drawn = Figure(figsize=(10, 4.5 + 2.2 * lines), dpi=110, layout="constrained")
+  grid = drawn.add_gridspec(lines + 1, columns, height_ratios=[2] + [1] * lines)
+  together = drawn.add_subplot(grid[0, :])
+  title = (
+    f"Cosine distance between micro-gradients, mean of the last {width} steps and"
+    f" of {part.seeds} seed{'s' * (part.seeds > 1)}; below: each step of seed 0 and"
+    f" its rolling mean\n{part.title}"
   )
-  _finish(path, drawn, axes, axes[1, 0])
+  _dress(together, part, title, "cosine distance")
+  first = None
+  for place, arm in enumerate(arms):
+    distance, style = traces[arm.name].distance, plots.styles(part)[arm.name]
+    single = drawn.add_subplot(
+      grid[1 + place // columns, place % columns], sharex=first, sharey=first
+    )
+    first = first or single
+    _dress(single, part, arm.label, "")
+    single.title.set_fontsize(8)
+    steps = np.arange(1, part.steps + 1)
+    single.plot(steps, distance[0], linewidth=0.4, alpha=0.4, color=style["color"])
+    _rolling(single, part, distance[:1], width, arm.label, style)
+    plots.orthogonal(single)
+    _rolling(together, part, distance, width, arm.label, style)
+  plots.orthogonal(together)
+  plots.save(drawn, together, path)
+
+
+def _figure(size, figure, note, *shape, dpi=110, **shared):
+  """A figure and its axes, titled."""
+  drawn = Figure(figsize=size, dpi=dpi, layout="constrained")
+  drawn.suptitle(f"{figure.title}{note}", fontsize=10)
+  axes = drawn.subplots(*shape, squeeze=False, **shared)
+  for ax in axes.flat:
+    ax.grid(alpha=0.3)
+  return drawn, axes
 
 
 def _rolling_width(part):
   return max(1, min(100, part.steps // 20))
 
 
+def _curves(path, figure, results, rows):
+  """A column for each part: distance, test accuracy and training loss."""
+  part = results[0][0].part
+  note = (
+    f"\n{plots.spread_note(part)}; distance: mean of the last {_rolling_width(part)}"
+    " steps"
+  )
+  size = (5.2 * max(len(results), 2), 9)
+  shared = dict(sharex="col", sharey="row")
+  drawn, axes = _figure(size, figure, note, 3, len(results), **shared)
+  for column, (experiment, _) in zip(axes.T, results):
+    part = experiment.part
+    for arm in part.arms:
+      if arm.imitates is None:
+        distance, style = experiment.traces[arm.name].distance, plots.styles(part)
+        width = _rolling_width(part)
+        _rolling(column[0], part, distance, width, arm.label, style[arm.name])
+      _band(column[1], rows, part, arm, "test_accuracy")
+      _band(column[2], rows, part, arm, "train_loss")
+    plots.orthogonal(column[0])
+    column[0].set_title(part.title, fontsize=9)
+    column[2].set_xlabel("step")
+  said = ("cosine distance", "test accuracy", "training loss (labels as trained on)")
+  for ax, ylabel in zip(axes[:, 0], said):
+    ax.set_ylabel(ylabel)
+  plots.save(drawn, axes[1, 0], path)
+
+
 def _distances(path, figure, results, rows):
   """Distance and accuracy over the steps, a line for each part."""
-  drawn = Figure(figsize=(8, 8), dpi=110, layout="constrained")
-  axes = drawn.subplots(2, 1, squeeze=False, sharex=True)
+  part = results[0][0].part
+  note = f"\n{_shared(part)}, plain mean; {plots.spread_note(part)}"
+  drawn, axes = _figure((8, 8), figure, note, 2, 1, sharex=True)
+  above, below = axes[:, 0]
   colors = mpl.colormaps["viridis"](np.linspace(0, 0.9, len(results)))
   for color, (experiment, _) in zip(colors, results):
     part = experiment.part
     label = f"microbatches of {part.microbatch_size}"
-    style = dict(color=color, linestyle="-")
-    width = _rolling_width(part)
-    rolling = plots.rolling(experiment.traces["plain"].distance, width)
-    steps = np.arange(1, part.steps + 1)
-    axes[0, 0].plot(steps, rolling, label=label, linewidth=1.2, **style)
-    of_part = [row for row in rows if row["part"] == part.name]
-    where, values = plots.curves(of_part, part, part.arm("plain"), "test_accuracy")
-    plots.band(axes[1, 0], where, values, label, style)
-  part = results[0][0].part
-  axes[0, 0].axhline(1, color="gray", linewidth=0.8, zorder=1)
-  axes[0, 0].set_ylabel("cosine distance")
-  axes[1, 0].set_ylabel("test accuracy")
-  axes[1, 0].set_xlabel("step")
-  drawn.suptitle(
-    f"{figure.title}\n{_shared(part)}, plain mean; {plots.spread_note(part)}",
-    fontsize=10,
-  )
-  _finish(path, drawn, axes, axes[0, 0])
+    style, distance = (
+      dict(color=color, linestyle="-"),
+      experiment.traces["plain"].distance,
+    )
+    _rolling(above, part, distance, _rolling_width(part), label, style)
+    _band(below, rows, part, part.arm("plain"), "test_accuracy", label, style)
+  plots.orthogonal(above)
+  above.set_ylabel("cosine distance")
+  below.set_ylabel("test accuracy")
+  below.set_xlabel("step")
+  plots.save(drawn, above, path)
+
+
+def _shared(part):
+  """What all parts of a chart have in common: data and model."""
+  return f"{part.dataset}, {part.model}"
 
 
 def _over_tau(path, figure, results, rows):
@@ -105,23 +185,26 @@ def _over_tau(path, figure, results, rows):
   drawn, axes = _panels(figure, results, "tau (2: plain mean, dotted)")
   for color, (experiment, summaries) in zip(plots.COLORS, results):
     part = experiment.part
-    arms = [arm for arm in part.arms if arm.is_gaf]
-    label = f"{part.label_noise:.0%} of the labels flipped"
-    controls = [part.controls(arm.name)["steps"] for arm in arms]
     # At 2 all three are the same.
     plain = part.arm("plain")
-    arms, controls = [*arms, plain], [*controls, plain]
+    arms = [*(arm for arm in part.arms if arm.is_gaf), plain]
+    controls = [part.controls(arm.name).get("steps", plain) for arm in arms]
+    label = f"{part.label_noise:.0%} of the labels flipped"
     taus = [arm.tau for arm in arms]
-    for ax, measure in zip(axes[:, 0], _MEASURES):
-      _points(ax, taus, arms, summaries, measure, label, color, "-")
-      said = f"random steps, {label}"
-      _points(ax, taus, controls, summaries, measure, said, color, "--")
+
+    def points(ax, measure, arms, label, linestyle):
+      arrays = [getattr(summaries[arm.name], measure) for arm in arms]
+      _error_bars(ax, taus, arrays, label, color=color, linestyle=linestyle)
+
+    for ax, measure in zip(axes, _MEASURES):
+      points(ax, measure, arms, label, "-")
+      points(ax, measure, controls, f"random steps, {label}", "--")
       level = getattr(summaries["plain"], measure).mean()
       ax.axhline(level, color=color, linestyle=":", linewidth=1.2)
-    _points(axes[2, 0], taus, arms, summaries, "accepted", label, color, "-")
-  for ax in axes[:2, 0]:
-    _at_most_one(ax)
-  _finish(path, drawn, axes, axes[0, 0])
+    points(axes[2], "accepted", arms, label, "-")
+  for ax in axes[:2]:
+    plots.at_most_one(ax)
+  plots.save(drawn, axes[0], path)
 
 
 def _over_x(path, figure, results, rows):
@@ -131,58 +214,46 @@ def _over_x(path, figure, results, rows):
     "microbatch_size": "microbatch size, images",
     "label_noise": "flipped labels",
   }
-  drawn, axes = _panels(figure, results, f"{names[figure.x]}")
+  drawn, axes = _panels(figure, results, names[figure.x])
   first = results[0][0].part
   styles = plots.styles(first)
-  x = [figure.x_of(experiment.part, first.arms[0]) for experiment, _ in results]
+  x = [getattr(experiment.part, figure.x) for experiment, _ in results]
   for arm in first.arms:
-    values = [summaries[arm.name] for _, summaries in results]
     shown = _MEASURES if arm.imitates else (*_MEASURES, "accepted")
-    for ax, measure in zip(axes[:, 0], shown):
-      arrays = [getattr(value, measure) for value in values]
+    for ax, measure in zip(axes, shown):
+      arrays = [getattr(summaries[arm.name], measure) for _, summaries in results]
       _error_bars(ax, x, arrays, arm.label, **styles[arm.name])
-  for ax in axes[:2, 0]:
-    _at_most_one(ax)
+  for ax in axes[:2]:
+    plots.at_most_one(ax)
   if figure.x == "microbatch_size":
-    axes[2, 0].set_xscale("log")
-    axes[2, 0].set_xticks(x, [str(n) for n in x])
-    axes[2, 0].minorticks_off()
-  _finish(path, drawn, axes, axes[0, 0])
+    axes[2].set_xscale("log")
+    axes[2].set_xticks(x, [str(n) for n in x])
+    axes[2].minorticks_off()
+  plots.save(drawn, axes[0], path)
 
 
 def _panels(figure, results, xlabel):
-  drawn = Figure(figsize=(8, 11), dpi=110, layout="constrained")
-  axes = drawn.subplots(3, 1, squeeze=False, sharex=True)
+  part = results[0][0].part
+  note = (
+    f"\n{_shared(part)}; mean of {part.seeds} seeds, bars: 95 % confidence interval of"
+    " each mean"
+  )
+  drawn, axes = _figure((8, 11), figure, note, 3, 1, sharex=True)
   said = ("best test accuracy", "final test accuracy", "accepted share")
   for ax, ylabel in zip(axes[:, 0], said):
     ax.set_ylabel(ylabel)
   axes[2, 0].set_xlabel(xlabel)
   axes[2, 0].set_ylim(-0.02, 1.02)
-  part = results[0][0].part
-  drawn.suptitle(
-    f"{figure.title}\n{_shared(part)}; mean of {part.seeds} seeds, bars: 95 %"
-    " confidence interval of each mean",
-    fontsize=10,
-  )
-  return drawn, axes
-
-
-def _shared(part):
-  """What all parts of a chart have in common: data and model."""
-  return f"{part.dataset}, {part.model}"
-
-
-def _points(ax, x, arms, summaries, measure, label, color, linestyle):
-  arrays = [getattr(summaries[arm.name], measure) for arm in arms]
-  _error_bars(ax, x, arrays, label, color=color, linestyle=linestyle)
+  return drawn, axes[:, 0]
 
 
 def _error_bars(ax, x, arrays, label, **style):
-  mean = [values.mean() for values in arrays]
   ax.errorbar(
     x,
-    mean,
-    yerr=[_margin(values) for values in arrays],
+    [values.mean() for values in arrays],
+    yerr=[
+      Difference.of(values, np.zeros(len(values))).margin or 0 for values in arrays
+    ],
     label=label,
     linewidth=1.2,
     elinewidth=0.7,
@@ -193,84 +264,54 @@ def _error_bars(ax, x, arrays, label, **style):
   )
 
 
-def _at_most_one(ax):
-  ax.set_ylim(max(0, ax.get_ylim()[0]), min(1, ax.get_ylim()[1]))
-
-
-def _margin(values):
-  return report.Difference.of(values, np.zeros_like(values, float)).margin or 0.0
-
-
 def _forest(path, figure, results, rows):
   """Differences with their intervals: a block for each part, a line for each arm."""
   del rows
-  lines = [
-    (experiment.part, summaries, arm)
-    for experiment, summaries in results
-    for arm in experiment.part.arms
-    if arm.is_gaf
-  ]
-  height = 2.5 + 0.3 * len(lines) + 0.35 * len(results)
-  drawn = Figure(figsize=(12, height), dpi=100, layout="constrained")
-  axes = drawn.subplots(1, 2, squeeze=False, sharey=True)
-  axes[0, 1].patch.set_visible(False)
+  parts = [(experiment.part, summaries) for experiment, summaries in results]
+  number = sum(arm.is_gaf for part, _ in parts for arm in part.arms)
+  note = (
+    f" (accepted share in brackets)\nmean of {parts[0][0].seeds} paired seeds and its"
+    " 95 % confidence interval; hollow: not significant"
+  )
+  size = (12, 2.5 + 0.3 * number + 0.35 * len(parts))
+  drawn, axes = _figure(size, figure, note, 1, 2, dpi=100, sharey=True)
+  left, right = axes[0]
+  right.patch.set_visible(False)
   at, ticks, labels = 0.0, [], []
-  before = None
-  for part, summaries, arm in lines:
-    if part is not before:
-      at += 1.2
-      heading = axes[0, 0].annotate(
-        part.title,
-        (0, at),
-        xycoords=("axes fraction", "data"),
-        fontsize=8,
-        fontweight="bold",
-        va="center",
-      )
-      heading.set_in_layout(False)  # A long one goes on over the other axes.
-      before = part
-    at += 1
-    ticks.append(at)
-    labels.append(f"{arm.label} ({summaries[arm.name].accepted.mean():.0%})")
-    for ax, measure in zip(axes[0], ("final", "best")):
-      plain, controls = report.differences(part, arm, summaries, measure)
-      for place, (kind, difference) in enumerate({"plain": plain, **controls}.items()):
-        color, marker = _MARKERS[kind]
-        ax.errorbar(
-          difference.mean,
-          at + 0.22 * (place - 1),
-          xerr=difference.margin,
-          color=color,
-          marker=marker,
-          markersize=4 if difference.sign else 3,
-          markerfacecolor=color if difference.sign else "white",
-          linewidth=1,
-        )
-  for ax, measure in zip(axes[0], ("final", "best")):
+  for part, summaries in parts:
+    at += 1.2
+    place = dict(xycoords=("axes fraction", "data"), va="center")
+    bold = dict(fontsize=8, fontweight="bold")
+    heading = left.annotate(part.title, (0, at), **place, **bold)
+    heading.set_in_layout(False)  # A long one goes on over the other axes.
+    for arm in filter(lambda arm: arm.is_gaf, part.arms):
+      at += 1
+      ticks.append(at)
+      labels.append(f"{arm.label} ({summaries[arm.name].accepted.mean():.0%})")
+      for ax, measure in ((left, "final"), (right, "best")):
+        plain, controls = report.differences(part, arm, summaries, measure)
+        for row, (kind, one) in enumerate({"plain": plain, **controls}.items()):
+          color, marker, _ = _MARKERS[kind]
+          ax.errorbar(
+            one.mean,
+            at + 0.22 * (row - 1),
+            xerr=one.margin,
+            color=color,
+            marker=marker,
+            markersize=4 if one.sign else 3,
+            markerfacecolor=color if one.sign else "white",
+            linewidth=1,
+          )
+  for ax, measure in ((left, "final"), (right, "best")):
     ax.axvline(0, color="gray", linewidth=0.8, zorder=1)
     ax.set_xlabel(f"difference of the {measure} test accuracy")
-  axes[0, 0].set_yticks(ticks, labels, fontsize=7)
-  axes[0, 0].set_ylim(at + 0.8, 0.4)
-  kinds = [
-    "plain",
-    *(k for k in report.CONTROLS if any(k in p.controls(a.name) for p, _, a in lines)),
-  ]
-  for kind in kinds:
-    color, marker = _MARKERS[kind]
-    axes[0, 0].plot([], [], color=color, marker=marker, label=_AGAINST[kind])
-  part = lines[0][0]
-  drawn.suptitle(
-    f"{figure.title} (accepted share in brackets)\nmean of {part.seeds} paired seeds"
-    " and its 95 % confidence interval; hollow: none",
-    fontsize=10,
-  )
-  _finish(path, drawn, axes, axes[0, 0])
-
-
-def _finish(path, drawn, axes, legend):
-  for ax in axes.flat:
-    ax.grid(alpha=0.3)
-  plots.save(drawn, legend, path)
+  left.set_yticks(ticks, labels, fontsize=7)
+  left.set_ylim(at + 0.8, 0.4)
+  used = {arm.control for part, _ in parts for arm in part.arms}
+  for kind in ("plain", *(kind for kind in CONTROLS if kind in used)):
+    color, marker, name = _MARKERS[kind]
+    left.plot([], [], color=color, marker=marker, label=f"GAF - {name}")
+  plots.save(drawn, left, path)
 
 
 DRAW = {

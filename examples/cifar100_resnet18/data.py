@@ -2,70 +2,45 @@
 
 import dataclasses
 import hashlib
-import os
 import pathlib
+import shutil
 import tarfile
-import tempfile
 import urllib.request
 
 import numpy as np
 
 import safe_pickle
-from errors import UserError
+from common.command import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """Images as they are stored, and how to make network inputs of them.
+  """Images as they are stored, and how to make network inputs of them."""
 
-  Attributes:
-    train_images: uint8 `[n, height, width, channels]`.
-    train_labels: int32 `[n]`, in `[0, num_classes)`.
-    test_images: uint8 `[m, height, width, channels]`.
-    test_labels: int32 `[m]`.
-    num_classes: 10 or 100.
-    scale: what a pixel is divided by.
-    mean: per channel, taken off after the division.
-    std: per channel, divided by after that.
-    notes: sentences that the user should read.
-  """
-
-  train_images: np.ndarray
-  train_labels: np.ndarray
-  test_images: np.ndarray
-  test_labels: np.ndarray
-  num_classes: int
-  scale: float
-  mean: tuple[float, ...]
-  std: tuple[float, ...]
-  notes: tuple[str, ...] = ()
+  train_images: np.ndarray  # uint8 `[n, height, width, channels]`
+  train_labels: np.ndarray  # int32 `[n]`, in `[0, num_classes)`
+  test_images: np.ndarray  # uint8 `[m, height, width, channels]`
+  test_labels: np.ndarray  # int32 `[m]`
+  num_classes: int  # 10 or 100
+  scale: float  # What a pixel is divided by
+  mean: tuple[float, ...]  # Per channel, taken off after the division
+  std: tuple[float, ...]  # Per channel, divided by after that
+  notes: tuple[str, ...] = ()  # Sentences that the user should read
 
 
 @dataclasses.dataclass(frozen=True)
 class Archive:
-  """An official CIFAR python archive (https://www.cs.toronto.edu/~kriz/cifar.html).
+  """An official CIFAR python archive (https://www.cs.toronto.edu/~kriz/cifar.html)."""
 
-  Attributes:
-    file: name of the archive.
-    md5: its published checksum.
-    folder: the folder in it.
-    train_files: the pickles of the training images, in order.
-    test_file: the pickle of the test images.
-    label_key: the key of the labels in each pickle.
-    num_classes: how many there are.
-    mean: of the training images by channel, pixels in [0, 1].
-    std: likewise.
-  """
-
-  file: str
-  md5: str
-  folder: str
-  train_files: tuple[str, ...]
-  test_file: str
-  label_key: str
-  num_classes: int
-  mean: tuple[float, ...]
-  std: tuple[float, ...]
+  file: str  # Name of the archive
+  md5: str  # Its published checksum
+  folder: str  # The folder in it
+  train_files: tuple[str, ...]  # The pickles of the training images, in order
+  test_file: str  # The pickle of the test images
+  label_key: str  # The key of the labels in each pickle
+  num_classes: int  # How many there are
+  mean: tuple[float, ...]  # Of the training images by channel, pixels in [0, 1]
+  std: tuple[float, ...]  # Likewise
 
   @property
   def url(self) -> str:
@@ -101,25 +76,21 @@ _DIGITS_TRAINING = 1_197
 
 
 def load(name: str, data_dir: str, download: bool = False) -> Dataset:
-  """Loads a dataset.
+  """Loads 'digits', which scikit-learn brings along, 'cifar10' or 'cifar100'.
 
-  Args:
-    name: 'digits', which scikit-learn brings along, 'cifar10' or 'cifar100'.
-    data_dir: where the CIFAR archive, or the folder in it, lies.
-    download: fetch the archive if it is not there.
-
-  Raises:
-    UserError: if the data is not there, cannot be read, or is not what its name
-      says.
+  `data_dir` holds the CIFAR archive or the folder in it; `download` fetches what is
+  missing. Raises a `UserError` if the data is not what its name says.
   """
   if name == "digits":
     return _digits()
   archive = ARCHIVES[name]
   read = _reader(archive, pathlib.Path(data_dir), download)
   train = [_images(archive, *read(file)) for file in archive.train_files]
-  train_images, train_labels = (np.concatenate(part) for part in zip(*train))
-  test_images, test_labels = _images(archive, *read(archive.test_file))
-  rows = (len(train_images), len(test_images))
+  arrays = [
+    *map(np.concatenate, zip(*train)),
+    *_images(archive, *read(archive.test_file)),
+  ]
+  rows = (len(arrays[0]), len(arrays[2]))
   notes = ()
   if rows != _ROWS:
     notes = (
@@ -127,17 +98,8 @@ def load(name: str, data_dir: str, download: bool = False) -> Dataset:
       f" official archive has {_ROWS[0]} and {_ROWS[1]}, so figures do not compare"
       " with published ones.",
     )
-  return Dataset(
-    train_images,
-    train_labels,
-    test_images,
-    test_labels,
-    archive.num_classes,
-    255.0,
-    archive.mean,
-    archive.std,
-    notes,
-  )
+  scaling = 255.0, archive.mean, archive.std
+  return Dataset(*arrays, archive.num_classes, *scaling, notes)
 
 
 def _digits() -> Dataset:
@@ -147,17 +109,9 @@ def _digits() -> Dataset:
   order = np.random.default_rng(0).permutation(len(bunch.target))
   images = bunch.images.astype(np.uint8)[order, :, :, None]
   labels = bunch.target.astype(np.int32)[order]
-  split = _DIGITS_TRAINING
-  return Dataset(
-    images[:split],
-    labels[:split],
-    images[split:],
-    labels[split:],
-    10,
-    16.0,
-    (0.0,),
-    (1.0,),
-  )
+  train, test = slice(_DIGITS_TRAINING), slice(_DIGITS_TRAINING, None)
+  arrays = images[train], labels[train], images[test], labels[test]
+  return Dataset(*arrays, 10, 16.0, (0.0,), (1.0,))
 
 
 def _reader(archive, data_dir, download):
@@ -197,18 +151,15 @@ def _read(path):
 
 
 def _download(archive, packed):
-  partial = None
+  partial = packed.with_name(f".{packed.name}.partial")
   try:
     packed.parent.mkdir(parents=True, exist_ok=True)
     with urllib.request.urlopen(archive.url, timeout=30) as response:
-      with tempfile.NamedTemporaryFile(dir=packed.parent, delete=False) as file:
-        partial = file.name
-        while block := response.read(1 << 20):
-          file.write(block)
-    os.replace(partial, packed)
+      with open(partial, "wb") as file:
+        shutil.copyfileobj(response, file)
+    partial.replace(packed)
   except OSError as error:  # URLError and timeouts are OSErrors.
-    if partial is not None:
-      os.unlink(partial)
+    partial.unlink(missing_ok=True)
     raise UserError(
       f"{archive.url} could not be fetched ({error}); get it on a machine with a"
       f" network and put it at {packed}."
@@ -223,19 +174,10 @@ def _images(archive, content, source):
       f"{source} is not a CIFAR batch: it must hold a dict with 'data' and"
       f" {archive.label_key!r}."
     )
-  pixels = batch["data"]
-  if not (
-    isinstance(pixels, np.ndarray)
-    and pixels.dtype == np.uint8
-    and pixels.ndim == 2
-    and pixels.shape[1] == 3072
-    and len(pixels)
-  ):
-    found = (
-      f"{pixels.dtype} {list(pixels.shape)}"
-      if isinstance(pixels, np.ndarray)
-      else type(pixels).__name__
-    )
+  pixels, found = batch["data"], type(batch["data"]).__name__
+  if isinstance(pixels, np.ndarray):
+    found = f"{pixels.dtype} {list(pixels.shape)}"
+  if found != f"uint8 [{len(pixels)}, 3072]" or not len(pixels):
     raise UserError(f"{source}: 'data' must be uint8 [n, 3072], found {found}.")
   labels = checked_labels(
     batch[archive.label_key],

@@ -7,10 +7,11 @@ import dataclasses
 import itertools
 from collections.abc import Callable
 
+import optimizers as optimizers_lib
 import plan
-import training
-from errors import UserError
-from plan import CLEAN, PLAIN, Part, gaf_arms
+from common.arms import CLEAN, PLAIN, gaf_arms
+from common.command import UserError
+from plan import Part
 
 DIGITS, CIFAR10, CIFAR100 = "digits", "cifar10", "cifar100"
 _FLIPPED = 0.4
@@ -18,28 +19,18 @@ _FLIPPED = 0.4
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  """A data set, a model, and sizes that suit them.
+  """A data set, a model, and sizes that suit them."""
 
-  Attributes:
-    base: fields of `Part`.
-    human: fields of `Part` for labels that people got wrong, or flipped ones where
-      there are none.
-    many: fields of `Part` for more than two microbatches.
-    taus: thresholds of GAF where one or two are wanted.
-    many_taus: likewise for more than two microbatches.
-    sizes: of microbatches, from small to large.
-    learning_rates: by optimizer, where it is not that of `base`.
-    vit: fields of `Part` for a vision transformer.
-  """
-
-  base: dict
+  base: dict  # Fields of `Part`
+  # Fields of `Part` for labels that people got wrong, or flipped ones where there are
+  # none.
   human: dict
-  many: dict
-  taus: tuple[float, ...]
-  many_taus: tuple[float, ...]
-  sizes: tuple[int, ...]
-  learning_rates: dict
-  vit: dict
+  many: dict  # Fields of `Part` for more than two microbatches
+  taus: tuple[float, ...]  # Thresholds of GAF where one or two are wanted
+  many_taus: tuple[float, ...]  # Likewise for more than two microbatches
+  sizes: tuple[int, ...]  # Of microbatches, from small to large
+  learning_rates: dict  # By optimizer, where it is not that of `base`
+  vit: dict  # Fields of `Part` for a vision transformer
 
   def part(self, name: str, arms, **changed) -> Part:
     """A part, still without a title, of this setting but for what is given."""
@@ -85,7 +76,7 @@ SETTINGS = {
       microbatch_size=100,
       balanced=True,
       augment=True,
-      optimizer=training.PLATEAU,
+      optimizer=optimizers_lib.PLATEAU,
       plateau_patience=100,
       learning_rate=0.01,
       weight_decay=0.01,
@@ -105,7 +96,7 @@ SETTINGS = {
 LABEL_FILES = {CIFAR10: "cifar10n_human_labels.npz", CIFAR100: "CIFAR-100_human.pt"}
 
 
-def _clean_and_noisy(setting, **changed):
+def distance(setting: Setting, **changed):
   arms = PLAIN, *gaf_arms(2, tau=setting.taus[0])
   return (
     setting.part("clean", arms, **changed),
@@ -113,12 +104,8 @@ def _clean_and_noisy(setting, **changed):
   )
 
 
-def distance(setting: Setting):
-  return _clean_and_noisy(setting)
-
-
 def vit(setting: Setting):
-  return _clean_and_noisy(setting, **setting.vit)
+  return distance(setting, **setting.vit)
 
 
 def microbatch_distance(setting: Setting):
@@ -188,7 +175,7 @@ def optimizers(setting: Setting):
       learning_rate=setting.learning_rates.get(name, usual),
       **_flipped(setting),
     )
-    for name in training.OPTIMIZERS
+    for name in optimizers_lib.OPTIMIZERS
   )
 
 
@@ -259,23 +246,12 @@ def sources(setting: Setting):
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-  """An experiment that has a name on the command line.
+  """An experiment that has a name on the command line."""
 
-  Attributes:
-    parts: from a setting to what runs.
-    draw: a key of `charts.DRAW`.
-    title: what it shows, and where it is in the paper.
-    x: for charts over a number, its name; see `x_of`.
-  """
-
-  parts: Callable[[Setting], tuple[Part, ...]]
-  draw: str
-  title: str
-  x: str | None = None
-
-  def x_of(self, part: Part, arm: plan.Arm) -> float:
-    """Where an arm stands on the axis `x`."""
-    return arm.tau if self.x == "tau" else getattr(part, self.x)
+  parts: Callable[[Setting], tuple[Part, ...]]  # From a setting to what runs
+  draw: str  # A key of `charts.DRAW`
+  title: str  # What it shows, and where it is in the paper
+  x: str | None = None  # For charts over a number, the field of `Part` that it is
 
 
 FIGURES = {
@@ -285,7 +261,7 @@ FIGURES = {
     microbatch_distance, "distances", "Distance by microbatch size (Figure 4)"
   ),
   "random-labels": Figure(random_labels, "curves", "Random labels (Figure 5)"),
-  "tau": Figure(tau, "over_tau", "Accuracy against tau (Figure 7)", "tau"),
+  "tau": Figure(tau, "over_tau", "Accuracy against tau (Figure 7)"),
   "microbatch-size": Figure(
     microbatch_size, "over_x", "Accuracy against microbatch size", "microbatch_size"
   ),

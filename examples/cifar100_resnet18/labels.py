@@ -7,8 +7,8 @@ import zipfile
 import numpy as np
 
 import safe_pickle
+from common.command import UserError
 from data import checked_labels
-from errors import UserError
 
 # Far above any label file, far below what would fill the memory.
 _MOST_BYTES = 1 << 28
@@ -17,16 +17,9 @@ _MOST_BYTES = 1 << 28
 def flip(
   labels: np.ndarray, share: float, num_classes: int, rng: np.random.Generator
 ) -> np.ndarray:
-  """Gives a share of the labels another class, drawn evenly from the others.
+  """Gives a share of the labels int32 `[n]` another class, each of them as often.
 
-  Args:
-    labels: int32 `[n]`.
-    share: in [0, 1]; exactly `round(share * n)` labels change.
-    num_classes: at least 2.
-    rng: draws which and to what.
-
-  Returns:
-    int32 `[n]`.
+  Exactly `round(share * n)` labels change.
   """
   number = round(share * len(labels))
   which = rng.permutation(len(labels))[:number]
@@ -60,12 +53,6 @@ def from_file(
     clean: int32 `[n]`. Where the file holds `clean_label`, its first n must be
       these; only then may it hold more than n.
     num_classes: labels lie in `[0, num_classes)`.
-
-  Returns:
-    int32 `[n]`.
-
-  Raises:
-    UserError: if the file cannot be read or does not fit the data.
   """
   arrays = _arrays(pathlib.Path(path))
   choices = [name for name in arrays if "clean" not in name and "coarse" not in name]

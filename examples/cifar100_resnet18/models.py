@@ -44,19 +44,14 @@ class _Block(nn.Module):
 
 
 class ResNet(nn.Module):
-  """ResNet of basic blocks (arXiv 1512.03385) in four stages.
+  """ResNet of basic blocks (arXiv 1512.03385) in four stages."""
 
-  Attributes:
-    num_classes: number of outputs.
-    width: channels of the first stage; each later one has twice as many.
-    blocks: in each stage; (2, 2, 2, 2) is ResNet-18, (3, 4, 6, 3) ResNet-34.
-    small_stem: a 3x3 convolution, usual for CIFAR, instead of torchvision's 7x7 of
-      stride 2 with max-pooling.
-  """
-
-  num_classes: int
-  width: int = 64
+  num_classes: int  # Number of outputs
+  width: int = 64  # Channels of the first stage; each later one has twice as many
+  # In each stage; (2, 2, 2, 2) is ResNet-18, (3, 4, 6, 3) ResNet-34.
   blocks: tuple[int, ...] = (2, 2, 2, 2)
+  # A 3x3 convolution, usual for CIFAR, instead of torchvision's 7x7 of stride 2 with
+  # max-pooling.
   small_stem: bool = False
 
   @nn.compact
@@ -88,23 +83,14 @@ def _norm(train):
 
 
 class ViT(nn.Module):
-  """Vision transformer (arXiv 2010.11929), without dropout.
+  """Vision transformer (arXiv 2010.11929), without dropout."""
 
-  Attributes:
-    num_classes: number of outputs.
-    width: of the tokens; the hidden layers have four times as many.
-    depth: layers.
-    head_width: of an attention head, a divisor of `width`.
-    patch_size: pixels of a side; None for a quarter of the image's.
-    image_size: what images are scaled to first, pixels of a side; None for as they
-      are.
-  """
-
-  num_classes: int
-  width: int = 64
-  depth: int = 4
-  head_width: int = 16
-  patch_size: int | None = None
+  num_classes: int  # Number of outputs
+  width: int = 64  # Of the tokens; the hidden layers have four times as many
+  depth: int = 4  # Layers
+  head_width: int = 16  # Of an attention head, a divisor of `width`
+  patch_size: int | None = None  # Pixels of a side; None for a quarter of the image's
+  # What images are scaled to first, pixels of a side; None for as they are.
   image_size: int | None = None
 
   @nn.compact
@@ -133,19 +119,13 @@ class ViT(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-  """A model by name.
+  """A model by name."""
 
-  Attributes:
-    build: from the number of classes and `width` and `depth`, where given.
-    steps: how many are taken between two looks at whether to stop, at most.
-    divisor: what a width must be a multiple of.
-    convolves: whether most of its work is convolutions.
-  """
-
+  # From the number of classes and `width` and `depth`, where given.
   build: Callable[..., nn.Module]
-  steps: int = 10
-  divisor: int = 1
-  convolves: bool = False
+  longest: int = 10  # Number of steps between two looks at whether to stop, at most
+  divisor: int = 1  # What a width must be a multiple of
+  convolves: bool = False  # Whether most of its work is convolutions
 
 
 def _resnet(default, small_stem):
@@ -158,7 +138,7 @@ def _resnet(default, small_stem):
 
 _R18, _R34 = (2, 2, 2, 2), (3, 4, 6, 3)
 KINDS = {
-  "mlp": Kind(MLP, steps=100),
+  "mlp": Kind(MLP, longest=100),
   "resnet18": _resnet(_R18, small_stem=False),
   "resnet34": _resnet(_R34, small_stem=False),
   "resnet18-cifar": _resnet(_R18, small_stem=True),
@@ -169,7 +149,7 @@ KINDS = {
       ViT, width=1024, depth=24, head_width=64, patch_size=16, image_size=224
     ),
     divisor=64,
-    steps=1,
+    longest=1,
   ),
 }
 
@@ -179,12 +159,7 @@ def make(
 ) -> nn.Module:
   """A model whose `apply` takes images `[n, height, width, channels]` and `train`.
 
-  Args:
-    name: a key of `KINDS`.
-    num_classes: number of outputs.
-    width: of hidden layers, the first stage or the tokens, a multiple of the kind's
-      `divisor`; None for the usual one.
-    depth: hidden layers, blocks of each stage or layers; None for the usual one.
+  `width` and `depth` are None for the usual ones.
   """
   given = {"width": width, "depth": depth}
   given = {name: value for name, value in given.items() if value is not None}

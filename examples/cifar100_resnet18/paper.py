@@ -8,32 +8,21 @@ import dataclasses
 import pathlib
 import sys
 
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
+
 import charts
-import command
 import figures
 import options as options_lib
 import plan
 import report
-from errors import UserError
-
-# What a resumed run must have been begun with.
-_COMPARED = (
-  "setting",
-  "only",
-  "noisy_labels",
-  "model",
-  "width",
-  "depth",
-  "steps",
-  "seeds",
-  "eval_every",
-  "quick",
-)
+import runs
+from common import command
+from common.command import UserError
 
 
 def parse(argv: list[str]):
   """The options; a bad one ends the program with a sentence and exit code 2."""
-  parser = options_lib.Parser(
+  parser = command.Parser(
     prog="paper.py",
     description=(
       "One figure or table: plain averaging, GAF and its random controls on the same"
@@ -57,8 +46,9 @@ def parse(argv: list[str]):
     help="run only these parts of it, named as in its results.csv",
   )
   model = parser.add_argument_group("model (default: that of the setting)")
-  options_lib.add_model(model)
-  options_lib.add_size(parser, *["that of the setting"] * 3)
+  command.add_options(model, plan.Part, ("model", "width", "depth"))
+  usual = "default that of the setting"
+  options_lib.add_size(parser, **dict.fromkeys(options_lib.SIZE, usual))
   options_lib.add_files(parser)
   parser.add_argument(
     "--noisy-labels",
@@ -68,37 +58,30 @@ def parse(argv: list[str]):
   )
   # What decides on devices and processes in train.py.
   parser.set_defaults(devices=None, processes=None)
-  return parser.parse_args(argv)
+  options = parser.parse_args(argv)
+  options.NAME = options.name  # For the comparison when a run is resumed.
+  return options
 
 
 def parts(options) -> tuple[plan.Part, ...]:
   """What the options ask for."""
-  setting = figures.SETTINGS[options.setting]
-  given = {
-    name: getattr(options, name)
-    for name in ("width", "depth", "steps", "seeds", "eval_every")
-    if getattr(options, name) is not None
-  }
+  given = options_lib.given(options, ("model", "width", "depth"))
   if options.model:
     # A setting's width and depth are of its own model.
-    given = {"model": options.model, "width": None, "depth": None, **given}
-  if options.quick:
-    given.setdefault("seeds", 2)
-  made = []
-  planned = figures.FIGURES[options.name].parts(setting)
+    given = {"width": None, "depth": None, **given}
+  planned = figures.FIGURES[options.name].parts(figures.SETTINGS[options.setting])
   names = [part.name for part in planned]
   if unknown := set(options.only or ()) - set(names):
     raise UserError(f"--only {unknown.pop()}: the parts are {', '.join(names)}.")
+  made = []
   for part in planned:
     if options.only and part.name not in options.only:
       continue
-    changed = dict(given)
-    if options.quick and options.steps is None:
-      changed["steps"] = max(1, part.steps // 10)
+    part = options_lib.sized(dataclasses.replace(part, **given), options)
     if part.noisy_labels_key:
       default = pathlib.Path(options.data_dir, figures.LABEL_FILES[part.dataset])
-      changed["noisy_labels"] = options.noisy_labels or str(default)
-    part = dataclasses.replace(part, **changed)
+      file = options.noisy_labels or str(default)
+      part = dataclasses.replace(part, noisy_labels=file)
     if wrong := options_lib.wrong_width(part.model, part.width):
       raise UserError(f"{wrong}.")
     made.append(part)
@@ -110,14 +93,7 @@ def parts(options) -> tuple[plan.Part, ...]:
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Runs the command.
-
-  Args:
-    argv: the command line without the program, None for the process's own.
-
-  Returns:
-    The exit code, as of `train.main`.
-  """
+  """Runs the command; returns its exit code, as that of `train.py`."""
   options = parse(sys.argv[1:] if argv is None else argv)
   figure = figures.FIGURES[options.name]
 
@@ -125,21 +101,11 @@ def main(argv: list[str] | None = None) -> int:
     rows = directory.metrics()
     results = [(one, report.summarize(one, rows)) for one in experiments]
     charts.draw(directory.path / f"{options.name}.png", figure, results, rows)
-    return report.write_overview(directory, figure.title, results)
+    return report.write_overview(directory.path, figure.title, results)
 
   def start(received):
-    flags = {
-      "--" + name.replace("_", "-"): getattr(options, name) for name in _COMPARED
-    }
-    return command.run(
-      "paper.py",
-      options,
-      parts(options),
-      f"{options.name}-{options.setting}",
-      {"NAME": options.name, **flags},
-      received,
-      finish,
-    )
+    name = f"{options.name}-{options.setting}"
+    return runs.run("paper.py", options, parts(options), name, received, finish)
 
   return command.guarded("paper.py", start)
 

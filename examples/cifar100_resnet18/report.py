@@ -1,354 +1,172 @@
 """Report: tables and sentences, computed from the metrics and traces of a run."""
 
-import csv
 import dataclasses
-import io
-import math
+import pathlib
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
-from storage import RunDirectory, write_whole
+from common.arms import CONTROLS
+from common.tables import FEWEST_SEEDS, Difference, aligned, spread, write_results
 
-# Fewer values than this say next to nothing about their spread.
-_FEWEST_SEEDS = 3
-CONTROLS = ("choice", "steps")
+_MEASURES = ("final", "best")
+# By the signs of the significant differences to the plain mean and to chance.
+_VERDICTS = {
+  (
+    1,
+    1,
+  ): "above the plain mean and above chance too: which micro-gradients are left out"
+  " matters",
+  (
+    1,
+    0,
+  ): "above the plain mean, but not told apart from chance: how much is left out is"
+  " enough to explain it",
+  (1, -1): "above the plain mean, but below chance: leaving out as much at random does"
+  " better",
+  (0, 1): "not told apart from the plain mean, though above chance",
+  (0, 0): "told apart neither from the plain mean nor from chance",
+  (0, -1): "not told apart from the plain mean, and below chance",
+  (-1, 1): "below the plain mean, though above chance: it chooses well, but leaving out"
+  " as much costs more",
+  (-1, 0): "below the plain mean, and not told apart from chance",
+  (-1, -1): "below the plain mean and below chance",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-  """What an arm came to; float arrays `[seeds]`.
+  """What an arm came to; float arrays `[seeds]`."""
 
-  Attributes:
-    best: the highest test accuracy of all evaluations.
-    final: the test accuracy after the last step.
-    accepted: the accepted share of all micro-gradients.
-    updates: steps that changed the weights.
-    late_distance: mean cosine distance in the last tenth of the steps; NaN if nothing
-      was compared.
-    from_wrong: the share of the accepted that came from wrong sources, NaN if
-      nothing was accepted; None where no source is wrong.
-  """
-
-  best: np.ndarray
-  final: np.ndarray
-  accepted: np.ndarray
-  updates: np.ndarray
+  best: np.ndarray  # The highest test accuracy of all evaluations.
+  final: np.ndarray  # The test accuracy after the last step.
+  accepted: np.ndarray  # The accepted share of all micro-gradients.
+  updates: np.ndarray  # Steps that changed the weights.
+  # The mean cosine distance in the last tenth of the steps; NaN without any.
   late_distance: np.ndarray
+  # The share of the accepted that came from wrong sources; NaN where nothing was
+  # accepted, None where no source is wrong.
   from_wrong: np.ndarray | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Difference:
-  """Paired differences over seeds.
-
-  Attributes:
-    mean: of the differences.
-    margin: half the width of its 95 % confidence interval, by Student's t; None with
-      too few seeds.
-  """
-
-  mean: float
-  margin: float | None
-
-  @classmethod
-  def of(cls, ours: np.ndarray, theirs: np.ndarray) -> "Difference":
-    """Of two arrays `[seeds]`."""
-    paired = np.asarray(ours, float) - np.asarray(theirs, float)
-    n = len(paired)
-    if n < _FEWEST_SEEDS:
-      return cls(float(paired.mean()), None)
-    margin = stats.t.ppf(0.975, n - 1) * paired.std(ddof=1) / math.sqrt(n)
-    return cls(float(paired.mean()), float(margin))
-
-  @property
-  def sign(self) -> int:
-    """1 or -1 where the interval is on one side of zero, else 0."""
-    if self.margin is None or abs(self.mean) <= self.margin:
-      return 0
-    return 1 if self.mean > 0 else -1
-
-  def __str__(self):
-    if self.margin is None:
-      return f"{self.mean:+.3f}"
-    return f"{self.mean:+.3f} ± {self.margin:.3f}"
+Summaries = dict[str, Summary]
 
 
-def write(directory: RunDirectory, experiments: list[Any]) -> str:
-  """Writes `results.md` and `results.csv`; returns the text of the former."""
-  rows = directory.metrics()
-  texts, table = [], []
-  for experiment in experiments:
-    part, summaries = experiment.part, summarize(experiment, rows)
-    texts.append(
-      f"## {part.title}\n\n{size(part)}\n\n{results_table(part, summaries)}\n\n"
-      f"{comparison(part, summaries)}\n"
-    )
-    table += csv_rows(part, summaries)
-  text = "\n".join(texts)
-  write_results(directory, text, table)
-  return text
-
-
-def write_overview(directory: RunDirectory, title: str, results: list[Any]) -> str:
-  """Writes `results.md` and `results.csv` of many parts; returns the former's text.
-
-  Args:
-    directory: where to.
-    title: of the whole.
-    results: experiments and their summaries.
-  """
-  of_parts = [(experiment.part, summaries) for experiment, summaries in results]
-  first, _ = of_parts[0]
-  paragraphs = [f"## {title}", _sizes([part for part, _ in of_parts])]
-  if any(arm.is_gaf for arm in first.arms):
-    paragraphs.append(
-      "Differences: paired by seed, mean ± half of the 95 % confidence interval, bold"
-      " where it leaves out zero."
-    )
-    for measure in ("final", "best"):
-      paragraphs += [
-        f"{measure.capitalize()} test accuracy:",
-        overview(measure, of_parts),
-      ]
-  else:
-    header = ["plain mean", "best", "final", "distance in the last tenth"]
-    lines = [
-      [part.title, *map(spread, (plain.best, plain.final, plain.late_distance))]
-      for part, plain in ((part, summaries["plain"]) for part, summaries in of_parts)
-    ]
-    paragraphs.append(aligned([header, *lines]))
-  text = "\n\n".join(paragraphs) + "\n"
-  write_results(directory, text, [row for pair in of_parts for row in csv_rows(*pair)])
-  return text
-
-
-def _sizes(parts):
-  """What parts share of how much was trained, and where they differ."""
-  if len({size(part) for part in parts}) == 1:
-    return size(parts[0])
-  return "\n".join(f"- {part.title}: {size(part)}" for part in parts)
-
-
-def write_results(directory: RunDirectory, text: str, table: list[dict]) -> None:
-  """Writes `results.md` and, with a line for each dict, `results.csv`."""
-  write_whole(directory.path / "results.md", text)
-  stream = io.StringIO()
-  writer = csv.DictWriter(stream, table[0].keys(), lineterminator="\n")
-  writer.writeheader()
-  writer.writerows(table)
-  write_whole(directory.path / "results.csv", stream.getvalue())
-
-
-def csv_rows(part, summaries: dict[str, Summary]) -> list[dict]:
-  """A dict for each arm and seed of a part."""
-  return [
-    {
-      "part": part.name,
-      "arm": name,
-      "seed": seed,
-      "best_accuracy": summary.best[seed],
-      "final_accuracy": summary.final[seed],
-      "accepted": summary.accepted[seed],
-      "updates": summary.updates[seed],
-      "late_distance": summary.late_distance[seed],
-    }
-    for name, summary in summaries.items()
-    for seed in range(part.seeds)
-  ]
-
-
-def size(part) -> str:
-  """The sentence on how much was trained."""
-  return (
-    f"{part.num_microbatches} microbatches of {part.microbatch_size}"
-    f"{_said_devices(part)}, {part.steps} steps; {said_seeds(part.seeds)}."
-  )
-
-
-def _said_devices(part):
-  if part.devices is None:
-    return ""
-  each = part.num_microbatches // part.devices
-  return f", {each} on each of {part.devices} devices"
-
-
-def said_seeds(seeds):
-  if seeds == 1:
-    return "one seed"
-  if seeds < _FEWEST_SEEDS:
-    return f"mean over {seeds} seeds"
-  return f"mean ± standard deviation over {seeds} seeds"
-
-
-def summarize(experiment: Any, rows: list[dict]) -> dict[str, Summary]:
-  """A `Summary` for each arm of a part, by name.
-
-  Args:
-    experiment: an `Experiment` that has run.
-    rows: the lines of the metrics file.
-  """
-  part = experiment.part
+def summarize(experiment: Any, rows: list[dict]) -> Summaries:
+  """By arm, what it came to in an `Experiment`; `rows` are of the metrics file."""
+  part, summaries = experiment.part, {}
   wrong = np.stack([schedule.wrong for schedule in experiment.schedules])
   curves: dict[tuple[str, int], list[float]] = {}
   for row in rows:
     if row["part"] == part.name:
       key = row["arm"], row["seed"]
       curves.setdefault(key, []).append(row["test_accuracy"])
-  summaries = {}
   for arm in part.arms:
     accuracy = np.array([curves[arm.name, seed] for seed in range(part.seeds)])
-    accepted = experiment.traces[arm.name].accepted
-    number = accepted.sum(axis=(1, 2))
+    trace = experiment.traces[arm.name]
+    accepted, number = trace.accepted, trace.accepted.sum(axis=(1, 2))
     from_wrong = None
     if part.wrong_sources and not arm.clean:
-      share = (accepted & wrong).sum(axis=(1, 2)) / np.maximum(number, 1)
-      from_wrong = np.where(number > 0, share, np.nan)
+      from_wrong = _ratio((accepted & wrong).sum(axis=(1, 2)), number)
+    late = trace.distance[:, -max(1, part.steps // 10) :]
+    finite = np.isfinite(late)
     summaries[arm.name] = Summary(
       best=accuracy.max(axis=1),
       final=accuracy[:, -1],
       accepted=accepted.mean(axis=(1, 2)),
       updates=accepted.any(axis=2).sum(axis=1),
-      late_distance=_late(experiment.traces[arm.name].distance),
+      late_distance=_ratio(np.sum(late, axis=1, where=finite), finite.sum(axis=1)),
       from_wrong=from_wrong,
     )
   return summaries
 
 
-def _late(distance):
-  late = distance[:, -max(1, distance.shape[1] // 10) :]
-  number = np.isfinite(late).sum(axis=1)
-  total = np.sum(late, axis=1, where=np.isfinite(late))
+def _ratio(total, number):
   return np.where(number > 0, total / np.maximum(number, 1), np.nan)
 
 
-def results_table(part, summaries: dict[str, Summary]) -> str:
-  """A Markdown table with a line for each arm."""
-  header = ["", "best test accuracy", "final test accuracy", "accepted"]
-  if part.wrong_sources:
-    header.append("of these from wrong sources")
-  lines = [header]
-  for arm in part.arms:
-    summary = summaries[arm.name]
-    line = [
-      arm.label,
-      spread(summary.best),
-      spread(summary.final),
-      f"{summary.accepted.mean():.2f}",
-    ]
-    if part.wrong_sources:
-      shares = summary.from_wrong
-      line.append("" if shares is None else f"{shares.mean():.2f}")
-    lines.append(line)
-  return aligned(lines)
+def write(path: pathlib.Path, experiments: list[Any], rows: list[dict]) -> str:
+  """Writes `results.md` and `results.csv` into `path`; the text of the former."""
+  texts, table = [], []
+  for experiment in experiments:
+    part, summaries = experiment.part, summarize(experiment, rows)
+    paragraphs = f"## {part.title}", size(part), results_table(part, summaries)
+    texts.append("\n\n".join([*paragraphs, comparison(part, summaries)]) + "\n")
+    table += csv_rows(part, summaries)
+  return write_results(path, "\n".join(texts), table)
 
 
-def aligned(lines):
-  """Markdown that can be read in a terminal too; the first line is the header."""
-  widths = [max(map(len, column)) for column in zip(*lines)]
-  lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
-  return "\n".join(
-    "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |"
-    for line in lines
+def write_overview(path: pathlib.Path, title: str, results: list[Any]) -> str:
+  """The same of many parts; `results` are experiments and their summaries."""
+  of_parts = [(experiment.part, summaries) for experiment, summaries in results]
+  sizes = [size(part) for part, _ in of_parts]
+  if len({*sizes}) > 1:
+    sizes = [f"- {part.title}: {said}" for said, (part, _) in zip(sizes, of_parts)]
+  paragraphs = [f"## {title}", "\n".join(dict.fromkeys(sizes))]
+  if any(arm.is_gaf for arm in of_parts[0][0].arms):
+    paragraphs.append(
+      "Differences: paired by seed, mean ± half of the 95 % confidence interval, bold"
+      " where it leaves out zero."
+    )
+    for measure in _MEASURES:
+      said = f"{measure.capitalize()} test accuracy:"
+      paragraphs += [said, overview(measure, of_parts)]
+  else:
+    lines = [["plain mean", "best", "final", "distance in the last tenth"]]
+    for part, summaries in of_parts:
+      plain = summaries["plain"]
+      values = plain.best, plain.final, plain.late_distance
+      lines.append([part.title, *map(spread, values)])
+    paragraphs.append(aligned(lines))
+  table = [row for pair in of_parts for row in csv_rows(*pair)]
+  return write_results(path, "\n\n".join(paragraphs) + "\n", table)
+
+
+def csv_rows(part, summaries: Summaries) -> list[dict]:
+  """A dict for each arm and seed of a part."""
+  names = {"best": "best_accuracy", "final": "final_accuracy"}
+  fields = ("best", "final", "accepted", "updates", "late_distance")
+  return [
+    {"part": part.name, "arm": arm, "seed": seed}
+    | {names.get(name, name): getattr(summary, name)[seed] for name in fields}
+    for arm, summary in summaries.items()
+    for seed in range(part.seeds)
+  ]
+
+
+def size(part) -> str:
+  """The sentence on how much was trained."""
+  devices = ""
+  if part.devices is not None:
+    each = part.num_microbatches // part.devices
+    devices = f", {each} on each of {part.devices} devices"
+  seeds = "one seed" if part.seeds == 1 else f"mean over {part.seeds} seeds"
+  if part.seeds >= FEWEST_SEEDS:
+    seeds = f"mean ± standard deviation over {part.seeds} seeds"
+  return (
+    f"{part.num_microbatches} microbatches of {part.microbatch_size}{devices},"
+    f" {part.steps} steps; {seeds}."
   )
 
 
-def spread(values):
-  if len(values) < _FEWEST_SEEDS:
-    return f"{values.mean():.3f}"
-  return f"{values.mean():.3f} ± {values.std(ddof=1):.3f}"
-
-
-def comparison(part, summaries: dict[str, Summary]) -> str:
-  """A Markdown table of paired differences and what they allow to conclude."""
-  arms = [arm for arm in part.arms if arm.is_gaf]
-  kinds = [kind for kind in CONTROLS if kind in part.controls(arms[0].name)]
-  header = ["paired by seed"]
-  lines: list[list[str]] = [[arm.label] for arm in arms]
-  paragraphs = []
-  for measure in ("final", "best"):
-    header += [f"{measure}, against {name}" for name in ("plain", *map(_named, kinds))]
-    found = {}
-    for arm, line in zip(arms, lines):
-      plain, controls = differences(part, arm, summaries, measure)
-      line += map(str, (plain, *(controls[kind] for kind in kinds)))
-      found[arm.label] = plain, list(controls.values())
-    paragraphs.append(conclusion(measure, part.seeds, found))
-  if part.wrong_sources:
-    paragraphs.append(_sources(part, summaries))
-  number = (len(header) - 1) * len(lines)
-  if part.seeds >= _FEWEST_SEEDS:
-    paragraphs.append(
-      f"A 95 % interval leaves out zero by chance in 5 % of cases, so expect"
-      f" {0.05 * number:.1f} of the {number} above to do so where there is no"
-      " difference."
-    )
-  return "\n\n".join([aligned([header, *lines]), *paragraphs])
-
-
-def overview(measure: str, results: list[tuple[Any, dict[str, Summary]]]) -> str:
-  """A Markdown table with a line for each GAF arm of several parts.
-
-  Args:
-    measure: 'final' or 'best'.
-    results: parts and their summaries.
-  """
-  parts = [part for part, _ in results]
-  kinds = [
-    kind
-    for kind in CONTROLS
-    if any(arm.control == kind for part in parts for arm in part.arms)
-  ]
-  sourced = any(part.wrong_sources for part in parts)
-  header = ["", "accepted", *["of these wrong"] * sourced, "plain mean", "GAF"]
-  header += [f"GAF - {name}" for name in ("plain", *map(_named, kinds))]
-  lines = [header]
-  for part, summaries in results:
-    plain = getattr(summaries["plain"], measure)
-    clean = summaries.get("clean")
-    said = f"**{part.title}**"
-    if clean is not None:
-      said += f"; with nothing wrong {getattr(clean, measure).mean():.3f}"
-    arms = [arm for arm in part.arms if arm.is_gaf]
-    empty = [""] * (len(header) - 4 - sourced)
-    lines.append([said, "", *[""] * sourced, spread(plain), "", *empty])
-    for arm in arms:
-      summary = summaries[arm.name]
-      against, controls = differences(part, arm, summaries, measure)
-      wrong = "" if summary.from_wrong is None else f"{summary.from_wrong.mean():.2f}"
-      lines.append(
-        [
-          arm.label,
-          f"{summary.accepted.mean():.2f}",
-          *[wrong] * sourced,
-          "",
-          spread(getattr(summary, measure)),
-          _marked(against),
-          *(_marked(controls[kind]) if kind in controls else "" for kind in kinds),
-        ]
-      )
+def results_table(part, summaries: Summaries) -> str:
+  """A Markdown table with a line for each arm."""
+  header = ["", "best test accuracy", "final test accuracy", "accepted"]
+  lines = [[*header, *["of these from wrong sources"] * bool(part.wrong_sources)]]
+  for arm in part.arms:
+    summary = summaries[arm.name]
+    line = [arm.label, spread(summary.best), spread(summary.final)]
+    line.append(f"{summary.accepted.mean():.2f}")
+    lines.append(line + [_share(summary.from_wrong)] * bool(part.wrong_sources))
   return aligned(lines)
 
 
-def _marked(difference):
-  """In bold where it is not none."""
-  return f"**{difference}**" if difference.sign else str(difference)
+def _share(values):
+  return "" if values is None else f"{values.mean():.2f}"
 
 
-def _named(kind):
-  return f"random {kind}"
-
-
-def differences(part, arm, summaries: dict[str, Summary], measure: str):
-  """Of an arm, to the plain mean and by kind to each control.
-
-  Args:
-    part: the setting.
-    arm: a GAF arm of it.
-    summaries: by name of the arm.
-    measure: 'final' or 'best'.
-  """
+def differences(part, arm, summaries: Summaries, measure: str):
+  """Of a GAF arm, in 'final' or 'best', to the plain mean and by kind to controls."""
   of = lambda name: getattr(summaries[name], measure)
   controls = {
     kind: Difference.of(of(arm.name), of(control.name))
@@ -357,64 +175,80 @@ def differences(part, arm, summaries: dict[str, Summary], measure: str):
   return Difference.of(of(arm.name), of("plain")), controls
 
 
-def conclusion(
-  measure: str,
-  seeds: int,
-  versus: dict[str, tuple[Difference, list[Difference]]],
-) -> str:
-  """The sentence on one measure.
+def comparison(part, summaries: Summaries) -> str:
+  """A Markdown table of paired differences and what they allow to conclude."""
+  arms = [arm for arm in part.arms if arm.is_gaf]
+  kinds = list(part.controls(arms[0].name))
+  names = ["plain", *(f"random {kind}" for kind in kinds)]
+  header = [f"{measure}, against {name}" for measure in _MEASURES for name in names]
+  lines = [[arm.label] for arm in arms]
+  paragraphs = []
+  for measure in _MEASURES:
+    found = {}
+    for arm, line in zip(arms, lines):
+      plain, controls = differences(part, arm, summaries, measure)
+      line += map(str, (plain, *controls.values()))
+      found[arm.label] = plain, list(controls.values())
+    paragraphs.append(conclusion(measure, part.seeds, found))
+  if part.wrong_sources:
+    paragraphs.append(_sources(part, summaries))
+  number = len(header) * len(lines)
+  if part.seeds >= FEWEST_SEEDS:
+    paragraphs.append(
+      f"A 95 % interval leaves out zero by chance in 5 % of cases, so expect"
+      f" {0.05 * number:.1f} of the {number} above to do so where there is no"
+      " difference."
+    )
+  return "\n\n".join([aligned([["paired by seed", *header], *lines]), *paragraphs])
 
-  Args:
-    measure: 'final' or 'best'.
-    seeds: how many there are.
-    versus: by arm, its difference to the plain mean and to each of its controls.
+
+def overview(measure: str, results: list[tuple[Any, Summaries]]) -> str:
+  """A Markdown table of 'final' or 'best', a line for each GAF arm of all parts."""
+  used = {arm.control for part, _ in results for arm in part.arms}
+  kinds = [kind for kind in CONTROLS if kind in used]
+  sourced = any(part.wrong_sources for part, _ in results)
+  header = ["", "accepted", *["of these wrong"] * sourced, "plain mean", "GAF"]
+  header += [f"GAF - {name}" for name in ("plain", *(f"random {k}" for k in kinds))]
+  lines = [header]
+  for part, summaries in results:
+    said = f"**{part.title}**"
+    if "clean" in summaries:
+      clean = getattr(summaries["clean"], measure).mean()
+      said += f"; with nothing wrong {clean:.3f}"
+    title = {"": said, "plain mean": spread(getattr(summaries["plain"], measure))}
+    lines.append([title.get(name, "") for name in header])
+    for arm in filter(lambda arm: arm.is_gaf, part.arms):
+      summary = summaries[arm.name]
+      plain, controls = differences(part, arm, summaries, measure)
+      line = [arm.label, f"{summary.accepted.mean():.2f}"]
+      line += [_share(summary.from_wrong)] * sourced
+      line += ["", spread(getattr(summary, measure)), plain.marked]
+      line += [controls[kind].marked if kind in controls else "" for kind in kinds]
+      lines.append(line)
+  return aligned(lines)
+
+
+def conclusion(
+  measure: str, seeds: int, versus: dict[str, tuple[Difference, list[Difference]]]
+) -> str:
+  """The sentence on 'final' or 'best'.
+
+  `versus` has by arm its difference to the plain mean and to each of its controls.
   """
   start = f"{measure.capitalize()} accuracy: "
-  if seeds < _FEWEST_SEEDS:
+  if seeds < FEWEST_SEEDS:
     number = "one seed gives" if seeds == 1 else f"{seeds} seeds give"
     return start + (
       f"{number} no interval to tell the differences from chance, so they allow no"
       " conclusion."
     )
-
-  def having(signs):
-    return [
-      label
-      for label, (plain, controls) in versus.items()
-      if (plain.sign, against_all(controls)) == signs
-    ]
-
-  verdicts = (
-    (
-      (1, 1),
-      "above the plain mean and above chance too: which micro-gradients are left out"
-      " matters",
-    ),
-    (
-      (1, 0),
-      "above the plain mean, but not told apart from chance: how much is left out is"
-      " enough to explain it",
-    ),
-    (
-      (1, -1),
-      "above the plain mean, but below chance: leaving out as much at random does"
-      " better",
-    ),
-    ((0, 1), "not told apart from the plain mean, though above chance"),
-    ((0, 0), "told apart neither from the plain mean nor from chance"),
-    ((0, -1), "not told apart from the plain mean, and below chance"),
-    (
-      (-1, 1),
-      "below the plain mean, though above chance: it chooses well, but leaving out as"
-      " much costs more",
-    ),
-    ((-1, 0), "below the plain mean, and not told apart from chance"),
-    ((-1, -1), "below the plain mean and below chance"),
-  )
+  alike: dict[tuple[int, int], list[str]] = {}
+  for label, (plain, controls) in versus.items():
+    alike.setdefault((plain.sign, against_all(controls)), []).append(label)
   said = [
-    f"{_listed(names)} {'is' if len(names) == 1 else 'are each'} {verdict}"
-    for signs, verdict in verdicts
-    if (names := having(signs))
+    f"{_listed(alike[signs])} {verdict}"
+    for signs, verdict in _VERDICTS.items()
+    if signs in alike
   ]
   return start + (
     f"counting only differences whose 95 % confidence interval over the {seeds} seeds"
@@ -428,29 +262,24 @@ def against_all(controls: list[Difference]) -> int:
   return -1 if -1 in signs else min(signs, default=0)
 
 
+def _listed(names):
+  said = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+  return f"{said} {'is' if len(names) == 1 else 'are each'}"
+
+
 def _sources(part, summaries):
   """The sentence on what was accepted, and on how much of the harm remains."""
   words = {1: "above", 0: "not told apart from", -1: "below"}
-  found = []
-  for arm in part.arms:
-    if not arm.is_gaf:
-      continue
+  share = part.wrong_sources / part.num_microbatches
+  found = [f"Wrong sources: they gave {share:.0%} of all micro-gradients"]
+  for arm in filter(lambda arm: arm.is_gaf, part.arms):
     ours = summaries[arm.name]
     if np.isnan(ours.from_wrong).all():
       continue  # Nothing was accepted.
     gap = Difference.of(ours.final, summaries["clean"].final)
     verdict = "" if gap.margin is None else f" ({words[gap.sign]} it)"
     found.append(
-      f"{np.nanmean(ours.from_wrong):.0%} of what"
-      f" {arm.label} accepted, whose final accuracy is"
-      f" {gap} against the plain mean with nothing wrong{verdict}"
+      f"{np.nanmean(ours.from_wrong):.0%} of what {arm.label} accepted, whose final"
+      f" accuracy is {gap} against the plain mean with nothing wrong{verdict}"
     )
-  share = part.wrong_sources / part.num_microbatches
-  return (
-    "; ".join([f"Wrong sources: they gave {share:.0%} of all micro-gradients", *found])
-    + "."
-  )
-
-
-def _listed(names):
-  return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+  return "; ".join(found) + "."

@@ -5,22 +5,11 @@ import pickle
 
 import numpy as np
 
-from errors import UserError
+from common.command import UserError
 
-# The letters of NumPy's plain number types: no objects, no records.
-_NUMBERS = frozenset("?bBhHiIlLqQfd") | {
-  "b1",
-  "i1",
-  "i2",
-  "i4",
-  "i8",
-  "u1",
-  "u2",
-  "u4",
-  "u8",
-  "f4",
-  "f8",
-}
+# NumPy's plain number types: no objects, no records.
+_NUMBERS = {*"?bBhHiIlLqQfd", "b1", "i1", "i2", "i4", "i8"}
+_NUMBERS |= {"u1", "u2", "u4", "u8", "f4", "f8"}
 
 
 def _dtype(name, *copy_and_align):
@@ -44,35 +33,28 @@ def _encode(text, encoding="latin1"):
 
 # What a pickle may call: stand-ins that do what NumPy's pickles need, and no more.
 _ALLOWED = {
-  ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-  ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
-  ("numpy", "ndarray"): np.ndarray,
-  ("numpy", "dtype"): _dtype,
-  ("_codecs", "encode"): _encode,
-  ("builtins", "bytes"): bytes,
-  ("__builtin__", "bytes"): bytes,
+  "numpy.core.multiarray._reconstruct": _reconstruct,
+  "numpy._core.multiarray._reconstruct": _reconstruct,
+  "numpy.ndarray": np.ndarray,
+  "numpy.dtype": _dtype,
+  "_codecs.encode": _encode,
+  "builtins.bytes": bytes,
+  "__builtin__.bytes": bytes,
 }
 
 
 class _Unpickler(pickle.Unpickler):
   def find_class(self, module, name):
-    if (module, name) not in _ALLOWED:
+    if f"{module}.{name}" not in _ALLOWED:
       raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-    return _ALLOWED[module, name]
+    return _ALLOWED[f"{module}.{name}"]
 
 
 def loads(content: bytes, source: str):
   """The object in a pickle of dicts, lists, numbers, strings and number arrays.
 
   Nothing that the pickle names is imported or called, NumPy's own array
-  reconstruction excepted.
-
-  Args:
-    content: the bytes of the pickle. Strings of Python 2 are read as latin1.
-    source: where they come from, for the message.
-
-  Raises:
-    UserError: if it is not a whole pickle or asks for anything else.
+  reconstruction excepted. Strings of Python 2 are read as latin1.
   """
   try:
     return _Unpickler(io.BytesIO(content), encoding="latin1").load()

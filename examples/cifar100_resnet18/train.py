@@ -4,27 +4,24 @@
 README.md beside this file says what else it does.
 """
 
+import pathlib
 import sys
 
-import command
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
+
+import charts
 import data
-import devices
-import launch
 import options as options_lib
-import plots
 import report
+import runs
+from common import command, devices, launch
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Runs the command.
+  """Runs the command; returns its exit code.
 
-  Args:
-    argv: the command line without the program, None for the process's own.
-
-  Returns:
-    The exit code: 0, or 2 after a sentence about what is wrong with the options or
-    files, or 128 plus the signal's number after an orderly stop, or 1 or 3 when
-    one of several processes has died.
+  It is 0, or 2 after a sentence about what is wrong, or 128 plus the number of the
+  signal that stopped it, or 1 or 3 when one of several processes has died.
   """
   argv = sys.argv[1:] if argv is None else argv
   options = options_lib.parse(argv)
@@ -35,26 +32,20 @@ def main(argv: list[str] | None = None) -> int:
       if options.download:  # Once, not in each process.
         for part in parts:
           data.load(part.dataset, options.data_dir, download=True)
-      return launch.launch(argv, options, received)
+      return launch.launch(__file__, argv, options, received)
     launch.watch()
+    name = options_lib.run_name(options)
     with devices.leaving_at_once(options):
-      return command.run(
-        "train.py",
-        options,
-        parts,
-        options_lib.run_name(options),
-        options_lib.compared(options),
-        received,
-        _finish,
-      )
+      return runs.run("train.py", options, parts, name, received, _finish)
 
   return command.guarded("train.py", start)
 
 
 def _finish(directory, experiments):
-  text = report.write(directory, experiments)
+  rows = directory.metrics()
+  text = report.write(directory.path, experiments, rows)
   for one in experiments:
-    plots.draw(directory, one)
+    charts.draw_part(directory.path, one, rows)
   return text
 
 

@@ -1,7 +1,6 @@
 """Training: one compiled stretch of steps, and the accuracy after it."""
 
 import functools
-import threading
 from typing import Any, NamedTuple
 
 import jax
@@ -13,90 +12,56 @@ from jax.sharding import PartitionSpec as P
 
 import gaf_optax
 import models
-from batches import Batches, Chosen, cropped
+import optimizers
+from batches import Batches, cropped
+from common import experiment
+from common.arms import RULES, SOFT_RULES, Arm, Chosen, already_decided, relative
+from common.devices import AXIS
 from data import Dataset
-from devices import AXIS
-from plan import RULES, SOFT_RULES, Arm, Part
+from plan import Part
 
-_momentum = functools.partial(optax.sgd, momentum=0.9)
-_nesterov = functools.partial(_momentum, nesterov=True)
-OPTIMIZERS = {
-  "sgd": optax.sgd,
-  "momentum": _momentum,
-  "nesterov": _nesterov,
-  "nesterov-plateau": _nesterov,
-  "adam": optax.adam,
-  "adamw": optax.adamw,
-  "rmsprop": functools.partial(optax.rmsprop, decay=0.99),
-}
-# The one that lowers the learning rate where the test loss no longer falls.
-PLATEAU = "nesterov-plateau"
-_ADAMW_DECAY = 0.01  # As in PyTorch; the others have none unless asked for.
 _EVALUATION_BATCH = 500
 # Steps after which a source with stale parameters takes up the newest.
 _STALE_STEPS = 100
 
 
+# What is taken from the state of GAF as it is.
+_COUNTERS = ("threshold", "accept_rate", "skipped_steps", "nonfinite")
+
+
 class Learner(NamedTuple):
-  """What training changes.
+  """What training changes."""
 
-  Attributes:
-    params: of the model.
-    batch_stats: BatchNorm's running statistics, empty without BatchNorm.
-    opt_state: of the optimizer, GAF's within it.
-    plateau: of `optax.contrib.reduce_on_plateau`; None without it.
-    stale: older parameters, where some sources have those; else None.
-  """
-
-  params: Any
-  batch_stats: Any
-  opt_state: Any
-  plateau: Any = None
-  stale: Any = None
+  params: Any  # Of the model
+  batch_stats: Any  # BatchNorm's running statistics, empty without BatchNorm
+  opt_state: Any  # Of the optimizer, GAF's within it
+  plateau: Any = None  # Of `optax.contrib.reduce_on_plateau`; None without it
+  stale: Any = None  # Older parameters, where some sources have those; else None
 
 
 class Trace(NamedTuple):
-  """What happened at each step; arrays with the steps in front.
+  """What happened at each step; arrays with the steps in front."""
 
-  Attributes:
-    loss: float32, the mean over all microbatches, accepted or not.
-    distance: float32, mean cosine distance; NaN where nothing was compared.
-    threshold: float32, tau.
-    accept_rate: float32, the accepted share since the first step.
-    skipped_steps: int32, since the first step.
-    nonfinite: int32, since the first step.
-    accepted: bool `[k]`.
-    weights: float32 `[k]`, of the micro-gradients in the mean.
-  """
-
-  loss: Any
-  distance: Any
-  threshold: Any
-  accept_rate: Any
-  skipped_steps: Any
-  nonfinite: Any
-  accepted: Any
-  weights: Any
+  loss: Any  # Float32, the mean over all microbatches, accepted or not
+  distance: Any  # Float32, mean cosine distance; NaN where nothing was compared
+  threshold: Any  # Float32, tau
+  accept_rate: Any  # Float32, the accepted share since the first step
+  skipped_steps: Any  # Int32, since the first step
+  nonfinite: Any  # Int32, since the first step
+  accepted: Any  # bool `[k]`
+  weights: Any  # float32 `[k]`, of the micro-gradients in the mean; the largest is 1
 
 
-def empty_trace(part: Part) -> Trace:
-  """A trace of a part's steps, of all seeds, before the first."""
-  shape = (part.seeds, part.steps)
-  nan = lambda: np.full(shape, np.nan, np.float32)
-  zero = lambda: np.zeros(shape, np.int32)
-  accepted = np.zeros((*shape, part.num_microbatches), bool)
-  weights = np.zeros(accepted.shape, np.float32)
-  return Trace(nan(), nan(), nan(), nan(), zero(), zero(), accepted, weights)
-
-
-class Trainer:
+class Trainer(experiment.Trainer):
   """Compiled training for the arms of one part, which share what they can."""
 
   def __init__(
     self, part: Part, dataset: Dataset, mesh: jax.sharding.Mesh | None = None
   ):
     """Args: `mesh` has the axis `devices.AXIS`; None for one device."""
+    super().__init__()
     self._part, self._dataset, self._mesh = part, dataset, mesh
+    self.longest = models.KINDS[part.model].longest
     self._model = models.make(part.model, dataset.num_classes, part.width, part.depth)
     # On a CPU, XLA's convolutions are several times slower inside a loop.
     convolves = models.KINDS[part.model].convolves
@@ -104,8 +69,6 @@ class Trainer:
     self._plateau = optax.contrib.reduce_on_plateau(
       factor=0.1, patience=part.plateau_patience
     )
-    self._compiled: dict[Any, Any] = {}
-    self._compiling = threading.Lock()
     test = _test_batches(dataset, part.devices or 1)
     if mesh is None:
       self._images = jax.device_put(dataset.train_images)
@@ -122,7 +85,7 @@ class Trainer:
     )
     transformation = self._transformation(arm, arm.tau, None)
     plateau = stale = None
-    if self._part.optimizer == PLATEAU:
+    if self._part.optimizer == optimizers.PLATEAU:
       plateau = self._plateau.init(params)
     if self._has_stale_sources:
       stale = jax.tree.map(jnp.copy, params)
@@ -132,17 +95,31 @@ class Trainer:
     """The learner on all devices of the mesh, the same on each."""
     return learner if self._mesh is None else self._placed(learner, P())
 
+  def empty_trace(self, part: Part) -> Trace:
+    """A trace of a part's steps, of all seeds, before the first."""
+    shape = (part.seeds, part.steps)
+    nan = lambda: np.full(shape, np.nan, np.float32)
+    zero = lambda: np.zeros(shape, np.int32)
+    accepted = np.zeros((*shape, part.num_microbatches), bool)
+    weights = np.zeros(accepted.shape, np.float32)
+    return Trace(nan(), nan(), nan(), nan(), zero(), zero(), accepted, weights)
+
+  def row(self, trace: Trace, measured: tuple[float, float]) -> dict[str, Any]:
+    """What a line of the metrics file says of the steps since the line before."""
+    accuracy, loss = measured
+    distances = trace.distance[np.isfinite(trace.distance)]
+    return {
+      "train_loss": float(trace.loss.mean()),
+      "test_loss": loss,
+      "test_accuracy": accuracy,
+      "cosine_distance": float(distances.mean()) if len(distances) else float("nan"),
+      **{name: getattr(trace, name)[-1].item() for name in _COUNTERS},
+    }
+
   def advance(
     self, arm: Arm, learner: Learner, batches: Batches, chosen: Chosen | None = None
   ) -> tuple[Learner, Trace]:
-    """Takes some steps.
-
-    Args:
-      arm: how.
-      learner: where they start from; its buffers are given away.
-      batches: what they see.
-      chosen: what an arm that imitates keeps.
-    """
+    """Takes some steps; the buffers of `learner` are given away."""
     seen = batches, chosen
     if self._looped:
       return self._advance(arm, learner, seen)
@@ -196,14 +173,6 @@ class Trainer:
     _, plateau = self._plateau.update({}, learner.plateau, value=jnp.float32(loss))
     return learner._replace(plateau=plateau)
 
-  def _cached(self, key, make, *args):
-    # Compiled by hand, since threads that call a new `jit` function at the same
-    # time each compile it.
-    with self._compiling:
-      if key not in self._compiled:
-        self._compiled[key] = make().lower(*args).compile()
-    return self._compiled[key](*args)
-
   def _on_devices(self, function, in_specs):
     """`function` on each device's part of its arguments; without a mesh as it is."""
     if self._mesh is None:
@@ -239,39 +208,29 @@ class Trainer:
 
   def _transformation(self, arm, tau, chosen):
     part = self._part
-    optimizer = OPTIMIZERS[part.optimizer]
-    decay = part.weight_decay
-    if part.optimizer == "adamw":
-      decay = _ADAMW_DECAY if decay is None else decay
-      inner = optimizer(part.learning_rate, weight_decay=decay)
-    else:
-      inner = optimizer(part.learning_rate)
-      if decay:
-        inner = optax.chain(optax.add_decayed_weights(decay), inner)
+    inner = optimizers.make(part.optimizer, part.learning_rate, part.weight_decay)
     softness = {"softness": arm.softness} if arm.rule in SOFT_RULES else {}
     anchor_decay = arm.anchor_decay
     rule = RULES[arm.rule](**softness) if anchor_decay is None else None
     if arm.target is not None:
       tau = gaf_optax.target_accept_rate(arm.target)
-    if decides_itself(arm):
-      if arm.imitates is not None:
-        rule = _shuffled(rule)
-    else:
-      rule, anchor_decay, tau = _already_decided(chosen), None, 2.0
+    if not arm.decides_itself:
+      rule, anchor_decay, tau = already_decided(chosen), None, 2.0
+    elif arm.imitates is not None:
+      rule = _shuffled(rule)
     return gaf_optax.apply_if_agreed(
       inner,
       tau,
       rule=rule,
       anchor_decay=anchor_decay,
-      groups="leaf" if arm.by_leaf and decides_itself(arm) else None,
+      groups="leaf" if arm.by_leaf and arm.decides_itself else None,
       num_microbatches=part.num_microbatches,
       axis_name=None if self._mesh is None else AXIS,
       stacked=True,
     )
 
   def _init(self, seed):
-    x = jnp.zeros((1, *self._dataset.train_images.shape[1:]), jnp.uint8)
-    x = self._inputs(x)
+    x = self._inputs(jnp.zeros((1, *self._dataset.train_images.shape[1:]), jnp.uint8))
     variables = self._model.init(jax.random.key(seed), x, train=False)
     return variables["params"], variables.get("batch_stats", {})
 
@@ -297,23 +256,19 @@ class Trainer:
     micro_gradients = jax.vmap(
       jax.value_and_grad(loss, has_aux=True), in_axes=(params_axis, None, 0, 0)
     )
-    (losses, stats), grads = micro_gradients(
-      params, learner.batch_stats, x, batch.labels
-    )
+    found = micro_gradients(params, learner.batch_stats, x, batch.labels)
+    (losses, stats), grads = found
     transformation = self._transformation(arm, tau, chosen)
     updates, opt_state = transformation.update(grads, learner.opt_state, learner.params)
     if learner.plateau is not None:
       updates = optax.tree.scale(learner.plateau.scale, updates)
-    measured = gaf_optax.metrics(opt_state)
+    state = opt_state.gaf_state
     trace = Trace(
-      self._mean(losses),
-      measured["cosine_distance"],
-      measured["threshold"],
-      measured["accept_rate"],
-      measured["skipped_steps"],
-      measured["nonfinite"],
-      opt_state.gaf_state.accepted,
-      _weights(arm, opt_state.gaf_state),
+      loss=self._mean(losses),
+      distance=state.mean_distance,
+      accepted=state.accepted,
+      weights=relative(state.weights),
+      **{name: getattr(state, name) for name in _COUNTERS},
     )
     learner = Learner(
       optax.apply_updates(learner.params, updates),
@@ -368,9 +323,7 @@ class Trainer:
 
     def count(x, y):
       logits = self._model.apply(
-        {"params": params, "batch_stats": batch_stats},
-        self._inputs(x),
-        train=False,
+        {"params": params, "batch_stats": batch_stats}, self._inputs(x), train=False
       )
       losses = optax.softmax_cross_entropy_with_integer_labels(
         logits, jnp.maximum(y, 0)
@@ -399,18 +352,9 @@ def _test_batches(dataset, shares):
   return images.reshape(-1, size, *images.shape[1:]), labels.reshape(-1, size)
 
 
-def decides_itself(arm: Arm) -> bool:
-  """Whether an arm's choices depend on its own gradients.
-
-  They do where a control draws within each leaf: what GAF accepted there is not in
-  its trace.
-  """
-  return arm.imitates is None or (arm.by_leaf and arm.control == "choice")
-
-
 def _decision(arm):
   """What of an arm is compiled in; a plain tau is an argument of the program."""
-  if not decides_itself(arm):
+  if not arm.decides_itself:
     return "imitates"
   return (
     arm.rule,
@@ -420,20 +364,6 @@ def _decision(arm):
     arm.by_leaf,
     arm.imitates is not None,
   )
-
-
-def _already_decided(chosen):
-  """A rule that keeps what was chosen, one step of a `Chosen`.
-
-  Its distances are those of the sequential rule that accepts everything.
-  """
-
-  def rule(gram, valid, tau):
-    distances = RULES["sequential"]()(gram, valid, tau).distances
-    weights = chosen.weights.astype(distances.dtype)
-    return gaf_optax.Decision(weights, chosen.accepted & valid, distances)
-
-  return rule
 
 
 def _shuffled(rule):
@@ -451,18 +381,3 @@ def _shuffled(rule):
     )
 
   return shuffled
-
-
-def _weights(arm, state):
-  """Weights `[k]` of the micro-gradients in the mean of the last step."""
-  accepted = state.accepted.astype(jnp.float32)
-  if arm.softness:
-    margin = (state.threshold - state.distances) / arm.softness
-    # What was compared with nothing is accepted or not.
-    soft = jnp.where(jnp.isnan(margin), accepted, jax.nn.sigmoid(margin))
-    return jnp.where(jnp.any(state.accepted), soft, 0)
-  if arm.rule == "running_average":
-    # Each one joins with half of the weight, the first two alike.
-    place = jnp.maximum(jnp.cumsum(accepted), 2)
-    return accepted * 2.0 ** (place - 1 - jnp.sum(accepted))
-  return accepted

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "cifar100_resnet18"
-sys.path.insert(0, str(EXAMPLE))
+sys.path[:0] = [str(EXAMPLE), str(EXAMPLE.parent)]
 
 
 class _Normed(nn.Module):
@@ -95,8 +95,8 @@ _UNTRAINED = dict(
 @pytest.fixture(scope="module")
 def compiled_once():
   """Runs of one setting in this process share a trainer, whose compiling is slow."""
-  import experiment
   import models
+  import runs
   import training
 
   trainers = {}
@@ -110,7 +110,7 @@ def compiled_once():
 
   with pytest.MonkeyPatch.context() as patch:
     replaced = types.SimpleNamespace(**{**vars(training), "Trainer": trainer})
-    patch.setattr(experiment, "training", replaced)
+    patch.setattr(runs, "training", replaced)
     yield
 
 

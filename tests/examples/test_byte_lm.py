@@ -1,10 +1,12 @@
 """Byte LM: its text, its model, its controls, its report, and runs that go on."""
 
+import dataclasses
 import functools
 import importlib.util
 import json
 import os
 import pathlib
+import shutil
 import signal
 import sys
 
@@ -18,13 +20,12 @@ _DIRECTORY = pathlib.Path(__file__).resolve().parents[2] / "examples" / "byte_lm
 # Last, since the other example has a train.py, too.
 sys.path.append(str(_DIRECTORY))
 
-import byte_arms  # noqa: E402
 import byte_model  # noqa: E402
 import byte_report  # noqa: E402
-import byte_runs  # noqa: E402
 import byte_text  # noqa: E402
 import byte_training  # noqa: E402
-from byte_errors import UserError  # noqa: E402
+from common import arms, experiment, storage  # noqa: E402
+from common.command import UserError  # noqa: E402
 
 _spec = importlib.util.spec_from_file_location("byte_lm_train", _DIRECTORY / "train.py")
 command = importlib.util.module_from_spec(_spec)
@@ -42,17 +43,17 @@ def small(quickly_compiled):
   def trainer(text, steps, num_microbatches):
     key = text.digest, steps, num_microbatches
     if key not in trainers:
-      trainers[key] = byte_training.Trainer(text, steps, num_microbatches)
+      trainers[key] = byte_training.ByteTrainer(text, steps, num_microbatches)
     return trainers[key]
 
   model = functools.partial(byte_model.ByteTransformer, width=16, depth=1, heads=2)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(byte_training, "ByteTransformer", model)
-    patch.setattr(byte_runs, "Trainer", trainer)
+    patch.setattr(command, "ByteTrainer", trainer)
     yield
 
 
-_CONTROL = byte_arms.Arm("control", "control", imitates=byte_arms.PLAIN)
+_CONTROL = arms.Arm("control", "control", imitates="plain", control="choice")
 
 
 def _run(path, *argv):
@@ -67,16 +68,11 @@ def whole(tmp_path_factory):
   return path
 
 
-def _records(path):
-  return {file.name: dict(np.load(file)) for file in (path / "runs").glob("*.npz")}
-
-
-def _assert_same_run(path, other):
-  for name in ("results.md", "results.csv"):
-    assert (path / name).read_bytes() == (other / name).read_bytes()
-  ours, theirs = _records(path), _records(other)
-  assert ours.keys() == theirs.keys() and len(ours) == 12
-  jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+def _schedule(name, seed=0, steps=6, k=8, size=3):
+  argv = ["--parts", name, "--num-microbatches", str(k), "--microbatch-size", str(size)]
+  (part,) = command.parts(command._parsed(argv))
+  part = dataclasses.replace(part, steps=steps)
+  return byte_text.Schedule(_counting(), part, seed)
 
 
 def _counting(length=4000):
@@ -140,7 +136,8 @@ def test_library_without_sources(tmp_path):
 
 @pytest.mark.parametrize("part", byte_text.PARTS)
 def test_targets_follow_the_inputs_or_are_wrong_as_said(part):
-  batches = _counting().batches(part, 0, range(6), 8, 3)
+  schedule = _schedule(part)
+  batches, spared = (schedule.batches(0, 6, clean) for clean in (False, True))
   right = (batches.inputs.astype(int) + 1) % 251
   wrong = {
     "clean": right,
@@ -150,20 +147,21 @@ def test_targets_follow_the_inputs_or_are_wrong_as_said(part):
     ),
   }[part]
   number = 0 if part == "clean" else 3
-  np.testing.assert_array_equal(batches.wrong.sum(axis=1), [number] * 6)
-  assert part == "clean" or len({tuple(w) for w in batches.wrong}) > 1
-  expected = np.where(batches.wrong[..., None, None], wrong, right)
+  np.testing.assert_array_equal(schedule.wrong.sum(axis=1), [number] * 6)
+  assert part == "clean" or len({tuple(w) for w in schedule.wrong}) > 1
+  expected = np.where(schedule.wrong[..., None, None], wrong, right)
   np.testing.assert_array_equal(batches.targets, expected)
+  np.testing.assert_array_equal(spared.inputs, batches.inputs)
+  np.testing.assert_array_equal(spared.targets, right)
 
 
 def test_batches_depend_on_seed_and_step_alone():
-  text = _counting()
-  batches = functools.partial(text.batches, num_microbatches=8, size=2)
-  six, last = (batches("shifted", 1, steps) for steps in (range(6), range(4, 6)))
+  six, last = (_schedule("shifted", 1).batches(n, 6, False) for n in (0, 4))
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[4:], b), six, last)
-  clean = batches("clean", 1, range(6))
+  clean = _schedule("clean", 1).batches(0, 6, False)
   np.testing.assert_array_equal(clean.inputs, six.inputs)
-  assert not np.array_equal(batches("clean", 2, range(6)).inputs, clean.inputs)
+  other = _schedule("clean", 2).batches(0, 6, False)
+  assert not np.array_equal(other.inputs, clean.inputs)
   starts = clean.inputs[..., 0].ravel()
   assert len(set(starts)) > 0.5 * len(starts)
 
@@ -190,20 +188,26 @@ def test_logits_depend_on_the_order_of_earlier_bytes():
   assert np.abs(ours[-1] - theirs[-1]).max() > 1e-6
 
 
+def _chosen(accepted):
+  return arms.Chosen(accepted, accepted.astype(np.float32))
+
+
 @pytest.fixture(scope="module")
 def trainer(small):
-  return byte_runs.Trainer(_counting(), 20, 4)
+  return command.ByteTrainer(_counting(), 20, 4)
 
 
 @pytest.mark.parametrize("kept", [[0, 1, 2, 3], [0, 2]])
 def test_steps_are_adamw_on_the_mean_of_what_is_kept(trainer, kept):
-  batches = _counting().batches("shifted", 0, range(3), 4, 1)
-  before, accepted = trainer.init(0), np.isin(range(4), kept) & np.ones((3, 1), bool)
-  seen = (_CONTROL, before, batches, accepted)
+  batches = _schedule("shifted", k=4, size=1).batches(0, 3, False)
+  before = trainer.init(arms.PLAIN, 0)
+  accepted = np.isin(range(4), kept) & np.ones((3, 1), bool)
+  seen = (_CONTROL, before, batches, _chosen(accepted))
   if accepted.all():
-    seen = (byte_arms.PLAIN, before, batches, None)
+    seen = (arms.PLAIN, before, batches, None)
   after, happened = trainer.advance(*seen)
-  np.testing.assert_array_equal(happened["accepted"], accepted)
+  np.testing.assert_array_equal(happened.accepted, accepted)
+  np.testing.assert_array_equal(happened.weights, accepted)
   schedule = optax.warmup_cosine_decay_schedule(0.0, 4e-3, 2, 20)
   adamw = optax.adamw(schedule, b2=0.99, weight_decay=0.01)
   model = byte_training.ByteTransformer()
@@ -230,29 +234,16 @@ def test_steps_are_adamw_on_the_mean_of_what_is_kept(trainer, kept):
 
 
 def test_skipped_steps_move_the_schedule_alone(trainer):
-  batches = _counting().batches("clean", 0, range(3), 4, 1)
-  before = trainer.init(0)
-  nothing = np.zeros((3, 4), bool)
+  batches = _schedule("clean", k=4, size=1).batches(0, 3, False)
+  before = trainer.init(_CONTROL, 0)
+  nothing = _chosen(np.zeros((3, 4), bool))
   after, happened = trainer.advance(_CONTROL, before, batches, nothing)
-  assert not happened["accepted"].any()
+  assert not happened.accepted.any()
   (_, adamw), (schedule,) = after.opt_state[0], jax.tree.leaves(after.opt_state[1])
   equal = np.testing.assert_array_equal
   jax.tree.map(equal, after.params, before.params)
   jax.tree.map(equal, adamw, before.opt_state[0].inner_state)
   assert int(schedule) == 3
-
-
-def test_random_choice_keeps_as_many_but_others():
-  accepted = np.zeros((200, 8), bool)
-  accepted[np.arange(200), 0] = True
-  accepted[100:, :4] = True
-  accepted[150:] = False
-  kept = byte_arms.random_choice(accepted, 0)
-  np.testing.assert_array_equal(kept.sum(axis=1), accepted.sum(axis=1))
-  # In place i with probability 1/8: 12.5 of 100, standard deviation 3.3.
-  assert 2 <= kept[:100].sum(axis=0).min() <= kept[:100].sum(axis=0).max() <= 26
-  np.testing.assert_array_equal(kept, byte_arms.random_choice(accepted, 0))
-  assert not np.array_equal(kept, byte_arms.random_choice(accepted, 1))
 
 
 # The command.
@@ -261,69 +252,85 @@ def test_random_choice_keeps_as_many_but_others():
 def test_outputs(whole):
   names = {path.name for path in whole.iterdir()}
   plots = {"validation_loss.png", "cosine_distance.png"}
-  assert names == {"config.json", "results.md", "results.csv", "runs", *plots}
+  files = {"config.json", "metrics.jsonl", "results.md", "results.csv", "checkpoints"}
+  assert names == files | plots
   for name in plots:
     assert (whole / name).read_bytes().startswith(b"\x89PNG")
   assert len((whole / "results.csv").read_text().splitlines()) == 1 + 6 * 2
 
 
-def test_controls_accept_as_many_as_what_they_imitate(whole):
-  records = _records(whole)
-  for rule in byte_arms.RULES:
-    for seed in range(2):
-      gaf, control = (
-        records[f"code-page_{rule}-0.9{kind}_{seed}.npz"]["accepted"]
-        for kind in ("", "-choice")
-      )
-      np.testing.assert_array_equal(gaf.sum(axis=1), control.sum(axis=1))
-      assert 0 < gaf.sum() < gaf.size and not np.array_equal(gaf, control)
+def test_controls_accept_as_many_as_what_they_imitate(whole, final_arrays):
+  arrays = final_arrays(whole, "code-page")
+  for rule in command.RULES:
+    gaf, control = (
+      arrays[f"{rule}_tau0.9{kind}"]["trace"]["accepted"]
+      for kind in ("", "_random_choice")
+    )
+    np.testing.assert_array_equal(gaf.sum(axis=2), control.sum(axis=2))
+    for ours, theirs in zip(gaf, control):
+      assert 0 < ours.sum() < ours.size and not np.array_equal(ours, theirs)
+
+
+def test_two_microbatches_have_a_choice_too():
+  (part, _) = command.parts(
+    command._parsed(["--num-microbatches", "2", "--parts", "shifted", "clean"])
+  )[::-1]
+  for arm in filter(lambda arm: arm.is_gaf, part.arms):
+    assert list(part.controls(arm.name)) == ["choice"]
 
 
 def test_loss_falls(whole):
-  for name, record in _records(whole).items():
-    validation = record["validation"]
-    assert validation[0] > 7.5, name  # 8 bits at the beginning
-    assert validation[-1] < validation[0] - 0.5, name
+  lines = (whole / storage.METRICS).read_text().splitlines()
+  rows = [json.loads(line) for line in lines]
+  for arm in {row["arm"] for row in rows}:
+    for seed in range(2):
+      losses = [
+        row["validation_loss"]
+        for row in rows
+        if (row["arm"], row["seed"]) == (arm, seed)
+      ]
+      assert len(losses) == 20 and losses[0] > 7.5  # 8 bits at the beginning
+      assert losses[-1] < losses[0] - 0.5, arm
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_and_resumed(whole, tmp_path, monkeypatch, capsys, number):
-  save, saved = byte_runs._save, []
+def test_stopped_and_resumed(
+  whole, tmp_path, monkeypatch, capsys, assert_same_run, number
+):
+  append, appended = storage.RunDirectory.append_metrics, []
 
-  def save_and_stop(*args):
-    save(*args)
-    saved.append(args)
-    if len(saved) == 70:
+  def append_and_stop(self, row):
+    append(self, row)
+    appended.append(row)
+    if len(appended) == 70:
       os.kill(os.getpid(), number)
 
   with monkeypatch.context() as patch:
-    patch.setattr(byte_runs, "_save", save_and_stop)
+    patch.setattr(storage.RunDirectory, "append_metrics", append_and_stop)
     assert _run(tmp_path / "run") == 128 + number
-  assert "--resume goes on" in capsys.readouterr().err
+  assert "--resume" in capsys.readouterr().err
   assert not (tmp_path / "run" / "results.md").exists()
-  assert any("leaf_0" in record for record in _records(tmp_path / "run").values())
   assert _run(tmp_path / "run", "--resume") == 0
-  _assert_same_run(tmp_path / "run", whole)
+  assert_same_run(tmp_path / "run", whole, "code-page")
 
 
-def test_dead_before_a_file_takes_its_name(whole, tmp_path, monkeypatch):
+def test_dead_between_two_checkpoints(whole, tmp_path, monkeypatch, assert_same_run):
   class Died(BaseException):
     pass
 
-  replace, replaced = os.replace, []
+  stops, stopped = experiment.Trainer.observed, []
 
   def die(*args):
-    replaced.append(args)
-    if len(replaced) > 50:
+    stopped.append(args)
+    if len(stopped) > 50:
       raise Died
-    replace(*args)
+    return stops(*args)
 
   with monkeypatch.context() as patch, pytest.raises(Died):
-    patch.setattr(os, "replace", die)
-    _run(tmp_path / "run")
-  assert list((tmp_path / "run" / "runs").glob(".*.partial"))
+    patch.setattr(experiment.Trainer, "observed", die)
+    _run(tmp_path / "run", "--checkpoint-seconds", "1000")
   assert _run(tmp_path / "run", "--resume") == 0
-  _assert_same_run(tmp_path / "run", whole)
+  assert_same_run(tmp_path / "run", whole, "code-page")
 
 
 @pytest.fixture
@@ -348,7 +355,7 @@ def refused(capsys):
   "argv, said",
   [
     (["--steps", "30"], "multiple of 20"),
-    (["--steps", "0"], "at least 20"),
+    (["--steps", "0"], "at least 1"),
     (["--seeds", "none"], "at least 1, got 'none'"),
     (["--num-microbatches", "1"], "at least 2"),
     (["--tau", "2"], "from 0 to below 2"),
@@ -364,25 +371,25 @@ def test_bad_options(refused, argv, said):
 def test_bad_directories(refused, whole, tmp_path):
   assert "already holds something" in refused("--out", whole)
   other = refused(*_SMALL, "--out", whole, "--resume", "--seeds", "3")
-  assert "another --seeds" in other
-  assert "File exists" in refused("--out", whole / "results.md")
-  assert "does not hold a run" in refused("--out", tmp_path / "new", "--resume")
+  assert "--seeds was 2, now it is 3" in other
+  said = refused("--out", whole / "results.md")
+  assert "results.md cannot be written to: File exists." in said
   (tmp_path / "config.json").write_text("[1")
   assert "does not hold a run" in refused("--out", tmp_path, "--resume")
 
 
 def test_another_text_is_not_resumed(refused, whole, tmp_path):
   config = json.loads((whole / "config.json").read_text())
-  (tmp_path / "config.json").write_text(json.dumps(config | {"text": "other"}))
-  assert "another text" in refused(*_SMALL, "--out", tmp_path, "--resume")
+  (tmp_path / "config.json").write_text(json.dumps(config | {"--text": "other"}))
+  assert "--text was other" in refused(*_SMALL, "--out", tmp_path, "--resume")
 
 
-def test_damaged_file(refused, whole, tmp_path):
-  (tmp_path / "runs").mkdir()
-  config = (whole / "config.json").read_bytes()
-  (tmp_path / "config.json").write_bytes(config)
-  (tmp_path / "runs" / "code-page_plain_0.npz").write_bytes(b"PK\x03\x04")
-  assert "was damaged" in refused(*_SMALL, "--out", tmp_path, "--resume")
+def test_damaged_checkpoint(refused, whole, tmp_path):
+  shutil.copytree(whole, tmp_path / "run")
+  for file in (tmp_path / "run/checkpoints/code-page/plain").rglob("*"):
+    if file.is_file():
+      file.write_bytes(b"")
+  assert "cannot be read" in refused(*_SMALL, "--out", tmp_path / "run", "--resume")
 
 
 # The report.
@@ -400,14 +407,10 @@ def test_summary_of_a_case_by_hand():
   distances[19] = [1.0, 1.25]
   validation = np.linspace(4, 3, 20)
   validation[7] = 2.5
-  record = dict(
-    loss=loss,
-    wrong=wrong,
-    accepted=accepted,
-    distances=distances,
-    validation=validation,
-  )
-  summary = byte_report.Summary.of([record, record])
+  trace = byte_training.Trace(loss, distances, accepted, None)
+  twice = byte_training.Trace(*(x if x is None else np.stack([x, x]) for x in trace))
+  both = np.stack([wrong, wrong]), np.stack([validation, validation])
+  summary = byte_report.Summary.of(twice, *both)
   expected = dict(
     best=2.5,
     final=3.0,
@@ -425,27 +428,17 @@ def test_summary_of_a_case_by_hand():
     np.testing.assert_allclose(values, [expected[name]] * 2, err_msg=name)
 
 
-@pytest.mark.parametrize(
-  "ours, said",
-  [
-    # Standard deviation 1, t 4.3027 with 2 degrees of freedom, over the root of 3.
-    ([1.0, 2.0, 3.0], "+2.000 ± 2.484"),
-    ([-1.1, -1.0, -0.9], "**-1.000 ± 0.248**"),
-    ([1.0, 2.0], "+1.500"),
-  ],
-)
-def test_difference(ours, said):
-  assert byte_report.difference(np.array(ours) + 7, np.full(len(ours), 7.0)) == said
-
-
 def test_tables_compare_with_the_right_arms():
-  arms = byte_arms.arms("shifted", [0.9])
-  final = {arm: np.array([float(i), i]) for i, arm in enumerate(arms)}
+  (part,) = command.parts(command._parsed(["--parts", "shifted", "--tau", "0.9"]))
+  final = {arm: np.array([float(i), i]) for i, arm in enumerate(part.arms)}
   summaries = {
     arm: byte_report.Summary(value + 10, value, *[value] * 8)
     for arm, value in final.items()
   }
-  _, _, first, second = byte_report.differences_table(summaries).splitlines()
+  _, _, *lines = byte_report.differences_table(part, summaries).splitlines()
+  first, second = (
+    [cell.strip() for cell in line.strip("|").split("|")] for line in lines
+  )
   # In the order of the arms: plain, two pairs of GAF and control, nothing wrong.
-  assert first == f"| GAF sequential tau 0.9 |{' +1.000 | -1.000 | -4.000 |' * 2}"
-  assert second == f"| GAF most_neighbors tau 0.9 |{' +3.000 | -1.000 | -2.000 |' * 2}"
+  assert first == ["GAF sequential tau 0.9", *["+1.000", "-1.000", "-4.000"] * 2]
+  assert second == ["GAF most_neighbors tau 0.9", *["+3.000", "-1.000", "-2.000"] * 2]

@@ -8,9 +8,9 @@ import pytest
 
 import batches
 import data
-import devices
-import experiment
 import plan
+import runs
+from common import arms
 
 _ARMS = (plan.PLAIN, *plan.gaf_arms(4, tau=0.9))
 
@@ -150,7 +150,7 @@ def test_balance_that_cannot_be(digits, size, k, rows, said):
     balanced=True, microbatch_size=size, num_microbatches=k, train_images=rows
   )
   with pytest.raises(data.UserError, match=said) as raised:
-    experiment.Experiment(part, digits, devices.Team())
+    runs.experiment(part, digits)
   if rows:
     numbers = np.bincount(digits.train_labels[:rows], minlength=10)
     assert f"class {numbers.argmin()} has {numbers.min()}." in str(raised.value)
@@ -211,17 +211,17 @@ def test_random_labels_know_nothing_of_the_truth():
 @pytest.mark.parametrize("balanced", [False, True])
 def test_only_the_first_images_are_used(digits, balanced):
   part = _part(train_images=200, label_noise=0.0, seeds=2, balanced=balanced)
-  one = experiment.Experiment(part, digits, devices.Team())
+  one = runs.experiment(part, digits)
   for schedule in one.schedules:
     np.testing.assert_array_equal(schedule.labels, digits.train_labels[:200])
     indices = schedule.batches(0, 30, clean=False).indices
     np.testing.assert_array_equal(np.unique(indices), np.arange(200))
-  np.testing.assert_array_equal(one._trainer._images, digits.train_images[:200])
+  np.testing.assert_array_equal(one.trainer._images, digits.train_images[:200])
 
 
 def test_flipped_share_is_of_the_images_that_are_used(digits):
   part = _part(train_images=200, label_noise=0.25)
-  one = experiment.Experiment(part, digits, devices.Team())
+  one = runs.experiment(part, digits)
   different = one.schedules[0].labels != digits.train_labels[:200]
   assert different.sum() == 50
 
@@ -237,7 +237,7 @@ def _accepted(steps=4000, k=8):
 
 def test_random_choice_takes_as_much_in_each_step():
   accepted, weights = _accepted()
-  found = batches.random_choice(accepted, weights, 0)
+  found = arms.random_choice(accepted, weights, 0, 3)
   assert found.accepted.dtype == bool and found.weights.dtype == np.float32
   numbers = accepted.sum(axis=1)
   np.testing.assert_array_equal(found.accepted.sum(axis=1), numbers)
@@ -251,9 +251,9 @@ def test_random_choice_takes_as_much_in_each_step():
   rates = found.accepted.mean(axis=0)
   assert np.ptp(accepted.mean(axis=0)) > 0.4
   assert np.ptp(rates) < 10 * np.sqrt(0.25 / len(accepted))
-  again = batches.random_choice(accepted, weights, 0)
+  again = arms.random_choice(accepted, weights, 0, 3)
   jax.tree.map(np.testing.assert_array_equal, found, again)
-  other = batches.random_choice(accepted, weights, 1)
+  other = arms.random_choice(accepted, weights, 1, 3)
   assert np.any(other.accepted != found.accepted)
 
 
@@ -264,7 +264,7 @@ def test_random_steps_are_as_many_in_each_window(steps):
   accepted[: steps // 2][np.arange(steps // 2) % 3 > 0] = False
   accepted[steps // 2 :: 4] = False
   before = accepted.copy()
-  found = batches.random_steps(accepted, 0)
+  found = arms.random_steps(accepted, 0, 3)
   np.testing.assert_array_equal(accepted, before)
   taken, ours = before.any(axis=1), found.accepted.any(axis=1)
   np.testing.assert_array_equal(found.accepted, np.repeat(ours[:, None], 8, axis=1))
@@ -278,7 +278,7 @@ def test_random_steps_are_as_many_in_each_window(steps):
     # At all times within a window.
     rates = ours.reshape(-1, 50).mean(axis=0)
     assert np.abs(rates - taken.mean()).max() < 5 * np.sqrt(0.25 / 80)
-  other = batches.random_steps(accepted, 1)
+  other = arms.random_steps(accepted, 1, 3)
   assert np.any(other.accepted != found.accepted)
 
 

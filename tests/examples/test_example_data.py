@@ -14,7 +14,7 @@ import pytest
 import data
 import labels
 import safe_pickle
-from errors import UserError
+from common.command import UserError
 
 
 def _write_batch(path, rows, num_classes, key, seed=0):

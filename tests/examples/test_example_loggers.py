@@ -9,9 +9,9 @@ import types
 import numpy as np
 import pytest
 
-import loggers
 import options
-from errors import UserError
+from common import loggers
+from common.command import UserError
 
 _PACKAGES = "tensorboardX", "wandb"
 
@@ -87,6 +87,7 @@ def test_tensorboard_shows_what_was_logged(tmp_path, part, shown):
         log.log(
           _row(part, arm, seed, step, test_accuracy=accuracy, skipped_steps=skipped)
         )
+    log.flush()
   log.close()
   for arm in part.arms:
     for seed in range(2):
@@ -106,6 +107,7 @@ def test_only_finite_numbers_are_logged(tmp_path, part, shown):
   )
   log.log(_row(part, arm, 0, 40, a=1.5, b=None))
   log.log(_row(part, arm, 0, 60, a=math.nan))
+  log.flush()
   log.close()
   found = shown(tmp_path / "tensorboard" / "experiment" / arm.name / "seed-0")
   assert found == {"e": [(20, 0.0)], "a": [(40, 1.5)]}
@@ -131,7 +133,8 @@ def test_tensorboard_after_a_kill(tmp_path, part, shown, checkpoint):
   killed.append(logged(kept, checkpoint + 20, value=2.0))
   killed.append(logged(kept, checkpoint + 20, value=3.0))
   killed[2].flush()
-  logged(kept, *range(checkpoint + 20, 101, 20), value=4.0).close()
+  killed.append(logged(kept, *range(checkpoint + 20, 101, 20), value=4.0))
+  killed[3].flush()
   steps = [20, 40, 60, 80, 100]
   expected = [(step, 1.0 if step <= checkpoint else 4.0) for step in steps]
   assert shown(path) == {"loss": expected}
@@ -146,6 +149,7 @@ def test_tensorboard_asked_for_when_resuming(tmp_path, part, shown):
   log.begin(part, arm, _rows(part, other, 20, 40) + _rows(part, arm, 20, value=0.5))
   for row in _rows(part, arm, 40, value=0.25):
     log.log(row)
+  log.flush()
   log.close()
   for seed in range(2):
     path = tmp_path / "tensorboard" / "experiment" / arm.name / f"seed-{seed}"

@@ -60,7 +60,7 @@ def assert_whole_run(notebook):
       assert output.output_type != "error", (cell.id, output)
   said = texts(notebook)
   assert re.search(r"^jax \d", said["versions"], re.MULTILINE)
-  for name in ("accepted: ", "cosine_distance: ", "accept_rate: ", "skipped_steps: "):
+  for name in ("num_accepted: ", "mean_distance: ", "accept_rate: ", "skipped_steps: "):
     assert name in said["step"]
   assert re.search(r"accept rate 0\.\d\d, tau 0\.90\nskipped \d+ of", said["train"])
   assert len(pictures(notebook, "plot")) == 1

@@ -12,11 +12,11 @@ import pytest
 import charts
 import figures
 import models
+import optimizers
 import paper
 import plan
-import storage
-import training
-from errors import UserError
+from common import arms, storage
+from common.command import UserError
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled", "compiled_once")
 _TINY = ("--seeds", "3", "--width", "8", "--steps", "6", "--eval-every", "3")
@@ -64,7 +64,7 @@ def test_plans(name, setting):
       assert part.microbatch_size % _CLASSES[setting] == 0
     assert not part.augment or setting != "digits"
     assert (part.width or 64) % models.KINDS[part.model].divisor == 0
-    assert part.optimizer in training.OPTIMIZERS
+    assert part.optimizer in optimizers.OPTIMIZERS
     assert part.wrong_kind in plan.CORRUPTIONS
     assert part.noisy_labels_key is None or part.noisy_labels
 
@@ -75,7 +75,7 @@ def test_setting_of_the_paper():
       if name != "vit":
         assert part.model == "resnet18" and part.width is part.depth is None
       if name not in ("vit", "optimizers"):
-        assert part.optimizer == training.PLATEAU
+        assert part.optimizer == optimizers.PLATEAU
       if name not in ("microbatch-size", "microbatch-distance", "steering"):
         assert part.microbatch_size == 100
       assert part.balanced and part.augment
@@ -92,7 +92,9 @@ def test_what_the_figures_vary():
   taus = [arm.tau for arm in _parts("tau")[0].arms if arm.is_gaf]
   assert len(taus) > 5 and taus == sorted(taus)
   assert [part.label_noise for part in _parts("tau")] == [0.0, 0.4]
-  assert [part.optimizer for part in _parts("optimizers")] == list(training.OPTIMIZERS)
+  assert [part.optimizer for part in _parts("optimizers")] == list(
+    optimizers.OPTIMIZERS
+  )
   shares = [part.label_noise for part in _parts("noise")]
   assert len(shares) > 5 and shares == sorted(shares) and shares[0] == 0
   (random,) = _parts("random-labels")
@@ -108,14 +110,14 @@ def test_what_the_figures_vary():
     assert part.wrong_sources / 8 + part.label_noise == 0.25
   for part in _parts("rules"):
     rules = {arm.rule for arm in part.arms if arm.is_gaf}
-    assert rules == {*plan.RULES} - {"running_average"}
+    assert rules == {*arms.RULES} - {"running_average"}
     gaf = [arm for arm in part.arms if arm.is_gaf]
     assert any(arm.softness for arm in gaf) and any(arm.by_leaf for arm in gaf)
     assert any(arm.anchor_decay for arm in gaf) and any(arm.target for arm in gaf)
   for name, figure in figures.FIGURES.items():
     assert figure.draw in charts.DRAW
     if figure.draw == "over_x":
-      x = [figure.x_of(part, part.arms[0]) for part in _parts(name)]
+      x = [getattr(part, figure.x) for part in _parts(name)]
       assert x == sorted(set(x)) and len(x) > 3
 
 

@@ -10,9 +10,9 @@ from scipy import stats
 import figures
 import options
 import plan
-import plots
 import report
-from report import Difference
+from common import plots
+from common.tables import Difference
 
 
 def _summary(final, accepted=0.5, from_wrong=None):
@@ -239,8 +239,7 @@ def test_overview_is_written_with_a_line_for_each_seed(tmp_path):
     (types.SimpleNamespace(part=part), summaries)
     for part, summaries in _of_figure("num-microbatches")
   ]
-  directory = types.SimpleNamespace(path=tmp_path)
-  text = report.write_overview(directory, "A title", results)
+  text = report.write_overview(tmp_path, "A title", results)
   assert (tmp_path / "results.md").read_text() == text
   assert text.startswith("## A title\n\n- digits, mlp, ")
   for one, _ in results:
@@ -269,8 +268,7 @@ def test_overview_of_plain_means_alone(tmp_path):
     (types.SimpleNamespace(part=part), summaries)
     for part, summaries in _of_figure("microbatch-distance")
   ]
-  directory = types.SimpleNamespace(path=tmp_path)
-  text = report.write_overview(directory, "A title", results)
+  text = report.write_overview(tmp_path, "A title", results)
   assert "GAF" not in text
   lines = [line for line in text.splitlines() if line.startswith("|")]
   assert len(lines) == 2 + len(results)

@@ -14,12 +14,11 @@ import optax
 import pytest
 
 import batches
-import experiment
 import models
 import options
-import storage
 import train
 import training
+from common import arms, experiment, storage
 
 _SMALL = (
   "--width",
@@ -215,8 +214,9 @@ def test_metrics_that_got_shorter(whole, tmp_path):
   directory = storage.RunDirectory(tmp_path / "run", {}, False)
   directory.append_metrics({"a": float("nan")})
   assert directory.metrics() == [{"a": None}]
+  directory._kept = 1000
   with pytest.raises(storage.UserError, match="shorter"):
-    directory.cut_metrics(1000)
+    directory.begin(None, None)
   directory.close()
 
 
@@ -234,11 +234,11 @@ def test_default_directories_are_numbered(tmp_path, monkeypatch):
 def test_stops_are_the_same_from_every_start():
   for every, steps in ((20, 110), (7, 30), (300, 650), (1000, 10)):
     part = _part("--eval-every", str(every), "--steps", str(steps))
-    stops = experiment._stops(part, 0)
+    stops = experiment.stops(part, 100, 0)
     assert stops[-1] == steps and stops == sorted(set(stops))
     assert set(range(every, steps, every)) <= set(stops)
     for i, stop in enumerate(stops[:-1]):
-      assert experiment._stops(part, stop) == stops[i + 1 :]
+      assert experiment.stops(part, 100, stop) == stops[i + 1 :]
 
 
 def _schedule(part, dataset, seed=0):
@@ -274,7 +274,7 @@ def test_control_averages_what_it_keeps_and_skips_the_rest(digits):
   keep = weights > 0
   start = trainer.init(control, 3)
   params = jax.tree.map(np.array, start.params)
-  chosen = batches.Chosen(keep, weights.astype(np.float32))
+  chosen = arms.Chosen(keep, weights.astype(np.float32))
   learner, trace = trainer.advance(control, start, seen, chosen)
   np.testing.assert_array_equal(trace.accepted, keep)
 
@@ -333,7 +333,7 @@ def test_evaluation_is_of_the_whole_test_set(digits, looped):
 def test_batch_norm_statistics_are_averaged_over_microbatches(
   digits, monkeypatch, normed
 ):
-  monkeypatch.setitem(models.KINDS, "mlp", models.Kind(normed, steps=100))
+  monkeypatch.setitem(models.KINDS, "mlp", models.Kind(normed, longest=100))
   part = _part()
   plain = part.arms[0]
   seen = _schedule(part, digits).batches(0, 2, clean=True)

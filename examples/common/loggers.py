@@ -9,21 +9,15 @@ import secrets
 import time
 from typing import Any
 
-from errors import UserError
-from plan import Arm, Part
+from common.command import UserError
 
 
 def make(options: argparse.Namespace, path: pathlib.Path) -> "Loggers":
   """What `--tensorboard` and `--wandb` ask for; nothing else is imported.
 
-  Args:
-    options: the command line.
-    path: the output directory, which need not exist before `Loggers.begin`.
-
-  Raises:
-    UserError: if a package is missing.
+  The output directory `path` need not exist before `Loggers.begin`.
   """
-  loggers = []
+  loggers: list[Any] = []
   if options.tensorboard:
     loggers.append(_TensorBoard(path / "tensorboard"))
   if options.wandb is not None:
@@ -36,18 +30,13 @@ class Loggers:
 
   def __init__(self, *loggers):
     self._loggers = loggers
+    self._held: list[dict[str, Any]] = []
 
-  def begin(self, part: Part, arm: Arm, rows: list[dict[str, Any]]) -> None:
+  def begin(self, part, arm, rows: list[dict[str, Any]]) -> None:
     """Goes on to an arm, from where the metrics file is.
 
-    Args:
-      part: the setting.
-      arm: one of its arms.
-      rows: the lines of the metrics file. Whatever else was logged of this arm comes
-        after its checkpoint, and will come again.
-
-    Raises:
-      UserError: if a logger cannot start, or cannot write.
+    Whatever else than its lines was logged of this arm comes after its checkpoint, and
+    will come again.
     """
     self.close()
     rows = [row for row in rows if (row["part"], row["arm"]) == (part.name, arm.name)]
@@ -60,17 +49,21 @@ class Loggers:
       ) from error
 
   def log(self, row: dict[str, Any]) -> None:
-    """Takes a line of the metrics file, of the present arm."""
-    for logger in self._loggers:
-      logger.log(row)
+    """Takes a line of the metrics file, of the present arm, and holds it back."""
+    if self._loggers:
+      self._held.append(row)
 
   def flush(self) -> None:
     """Brings out what was logged; belongs right before each checkpoint."""
     for logger in self._loggers:
+      for row in self._held:
+        logger.send(row)
       logger.flush()
+    self._held.clear()
 
   def close(self) -> None:
-    """Ends the present arm, if there is one."""
+    """Ends the present arm, if there is one; what was not flushed will come again."""
+    self._held.clear()
     for logger in self._loggers:
       logger.close()
 
@@ -115,9 +108,9 @@ class _TensorBoard:
       if not number:  # Asked for only now.
         for row in rows:
           if row["seed"] == seed:
-            self.log(row)
+            self.send(row)
 
-  def log(self, row):
+  def send(self, row):
     value = self._summary.Summary.Value
     values = [value(tag=name, simple_value=x) for name, x in _values(row).items()]
     self._write(row["seed"], row["step"], summary=self._summary.Summary(value=values))
@@ -139,8 +132,7 @@ class _Wandb:
   """One of wandb's runs for each seed of each arm; a resumed command goes on with it.
 
   wandb takes back no step: it ignores one that comes again or, where `wandb sync` joins
-  what was written offline, gives it another number. So it gets to see nothing before
-  the checkpoint after which it cannot come again.
+  what was written offline, gives it another number.
   """
 
   def __init__(self, project, path):
@@ -149,14 +141,18 @@ class _Wandb:
     except ImportError as error:
       raise UserError("--wandb needs wandb: pip install wandb.") from error
     self._wandb, self._project, self._path = wandb, project, path
-    self._runs, self._held = [], []
+    self._runs = []
 
   def begin(self, part, arm, rows):
-    token = self._token()
+    # Tells this directory's runs from others, also when it has been moved.
+    token = self._path / "wandb" / "token"
+    token.parent.mkdir(parents=True, exist_ok=True)
+    if not (token.exists() and token.read_text()):
+      token.write_text(secrets.token_hex(4))
     setting = dataclasses.asdict(part)
     del setting["arms"]
     for seed in range(part.seeds):
-      name = f"{token}-{part.name}-{arm.name}-{seed}"
+      name = f"{token.read_text()}-{part.name}-{arm.name}-{seed}"
       begun = any((self._path / "wandb").glob(f"*-{name}"))
       try:
         run = self._wandb.init(
@@ -177,27 +173,16 @@ class _Wandb:
       self._runs.append(run)
       # A kill loses what was not sent yet. Offline nobody can tell what that was.
       if not (run.offline and begun):
-        missing = [row for row in rows if row["step"] >= run.starting_step]
-        self._held += [row for row in missing if row["seed"] == seed]
-    self.flush()
+        for row in rows:
+          if row["seed"] == seed and row["step"] >= run.starting_step:
+            self.send(row)
 
-  def _token(self):
-    """What tells this directory's runs from others, also when it has been moved."""
-    path = self._path / "wandb" / "token"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not (path.exists() and path.read_text()):
-      path.write_text(secrets.token_hex(4))
-    return path.read_text()
-
-  def log(self, row):
-    self._held.append(row)
+  def send(self, row):
+    self._runs[row["seed"]].log(_values(row), step=row["step"], commit=True)
 
   def flush(self):
-    for row in self._held:
-      self._runs[row["seed"]].log(_values(row), step=row["step"], commit=True)
-    self._held.clear()
+    pass
 
   def close(self):
-    self._held.clear()
     while self._runs:
       self._runs.pop().finish()

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from errors import UserError
+from common.command import UserError
 
 # The mesh axis that the microbatches of a step lie along.
 AXIS = "data"
@@ -28,20 +28,14 @@ _JOINING_SECONDS = 300
 
 
 class Team:
-  """The processes of a run, each with its devices.
-
-  What they do together they all have to do, in the same order.
-
-  Attributes:
-    mesh: of all devices, with the axis `AXIS`; None for a run on one device.
-    processes: how many there are.
-    first: whether this is the one that reads and writes files and prints.
-  """
+  """The processes of a run; what they do together they all do, in the same order."""
 
   def __init__(
     self, mesh: jax.sharding.Mesh | None = None, processes: int = 1, index: int = 0
   ):
-    self.mesh, self.processes, self.first = mesh, processes, index == 0
+    self.mesh = mesh  # Of all devices, along `AXIS`; None for a run on one device.
+    self.processes = processes
+    self.first = index == 0  # Reads and writes the files, and prints.
 
   def any(self, flag: bool) -> bool:
     """Whether it is true in any of the processes."""
@@ -83,9 +77,6 @@ def join(options: argparse.Namespace) -> Team:
 
   On a CPU, JAX is asked for as many devices as are wanted, for which it must not
   have computed anything before.
-
-  Raises:
-    UserError: if there are too few devices, or the processes do not find together.
   """
   if options.devices is None:
     return Team()

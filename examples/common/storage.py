@@ -9,9 +9,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from errors import UserError
-from loggers import Loggers
-from plan import Arm, Part
+from common.command import UserError
+from common.loggers import Loggers
 
 _CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -28,33 +27,20 @@ def choose_directory(out: str | None, name: str, resume: bool) -> pathlib.Path:
   """The output directory: `out`, or `runs/name-NUMBER`, a new or the newest one."""
   if out is not None:
     return pathlib.Path(out)
-  number = lambda path: int(path.name.rpartition("-")[2])
-  numbered = [
-    path
-    for path in pathlib.Path("runs").glob(f"{name}-*")
-    if path.name.rpartition("-")[2].isdecimal()
+  ends = [
+    path.name.rpartition("-")[2] for path in pathlib.Path("runs").glob(f"{name}-*")
   ]
-  newest = max(numbered, key=number, default=None)
-  if resume:
-    if newest is None:
-      raise UserError(f"there is no runs/{name}-NUMBER to resume.")
-    return newest
-  return pathlib.Path("runs") / f"{name}-{number(newest) + 1 if newest else 1}"
+  newest = max((int(end) for end in ends if end.isdecimal()), default=0)
+  if resume and not newest:
+    raise UserError(f"there is no runs/{name}-NUMBER to resume.")
+  return pathlib.Path("runs") / f"{name}-{newest + (not resume)}"
 
 
 class RunDirectory:
-  """An output directory with its metrics file and checkpoints.
-
-  Attributes:
-    path: where it is.
-  """
+  """An output directory with its metrics file and checkpoints."""
 
   def __init__(
-    self,
-    path: pathlib.Path,
-    options: dict,
-    resume: bool,
-    log: Loggers | None = None,
+    self, path: pathlib.Path, options: dict, resume: bool, log: Loggers | None = None
   ):
     """Takes an empty or new directory, or with `resume` that of the same options.
 
@@ -63,12 +49,9 @@ class RunDirectory:
       options: what must be the same when a run is resumed, by flag.
       resume: whether to go on with what is there.
       log: gets the lines of the metrics file too.
-
-    Raises:
-      UserError: if what is there does not allow it.
     """
-    self.path = path
-    self._log = log or Loggers()
+    self.path, self._log = path, log or Loggers()
+    self._kept = 0  # What of the metrics file the last checkpoint knows of, in bytes.
     try:
       path.mkdir(parents=True, exist_ok=True)
       held = [p.name for p in path.iterdir() if not p.name.startswith(".")]
@@ -86,12 +69,11 @@ class RunDirectory:
       raise UserError(f"{path} cannot be written to: {error.strerror}.") from error
 
   def _check_same(self, options):
-    config = self.path / _CONFIG
     try:
-      before = json.loads(config.read_text(encoding="utf-8"))
-      if not isinstance(before, dict):
-        raise ValueError("not a dict")
-    except (FileNotFoundError, ValueError) as error:
+      before = dict(json.loads((self.path / _CONFIG).read_text(encoding="utf-8")))
+      if not before:
+        raise ValueError("no options")
+    except (FileNotFoundError, ValueError, TypeError) as error:
       raise UserError(
         f"{self.path} does not hold a run that can be resumed: {_CONFIG} is missing"
         " or damaged."
@@ -121,18 +103,14 @@ class RunDirectory:
     os.fsync(self._metrics.fileno())
     return os.fstat(self._metrics.fileno()).st_size
 
-  def cut_metrics(self, size: int) -> None:
-    """Takes off what was written after the checkpoint that says `size` bytes."""
-    if self.metrics_size() < size:
+  def begin(self, part, arm) -> None:
+    """Goes on to an arm; what was written after the last checkpoint is taken off."""
+    if self.metrics_size() < self._kept:
       raise UserError(
         f"{self.path / METRICS} is shorter than the checkpoint says; it was changed"
         " after it was written, and the run cannot go on."
       )
-    self._metrics.truncate(size)
-
-  def begin(self, part: Part, arm: Arm, metrics_size: int) -> None:
-    """Goes on to an arm, from the checkpoint that says `metrics_size` bytes."""
-    self.cut_metrics(metrics_size)
+    self._metrics.truncate(self._kept)
     self._log.begin(part, arm, self.metrics())
 
   def metrics(self) -> list[dict[str, Any]]:
@@ -142,8 +120,16 @@ class RunDirectory:
     return [json.loads(line) for line in lines]
 
   def checkpoints(self, part: str, arm: str) -> "Checkpoints":
-    """The checkpoints of one arm."""
-    return Checkpoints(self.path / "checkpoints" / part / arm)
+    """The checkpoints of one arm; arms have to be asked for in their order."""
+    found = Checkpoints(self.path / "checkpoints" / part / arm)
+    if found.latest_step():
+      self._kept = found.metrics_size()
+    return found
+
+  def save(self, checkpoints: "Checkpoints", step: int, learners, trace) -> None:
+    """Makes a checkpoint that knows of all lines of the metrics file."""
+    self._kept = self.metrics_size()
+    checkpoints.save(step, learners, trace, self._kept)
 
   def close(self) -> None:
     self._metrics.close()
@@ -153,23 +139,11 @@ class RunDirectory:
 class Nowhere:
   """The directory of a process that leaves reading and writing to another one."""
 
-  def append_metrics(self, row: dict[str, Any]) -> None:
-    pass
-
-  def metrics_size(self) -> int:
-    return 0
-
-  def begin(self, part: Part, arm: Arm, metrics_size: int) -> None:
-    pass
-
-  def checkpoints(self, part: str, arm: str) -> "Nowhere":
+  def checkpoints(self, *names):
     return self
 
-  def save(self, step: int, learners, trace, metrics_size: int) -> None:
-    pass
-
-  def close(self) -> None:
-    pass
+  def __getattr__(self, name):
+    return lambda *args: None
 
 
 def _said(value):
@@ -199,19 +173,12 @@ class Checkpoints:
       ),
     )
 
-  def latest_step(self) -> int | None:
-    """The step after which the newest checkpoint was made, None without one."""
-    return self._manager.latest_step()
+  def latest_step(self) -> int:
+    """The step after which the newest checkpoint was made, 0 without one."""
+    return self._manager.latest_step() or 0
 
   def save(self, step: int, learners, trace, metrics_size: int) -> None:
-    """Saves what the arm needs to go on from `step`.
-
-    Args:
-      step: steps taken.
-      learners: a list of `Learner`, one for each seed.
-      trace: the `Trace` of all seeds.
-      metrics_size: of the metrics file at this moment, in bytes.
-    """
+    """Saves what the arm needs to go on from `step`; the trace is a NamedTuple."""
     # As NumPy arrays, which can be restored on any device.
     learners = jax.tree.map(np.asarray, learners)
     self._manager.save(
@@ -222,35 +189,31 @@ class Checkpoints:
         progress=ocp.args.JsonSave({"metrics_size": metrics_size}),
       ),
     )
-    self._manager.wait_until_finished()
 
   def learners(self, like):
     """The learners of the newest checkpoint, shaped like `like`."""
-    return self._restore(
-      "learners", ocp.args.StandardRestore(jax.tree.map(np.asarray, like))
-    )
+    like = jax.tree.map(np.asarray, like)
+    return self._restore(learners=ocp.args.StandardRestore(like))
 
   def trace(self, like):
     """The trace of the newest checkpoint, shaped like `like`."""
-    fields = self._restore("trace", ocp.args.StandardRestore(like._asdict()))
-    return type(like)(**fields)
+    return type(like)(**self._restore(trace=ocp.args.StandardRestore(like._asdict())))
 
   def metrics_size(self) -> int:
     """The size of the metrics file at the newest checkpoint."""
-    return self._restore("progress", ocp.args.JsonRestore())["metrics_size"]
+    return self._restore(progress=ocp.args.JsonRestore())["metrics_size"]
 
   def close(self) -> None:
     self._manager.close()
 
-  def _restore(self, item, arguments):
+  def _restore(self, **item):
+    (name,) = item
     try:
-      restored = self._manager.restore(
-        self.latest_step(), args=ocp.args.Composite(**{item: arguments})
-      )
+      step = self.latest_step()
+      return self._manager.restore(step, args=ocp.args.Composite(**item))[name]
     # Orbax and TensorStore raise many kinds for a checkpoint that was tampered with.
     except Exception as error:
       raise UserError(
         f"the checkpoint in {self._manager.directory} cannot be read; remove the"
         f" run or choose another --out ({type(error).__name__})."
       ) from error
-    return restored[item]

@@ -1,0 +1,210 @@
+"""Arms: the ways to train that stand side by side, and what a control keeps."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from common.command import (
+  COUNT,
+  DECAY,
+  INDEX,
+  NOT_NEGATIVE,
+  SEVERAL,
+  SHARE,
+  TAU,
+  option,
+)
+from gaf_optax import Decision, rules
+
+RULES = {
+  "sequential": rules.sequential,
+  "running_average": rules.running_average,
+  "leave_one_out": rules.leave_one_out,
+  "most_neighbors": rules.most_neighbors,
+  "min_neighbors": lambda: rules.min_neighbors(0.5),
+}
+CONTROLS = ("choice", "steps")
+SOFT_RULES = ("sequential", "leave_one_out", "most_neighbors")
+# The control of as many steps has them at random times within so many: as often as
+# GAF, early and late.
+_WINDOW = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+  """One way to train, on the same microbatches as the others of its part.
+
+  Attributes:
+    name: short, for files.
+    label: for people.
+    imitates: name of the arm of which this one is a control.
+    control: how it imitates: 'choice' keeps as many micro-gradients in each step,
+      drawn at random; 'steps' takes as many steps with all micro-gradients, at
+      random times.
+    clean: whether this arm is spared the wrong sources.
+  """
+
+  name: str
+  label: str
+  tau: float = option(
+    2.0, "one arm for each; default 0.97", TAU, nargs="+", rivals="threshold"
+  )
+  target: float | None = option(
+    None,
+    "steer tau to accept this share of the micro-gradients",
+    SHARE,
+    metavar="SHARE",
+    flag="--target-accept-rate",
+    rivals="threshold",
+  )
+  rule: str = option(
+    "sequential",
+    "default sequential; min_neighbors asks for half of them",
+    choices=tuple(RULES),
+  )
+  softness: float = option(
+    0.0,
+    "weights sigmoid((tau - distance) / S) instead of 0 and 1",
+    NOT_NEGATIVE,
+    metavar="S",
+  )
+  anchor_decay: float | None = option(
+    None, "compare with a moving average of gradients instead", DECAY, metavar="DECAY"
+  )
+  by_leaf: bool = option(False, "filter each parameter array on its own", True)
+  imitates: str | None = None
+  control: str | None = None
+  clean: bool = False
+
+  @property
+  def is_gaf(self) -> bool:
+    return self.imitates is None and (self.target is not None or self.tau < 2)
+
+  @property
+  def decides_itself(self) -> bool:
+    """Whether its choices depend on its own gradients.
+
+    They do where a control draws within each leaf: what GAF accepted there is not in
+    its trace.
+    """
+    return self.imitates is None or (self.by_leaf and self.control == "choice")
+
+
+PLAIN = Arm("plain", "plain mean")
+CLEAN = Arm("clean", "plain mean, nothing wrong", clean=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+  """A setting and its arms; an arm that imitates comes after the one it imitates."""
+
+  name: str  # short, for files
+  title: str  # for people
+  arms: tuple[Arm, ...]
+  wrong_sources: int = option(
+    0,
+    "how many of each step's microbatches, other ones each time, have something wrong",
+    INDEX,
+    metavar="N",
+  )
+  microbatch_size: int = option(10, "images; default 10", COUNT)
+  num_microbatches: int = option(
+    2, "in a step; default 2, or one for each device", SEVERAL
+  )
+  steps: int = option(4_000, "default 4000 (main job: and 1500)", COUNT)
+  seeds: int = option(3, "default 3 (main job: 5)", COUNT)
+  eval_every: int = option(100, "default 100 (and 50)", COUNT, metavar="STEPS")
+
+  def arm(self, name: str) -> Arm:
+    return next(arm for arm in self.arms if arm.name == name)
+
+  def controls(self, name: str) -> dict[str, Arm]:
+    """The controls of an arm by their kind."""
+    return {arm.control: arm for arm in self.arms if arm.imitates == name}
+
+
+def gaf_arms(
+  num_microbatches: int, kinds: Sequence[str] | None = None, **settings
+) -> list[Arm]:
+  """GAF and its controls.
+
+  Args:
+    num_microbatches: of a step.
+    kinds: of the controls. By default both; but with two microbatches all rules do
+      the same, and as many micro-gradients are the same ones, so that there is only
+      the control of as many steps.
+    **settings: of the `Arm`; tau or target, rule, softness, anchor_decay, by_leaf.
+  """
+  arm = Arm("", "", **settings)
+  if arm.target is None:
+    text, name = f"tau {arm.tau:g}", f"tau{arm.tau:g}"
+  else:
+    text, name = f"steered to {arm.target:.0%}", f"target{arm.target:g}"
+  rule = arm.rule
+  if arm.anchor_decay is not None:
+    rule = f"anchor {arm.anchor_decay:g}"
+  elif arm.softness:
+    rule = f"{rule} soft {arm.softness:g}"
+  if arm.by_leaf:
+    rule += " by leaf"
+  if num_microbatches > 2 or rule != "sequential":
+    text = f"{rule} {text}"
+  name = f"{rule.replace(' ', '_')}_{name}"
+  arms = [dataclasses.replace(arm, name=name, label=f"GAF {text}")]
+  for kind in kinds or (CONTROLS if num_microbatches > 2 else ("steps",)):
+    how = "as much as" if kind == "choice" else "as many as"
+    control = dict(name=f"{name}_random_{kind}", label=f"random {kind}, {how} {text}")
+    arms.append(dataclasses.replace(arm, imitates=name, control=kind, **control))
+  return arms
+
+
+class Chosen(NamedTuple):
+  """What a control keeps; see `gaf_optax.Decision`."""
+
+  accepted: Any  # bool `[n, k]`
+  weights: Any  # float32 `[n, k]`
+
+
+def random_choice(accepted: np.ndarray, weights: np.ndarray, *key: int) -> Chosen:
+  """In each step as many micro-gradients as GAF accepted, and with its weights.
+
+  Args:
+    accepted: bool `[steps, k]`, what GAF accepted.
+    weights: float32 `[steps, k]`, with which weights.
+    *key: of the random numbers, with the seed of the run that is imitated.
+  """
+  order = np.argsort(np.random.default_rng(key).random(accepted.shape), axis=1)
+  return Chosen(*(np.take_along_axis(x, order, axis=1) for x in (accepted, weights)))
+
+
+def random_steps(accepted: np.ndarray, *key: int) -> Chosen:
+  """All micro-gradients in as many steps of each window as GAF took, at random."""
+  rng, taken = np.random.default_rng(key), accepted.any(axis=1)
+  for start in range(0, len(taken), _WINDOW):
+    rng.shuffle(taken[start : start + _WINDOW])
+  keep = np.broadcast_to(taken[:, None], accepted.shape)
+  return Chosen(keep.copy(), keep.astype(np.float32))
+
+
+def relative(weights: jax.Array) -> jax.Array:
+  """Weights `[k]` in proportion to the largest, so that equal ones are exactly 1."""
+  largest = jnp.max(weights)
+  return weights / jnp.where(largest > 0, largest, 1)
+
+
+def already_decided(chosen: Chosen):
+  """A rule that keeps what was chosen, one step of a `Chosen`.
+
+  Its distances are those of the sequential rule that accepts everything.
+  """
+
+  def rule(gram, valid, tau):
+    distances = RULES["sequential"]()(gram, valid, tau).distances
+    weights = chosen.weights.astype(distances.dtype)
+    return Decision(weights, chosen.accepted & valid, distances)
+
+  return rule
