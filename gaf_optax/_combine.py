@@ -50,7 +50,7 @@ def weighted_mean(leaf: jax.Array, weights: jax.Array, dtype=None) -> jax.Array:
   def term(i):
     row = lax.dynamic_index_in_dim(leaf, i, 0, keepdims=False).astype(dtype)
     weight = lax.dynamic_index_in_dim(weights, i, 0, keepdims=False)
-    return jnp.where(weight != 0, row * weight, 0)
+    return jnp.where(weight != 0, scaled(row, weight), 0)
 
   def add_terms(start, number, total):
     for i in range(number):
@@ -67,6 +67,13 @@ def weighted_mean(leaf: jax.Array, weights: jax.Array, dtype=None) -> jax.Array:
     total = add_terms(0, _UNROLL, total)
   total = add_terms(whole * _UNROLL, k % _UNROLL, total)
   return without_overflow(total).astype(result_dtype)
+
+
+def scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
+  """A real or complex array times a real factor, part by part."""
+  if jnp.iscomplexobj(x):
+    return lax.complex(scaled(x.real, factor), scaled(x.imag, factor))
+  return x * factor.astype(x.dtype)
 
 
 def without_overflow(mean: jax.Array) -> jax.Array:

@@ -173,12 +173,12 @@ def _one_by_one_on_cpu(all_at_once, rows, inputs, plan):
     means, decision, pushed = _stream.filter_rows(
       leaves, rows.group_ids, inputs.threshold, plan
     )
-    plain = _combine.normalized(pushed.finite.astype(jnp.float32))
-    blocks = [(_combine.weighted_mean(x, plain)[None],) for x in leaves]
-    gram, _ = _inner_products.gram(blocks, rows.group_ids, plan.layout.num_groups)
-    mean = _gram.Gram(gram.products[:, 0, 0], gram.exponents[:, 0])
-    squares = _gram.Gram(pushed.squares.T, pushed.exponents.T)
-    noise_scale = _gram.noise_scale_of_mean(squares, mean, pushed.finite)
+    compared = [x for x, g in zip(leaves, rows.group_ids) if g < plan.layout.num_groups]
+    noise_scale = _gram.noise_scale_of_sum(
+      _gram.Gram(pushed.squares.T, pushed.exponents.T),
+      pushed.finite,
+      lambda factors: _inner_products.squared_sum(compared, factors),
+    )
     tau = inputs.threshold
     return Filtered(means, None, decision, tau, pushed.finite, noise_scale, None)
 

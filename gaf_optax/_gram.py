@@ -1,5 +1,6 @@
 """Gram: k-sized mathematics: inner products kept in range, and distances from them."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ __all__ = [
   "distance",
   "from_matrix",
   "noise_scale",
-  "noise_scale_of_mean",
+  "noise_scale_of_sum",
   "power_of_two",
   "typed_like",
   "without_rounding",
@@ -152,25 +153,28 @@ def noise_scale(gram: Gram, valid: jax.Array) -> jax.Array:
   return _noise_scale(jnp.trace(matrix), jnp.sum(matrix), jnp.sum(valid))
 
 
-def noise_scale_of_mean(rows: Gram, mean: Gram, valid: jax.Array) -> jax.Array:
+def noise_scale_of_sum(
+  rows: Gram, valid: jax.Array, squared_sum: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
   """`noise_scale` from what is known without a Gram matrix.
 
   Args:
     rows: the squared norms `[m, k]` of the micro-gradients, and their exponents.
-    mean: those of the mean of the valid ones, `[m]`.
     valid: bool `[k]`.
+    squared_sum: a function of factors `[k]` that returns the squared norm of the sum of
+      the micro-gradients, each times its factor.
   """
   dtype = rows.products.dtype
-  num_valid = jnp.sum(valid)
   top = jnp.max(jnp.where(valid, rows.exponents, ZERO_EXPONENT))
-  unit = lambda exponents: power_of_two(exponents - top, dtype)
-  squares = jnp.where(valid, rows.products * unit(rows.exponents) ** 2, 0)
-  total = num_valid**2 * jnp.sum(mean.products * unit(mean.exponents) ** 2)
-  return _noise_scale(jnp.sum(squares), total, num_valid)
+  unit = power_of_two(rows.exponents - top, dtype)
+  squares = jnp.where(valid, rows.products * unit**2, 0)
+  total = squared_sum(jnp.where(valid, power_of_two(-top, dtype), 0))
+  return _noise_scale(jnp.sum(squares), total, jnp.sum(valid))
 
 
 def _noise_scale(trace, total, num_valid):
   """From the trace and the sum of all entries of a Gram matrix."""
+  num_valid = num_valid.astype(trace.dtype)
   diagonal = trace / jnp.maximum(num_valid, 1)
   agreement = (total - trace) / jnp.maximum(num_valid * (num_valid - 1), 1)
   scale = (diagonal - agreement) / jnp.where(agreement > 0, agreement, 1)

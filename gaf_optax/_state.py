@@ -148,7 +148,7 @@ def nanmean(values: jax.Array, axis: int | None = None) -> jax.Array:
   finite = jnp.isfinite(values)
   number = jnp.sum(finite, axis=axis)
   total = jnp.sum(jnp.where(finite, values, 0), axis=axis)
-  mean = total / jnp.maximum(number, 1)
+  mean = total / jnp.maximum(number, 1).astype(total.dtype)
   return jnp.where(number > 0, mean, jnp.nan).astype(jnp.float32)
 
 
@@ -214,7 +214,7 @@ def advance(
     ready=step.agreed,
     threshold=threshold,
     steered=_threshold.steer(
-      steering, threshold, step.num_accepted, k - step.nonfinite
+      steering, threshold, step.num_accepted, step.num_seen - step.nonfinite
     ),
     num_accepted=step.num_accepted,
     num_seen=step.num_seen,
@@ -272,10 +272,10 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
     * `nonfinite`: micro-gradients with a NaN or an infinity since `init`
       (int32);
     * `noise_scale`: the simple gradient noise scale of the last step, in
-      microbatches (float32): how much larger than their common part the
-      micro-gradients' own parts are, squared. From the inner products of the finite
-      ones, whether accepted or not. Inf where they have nothing in common, NaN where
-      it cannot be known: streamed forms, and fewer than two finite.
+      microbatches (float32): of so many the mean is as much noise as gradient. From
+      the inner products of all finite ones, accepted or not. Inf where they have
+      nothing in common, NaN where it cannot be known: streamed forms, and fewer than
+      two finite.
 
   Raises:
     ValueError: if there is no `GafState` in it, or more than one.

@@ -221,11 +221,11 @@ def push(
     embedded=taken_up(stream.embedded, embedded, layout.group_ids),
     plain=taken_up(stream.plain, arrays, all_plain),
     mean=mean,
-    num_in_mean=stream.num_in_mean + step.accepted,
+    num_in_mean=stream.num_in_mean + step.accepted.astype(jnp.int32),
     distance_sum=stream.distance_sum + distance,
-    num_compared=stream.num_compared + compared,
+    num_compared=stream.num_compared + compared.astype(jnp.int32),
     num_pushed=stream.num_pushed + 1,
-    num_finite=stream.num_finite + finite,
+    num_finite=stream.num_finite + finite.astype(jnp.int32),
     each=_recorded(stream, step),
   )
   return stream, Pushed(finite, gram.products[:, 1, 1], gram.exponents[:, 1])
@@ -236,10 +236,11 @@ def _against_anchor(mean, gram, finite, threshold, anchored, plan):
   valid = jnp.stack([jnp.asarray(anchored, bool), finite])
   decision, _, _ = rules.decide_groups(plan.rule, gram, valid, threshold)
   accepted, distance = decision.accepted[:, 0], decision.distances[:, 0]
-  total = mean.total_weight + accepted
-  add = accepted / jnp.where(total > 0, total, 1)
+  weight = accepted.astype(mean.total_weight.dtype)
+  total = mean.total_weight + weight
+  add = weight / jnp.where(total > 0, total, 1)
   keep = jnp.where(mean.total_weight > 0, 1 - add, 0)
-  step = rules.Step(keep, add, jnp.ones_like(add), accepted, accepted, distance)
+  step = rules.Step(keep, add, jnp.ones_like(add), weight, accepted, distance)
   return mean._replace(total_weight=total), step
 
 
@@ -277,9 +278,8 @@ def _pair(left, right, unread, plan, embed):
 
 def _mixed(mean, keep, value, add):
   """`keep * mean + add * value`, without a value that is not taken up."""
-  real = jnp.finfo(mean.dtype).dtype
   value = jnp.where(add != 0, value.astype(mean.dtype), 0)
-  mixed = keep.astype(real) * mean + add.astype(real) * value
+  mixed = _combine.scaled(mean, keep) + _combine.scaled(value, add)
   return _combine.without_overflow(mixed)
 
 
@@ -319,7 +319,7 @@ def outcome(
   agreed = _agreed(stream, min_accepted)
   mean = jnp.where(
     stream.num_compared > 0,
-    stream.distance_sum / jnp.maximum(stream.num_compared, 1),
+    stream.distance_sum / jnp.maximum(stream.num_compared, 1).astype(jnp.float32),
     jnp.nan,
   )
   return _state.Outcome(

@@ -106,7 +106,8 @@ class AdaptiveTau:
     in_order = jnp.sort(jnp.where(known, distances, jnp.inf))
     number = (jnp.sum(known) + 1) // 2
     better = jnp.arange(valid.shape[0]) < number
-    similarity = jnp.sum(jnp.where(better, 1 - in_order, 0)) / jnp.maximum(number, 1)
+    total = jnp.sum(jnp.where(better, 1 - in_order, 0))
+    similarity = total / jnp.maximum(number, 1).astype(total.dtype)
     return jnp.where(similarity > 0, 1 - self.share * similarity, 2)
 
 
@@ -202,7 +203,7 @@ def steer(tau, current: jax.Array, accepted, finite) -> jax.Array | None:
   """The next step's tau, float32, for a steered tau; None for others."""
   if not isinstance(tau, TargetAcceptRate):
     return None
-  share = accepted / jnp.maximum(finite, 1)
+  share = accepted / jnp.maximum(finite, 1).astype(accepted.dtype)
   moved = current + tau.step_size * (tau.rate - share)
   moved = jnp.clip(moved, tau.minimum, tau.maximum)
   return jnp.where(finite > 0, moved, current).astype(jnp.float32)

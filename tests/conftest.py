@@ -25,6 +25,20 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def strict_promotion():
+  """The library mixes no dtypes by accident."""
+  with jax.numpy_dtype_promotion("strict"):
+    yield
+
+
+@pytest.fixture
+def standard_promotion():
+  """For what is not ours: Adam and schedules of Optax, and what users write."""
+  with jax.numpy_dtype_promotion("standard"):
+    yield
+
+
 @pytest.fixture
 def x64():
   """64-bit types are enabled during the test."""

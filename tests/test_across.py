@@ -115,7 +115,7 @@ OPTIONS = {
   "leave_one_out": dict(rule=rules.leave_one_out(softness=0.1)),
   "custom": dict(
     rule=lambda gram, valid, tau: gaf_optax.Decision(
-      valid * jnp.arange(1.0, len(valid) + 1), valid, gram[0]
+      jnp.where(valid, jnp.arange(1.0, len(valid) + 1), 0), valid, gram[0]
     )
   ),
   "leaf": dict(groups="leaf"),

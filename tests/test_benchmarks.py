@@ -68,6 +68,7 @@ def test_memory_of_a_stack_beside_the_stack(k, most):
   assert run.filtered(stack).temporary <= most * 4 * 1_000_700
 
 
+@pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("section", run.SECTIONS)
 def test_each_section_makes_a_table(section, tmp_path, capsys):
   path = tmp_path / "new" / "benchmarks.md"

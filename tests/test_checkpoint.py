@@ -119,6 +119,11 @@ WAYS = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def strict_promotion():
+  """Not here: Adam of Optax mixes dtypes."""
+
+
 @pytest.fixture(scope="module", params=RUNS)
 def run(request):
   """Name, what was saved in the middle, and the end without interruption."""

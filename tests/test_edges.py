@@ -248,6 +248,7 @@ def test_integer_and_float0_leaves_take_no_part():
     assert gradient[leaf].shape == params[leaf].shape
 
 
+@pytest.mark.usefixtures("standard_promotion")
 def test_gradients_of_integer_parameters_as_jax_gives_them():
   params = {"w": jnp.ones(3), "i": jnp.arange(3)}
   loss = lambda p, x: jnp.sum(p["w"] * p["i"] * x)

@@ -49,6 +49,7 @@ def test_temporary_memory(n):
   assert cost(n).temporary <= 3 * SIZE
 
 
+@pytest.mark.long
 def test_of_64_devices():
   """Bytes for each device stay flat: 64 send what 2P(n-1)/n says, and the Gram."""
   code = (

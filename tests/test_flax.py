@@ -11,6 +11,9 @@ import pytest
 
 import gaf_optax
 
+# Optimizers and schedules of Optax mix dtypes.
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
 with warnings.catch_warnings():
   # The oldest Flax that is admitted reads a name that the oldest JAX has deprecated.
   warnings.simplefilter("ignore", DeprecationWarning)

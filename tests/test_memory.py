@@ -195,6 +195,7 @@ def test_it_sends_nothing_more():
   assert without and sent(memory_decay=0.9) == without
 
 
+@pytest.mark.usefixtures("standard_promotion")
 def test_in_apply_if_agreed_and_a_scan():
   tx = gaf_optax.apply_if_agreed(
     optax.adam(0.1), 0.9, memory_decay=DECAY, num_microbatches=K

@@ -10,6 +10,9 @@ import pytest
 import gaf_optax
 import steps
 
+# Optimizers and schedules of Optax mix dtypes.
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
 OPTIONS = {
   "anchor": {
     "anchor_decay": 0.5,

@@ -10,6 +10,9 @@ import pytest
 import gaf_optax
 import steps
 
+# Optimizers and schedules of Optax mix dtypes.
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
 OPTIMIZERS = {
   "sgd": lambda: optax.sgd(0.1),
   "momentum": lambda: optax.sgd(0.1, momentum=0.9),

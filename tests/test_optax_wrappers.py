@@ -12,6 +12,9 @@ import pytest
 import gaf_optax
 import steps
 
+# Optimizers and schedules of Optax mix dtypes.
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
 FORMS = pytest.mark.parametrize("form", steps.FORMS)
 
 

@@ -16,6 +16,9 @@ import pytest
 import gaf_optax
 from gaf_optax import rules
 
+# Optimizers and schedules of Optax mix dtypes.
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
 CASES = json.loads(
   pathlib.Path(__file__).with_name("parity").joinpath("cases.json").read_text()
 )

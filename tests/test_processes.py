@@ -287,7 +287,7 @@ def uninterrupted(once, network, uneven):
   return functools.cache(get)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_training_is_that_of_one_process(uninterrupted, processes):
   one, several = uninterrupted(1), uninterrupted(processes)
   for name, x in micro_grads(several).items():
@@ -310,7 +310,7 @@ def test_training_is_that_of_one_process(uninterrupted, processes):
         np.testing.assert_array_equal(x, y, name)
 
 
-@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("processes", [1, 2, pytest.param(4, marks=pytest.mark.long)])
 def test_training_is_that_of_the_oracle(uninterrupted, processes):
   found = uninterrupted(processes)[0]
   grads = micro_grads(uninterrupted(processes))
@@ -336,7 +336,7 @@ def test_training_is_that_of_the_oracle(uninterrupted, processes):
   assert found["loss"][-1] < found["loss"][0]
 
 
-@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("processes", [1, 2, pytest.param(4, marks=pytest.mark.long)])
 def test_leaves_of_uneven_sizes(uninterrupted, uneven, processes):
   expected = oracle.gaf(list(uneven.values()), TAU)
   assert expected.margin > 0.05
@@ -373,6 +373,7 @@ def restored(directory):
   return step, saved["params"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
   "processes, victim, dies, newest, left",
   [

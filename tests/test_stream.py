@@ -29,6 +29,7 @@ def feed(tx, state, micro_grads, params=None):
   return emitted, state
 
 
+@pytest.mark.usefixtures("standard_promotion")
 class TestMultiSteps:
   def test_is_apply_if_agreed_on_the_stack(self):
     """Over cycles with and without agreement, weights and inner state are the same."""
@@ -116,6 +117,7 @@ class TestMultiSteps:
       state = new_state
 
 
+@pytest.mark.usefixtures("standard_promotion")
 class TestValueAndGrad:
   @staticmethod
   def loss(params, x, y, scale=1.0):
@@ -206,7 +208,7 @@ class TestValueAndGrad:
     with pytest.raises(ValueError, match=r"argument 1 has shape \(12, 3\).* 5 micro"):
       filtered(params, x, y)
     with pytest.raises(ValueError, match="argument 1 is named in argnums and"):
-      gaf_optax.value_and_grad(self.loss, 2, argnums=1)
+      gaf_optax.value_and_grad(self.loss, 2, argnums=1, batch_argnums=1)
     with pytest.raises(ValueError, match="batch_argnums names argument 3"):
       gaf_optax.value_and_grad(self.loss, 2, batch_argnums=3)(params, x, y)
     with pytest.raises(ValueError, match="schedule"):
@@ -252,6 +254,6 @@ class TestMemory:
 @pytest.mark.parametrize("form", [forms.stacked, forms.streamed])
 def test_bf16_running_mean_is_kept_in_float32(form):
   """256 times 1 + 2**-7: a bfloat16 running sum would lose every small term."""
-  stack = jnp.full((64, 3), 1 + 2**-7, jnp.bfloat16)
+  stack = jnp.full((64, 3), 1 + 2**-7).astype(jnp.bfloat16)
   gradient = form({"w": stack}, 0.97).gradient["w"]
   np.testing.assert_array_equal(np.asarray(gradient, np.float32), 1 + 2**-7)

@@ -17,6 +17,11 @@ EXAMPLE = ROOT / "examples" / "cifar100_resnet18"
 sys.path[:0] = [str(EXAMPLE), str(EXAMPLE.parent)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def strict_promotion():
+  """Not here: scripts run as users run them, whose optimizers mix dtypes."""
+
+
 class _Normed(nn.Module):
   """The smallest model with BatchNorm."""
 

@@ -54,7 +54,9 @@ def _assert_close_run(path, other, final_arrays, rtol=2e-3):
   )
 
 
-@pytest.mark.parametrize("model, number", [("mlp", 2), ("normed", 4)])
+@pytest.mark.parametrize(
+  "model, number", [("mlp", 2), pytest.param("normed", 4, marks=pytest.mark.long)]
+)
 def test_as_on_one_device(model, number, tmp_path, monkeypatch, final_arrays, normed):
   """One microbatch on each of four devices, and two on each of two."""
   if model == "normed":
@@ -196,10 +198,12 @@ def _wait_for_lines(path, number, processes):
     time.sleep(0.005)
 
 
+@pytest.mark.long
 def test_two_processes_as_one(launched, spread, final_arrays):
   _assert_close_run(launched, spread, final_arrays)
 
 
+@pytest.mark.long
 def test_one_killed_ends_all_and_resumes(
   launched, tmp_path, environment, monkeypatch, capfd, assert_same_run
 ):
@@ -265,6 +269,7 @@ def start_two(environment, tmp_path, example_dir):
     process.communicate()
 
 
+@pytest.mark.long
 def test_signal_to_one_stops_all(start_two, tmp_path):
   first, second = start_two()
   _wait_for_lines(tmp_path / "0" / storage.METRICS, 2, (first, second))
@@ -278,6 +283,7 @@ def test_signal_to_one_stops_all(start_two, tmp_path):
   assert not (tmp_path / "1").exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("victim", [0, 1])
 def test_without_a_launcher_the_other_ends_too(victim, start_two, tmp_path):
   processes = start_two()
@@ -292,6 +298,7 @@ def test_without_a_launcher_the_other_ends_too(victim, start_two, tmp_path):
   assert "exchange with the other processes failed" in err or "task died" in err
 
 
+@pytest.mark.long
 def test_processes_with_different_options(start_two, tmp_path):
   for process in start_two("--label-noise", "0.3"):
     _, err = process.communicate(timeout=_LIMIT)
@@ -308,6 +315,7 @@ def test_port_that_is_taken(refused, environment):
   assert f"process 0 of 2 does not find the others over --coordinator {address}" in said
 
 
+@pytest.mark.long
 def test_refusal_of_one_ends_all(launched, environment, example_dir):
   command = [sys.executable, example_dir / "train.py", *_SPREAD, "--processes", "2"]
   done = subprocess.run(

@@ -76,6 +76,7 @@ def assert_whole_run(notebook):
   assert "the same on every device" in said["equal"]
 
 
+@pytest.mark.long
 def test_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
   # Neither the user's own settings nor files outside of tmp_path.
   for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR"):
