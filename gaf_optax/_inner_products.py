@@ -332,26 +332,24 @@ def _by_pairs(matrix, dtype):
   size = matrix[0].shape[1]
   zeros = _jax_types.typed_like([jnp.zeros(lanes, dtype) for _ in pairs], matrix)
 
-  def add_chain(start, length, sums):
-    def add(step, sums):
-      rows = [
-        lax.dynamic_slice(block, (i, start + step * lanes), (1, lanes))[0].astype(dtype)
-        for block, i in places
-      ]
-      return [total + rows[i] * rows[j] for total, (i, j) in zip(sums, pairs)]
+  def add(step, sums):
+    rows = [
+      lax.dynamic_slice(block, (i, step * lanes), (1, lanes))[0].astype(dtype)
+      for block, i in places
+    ]
+    return [total + rows[i] * rows[j] for total, (i, j) in zip(sums, pairs)]
 
-    chain = lax.fori_loop(0, length, add, zeros)
+  def add_chain(c, sums):
+    end = jnp.minimum((c + 1) * _CHAIN, num_steps)
+    chain = lax.fori_loop(c * _CHAIN, end, add, zeros)
     return [_add(total, x) for total, x in zip(sums, chain)]
 
-  sums = [(x, x) for x in zeros]
-  num_chains, rest = divmod(size // lanes, _CHAIN)
-  if num_chains:
-    step = _CHAIN * lanes
-    sums = lax.fori_loop(
-      0, num_chains, lambda i, sums: add_chain(i * step, _CHAIN, sums), sums
-    )
-  if rest:
-    sums = add_chain(num_chains * _CHAIN * lanes, rest, sums)
+  num_steps = size // lanes
+  if num_steps <= _CHAIN:
+    sums = [(x, jnp.zeros_like(x)) for x in lax.fori_loop(0, num_steps, add, zeros)]
+  else:
+    num_chains = -(-num_steps // _CHAIN)
+    sums = lax.fori_loop(0, num_chains, add_chain, [(x, x) for x in zeros])
   found = dict(zip(pairs, [_halved(total + lost) for total, lost in sums]))
   total = jnp.stack(
     [
