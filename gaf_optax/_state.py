@@ -271,11 +271,11 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
     * `skipped_steps`: steps without agreement since `init` (int32);
     * `nonfinite`: micro-gradients with a NaN or an infinity since `init`
       (int32);
-    * `noise_scale`: the simple gradient noise scale of the last step, in
-      microbatches (float32): of so many the mean is as much noise as gradient. From
-      the inner products of all finite ones, accepted or not. Inf where they have
-      nothing in common, NaN where it cannot be known: streamed forms, and fewer than
-      two finite.
+    * `noise_scale`: the simple gradient noise scale of the last step (float32): the
+      number of microbatches whose mean is as much noise as gradient. It comes from
+      the inner products of all finite micro-gradients, accepted or not. Inf where
+      they have nothing in common, NaN where it cannot be known: in streamed forms,
+      and with fewer than two finite ones.
 
   Raises:
     ValueError: if there is no `GafState` in it, or more than one.

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 from gaf_optax import _gram, _validate
 
-# A sum whose squared length is at most so many roundings of the squares of its terms
-# has cancelled down to those roundings, and counts as zero.
+# A sum counts as zero where it has cancelled down to rounding: where its squared length
+# is at most this many machine epsilons of the sum of its terms' squares.
 _CANCELLED = 4
 
 __all__ = [

@@ -94,7 +94,7 @@ def _sizes(part, text):
     f"{text}. {part.num_microbatches} microbatches of {part.microbatch_size} x"
     f" {CONTEXT} bytes in each of {part.steps} steps, {seeds}{deviation}. Losses in"
     " bits per byte, lower is better. Differences are paired by seed, ± half of their"
-    " 95 % confidence interval, bold where it leaves out zero. Distances: their means"
+    " 95 % confidence interval, bold where it excludes zero. Distances: their means"
     " over a tenth of the steps; the largest of all seeds."
   )
 

@@ -20,16 +20,16 @@ _VERDICTS = {
   (
     1,
     0,
-  ): "above the plain mean, but not told apart from chance: how much is left out is"
+  ): "above the plain mean, but no different from chance: how much is left out is"
   " enough to explain it",
   (1, -1): "above the plain mean, but below chance: leaving out as much at random does"
   " better",
-  (0, 1): "not told apart from the plain mean, though above chance",
-  (0, 0): "told apart neither from the plain mean nor from chance",
-  (0, -1): "not told apart from the plain mean, and below chance",
+  (0, 1): "no different from the plain mean, though above chance",
+  (0, 0): "different neither from the plain mean nor from chance",
+  (0, -1): "no different from the plain mean, and below chance",
   (-1, 1): "below the plain mean, though above chance: it chooses well, but leaving out"
   " as much costs more",
-  (-1, 0): "below the plain mean, and not told apart from chance",
+  (-1, 0): "below the plain mean, and no different from chance",
   (-1, -1): "below the plain mean and below chance",
 }
 
@@ -106,7 +106,7 @@ def write_overview(path: pathlib.Path, title: str, results: list[Any]) -> str:
   if any(arm.is_gaf for arm in of_parts[0][0].arms):
     paragraphs.append(
       "Differences: paired by seed, mean ± half of the 95 % confidence interval, bold"
-      " where it leaves out zero."
+      " where it excludes zero."
     )
     for measure in _MEASURES:
       said = f"{measure.capitalize()} test accuracy:"
@@ -195,7 +195,7 @@ def comparison(part, summaries: Summaries) -> str:
   number = len(header) * len(lines)
   if part.seeds >= FEWEST_SEEDS:
     paragraphs.append(
-      f"A 95 % interval leaves out zero by chance in 5 % of cases, so expect"
+      f"A 95 % interval excludes zero by chance in 5 % of cases, so expect"
       f" {0.05 * number:.1f} of the {number} above to do so where there is no"
       " difference."
     )
@@ -252,7 +252,7 @@ def conclusion(
   ]
   return start + (
     f"counting only differences whose 95 % confidence interval over the {seeds} seeds"
-    " leaves out zero, and as chance all random controls, " + "; ".join(said) + "."
+    " excludes zero, and all random controls as chance, " + "; ".join(said) + "."
   )
 
 
@@ -269,7 +269,7 @@ def _listed(names):
 
 def _sources(part, summaries):
   """The sentence on what was accepted, and on how much of the harm remains."""
-  words = {1: "above", 0: "not told apart from", -1: "below"}
+  words = {1: "above", 0: "no different from", -1: "below"}
   share = part.wrong_sources / part.num_microbatches
   found = [f"Wrong sources: they gave {share:.0%} of all micro-gradients"]
   for arm in filter(lambda arm: arm.is_gaf, part.arms):

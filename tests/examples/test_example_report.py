@@ -43,13 +43,23 @@ _LOW, _MIDDLE, _HIGH = [0.50, 0.52, 0.51], [0.60, 0.62, 0.63], [0.71, 0.72, 0.70
   "plain, gaf, control, said",
   [
     (_LOW, _HIGH, _MIDDLE, "above the plain mean and above chance too"),
-    (_LOW, _HIGH, _HIGH, "above the plain mean, but not told apart from chance"),
+    (
+      _LOW,
+      _HIGH,
+      _HIGH,
+      "above the plain mean, but no different from chance",
+    ),
     (_LOW, _MIDDLE, _HIGH, "above the plain mean, but below chance"),
-    (_MIDDLE, _MIDDLE, _LOW, "not told apart from the plain mean, though above"),
-    (_LOW, _LOW, _LOW, "told apart neither"),
-    (_LOW, _LOW, _HIGH, "not told apart from the plain mean, and below"),
+    (
+      _MIDDLE,
+      _MIDDLE,
+      _LOW,
+      "no different from the plain mean, though above",
+    ),
+    (_LOW, _LOW, _LOW, "different neither"),
+    (_LOW, _LOW, _HIGH, "no different from the plain mean, and below"),
     (_HIGH, _MIDDLE, _LOW, "below the plain mean, though above"),
-    (_HIGH, _LOW, _LOW, "below the plain mean, and not told apart"),
+    (_HIGH, _LOW, _LOW, "below the plain mean, and no different"),
     (_HIGH, _LOW, _MIDDLE, "below the plain mean and below chance"),
   ],
 )
@@ -58,7 +68,7 @@ def test_conclusion_in_every_direction(plain, gaf, control, said):
     text = _conclusion(plain, gaf, *controls)
     assert text.startswith(
       "Final accuracy: counting only differences whose 95 % confidence interval over"
-      " the 3 seeds leaves out zero"
+      " the 3 seeds excludes zero"
     )
     assert f"GAF x is {said}" in text
     assert text.count("GAF x") == 1
@@ -312,7 +322,7 @@ def test_nothing_accepted_at_all():
     arm.name: _summary(_LOW, 0.0, None if arm.clean else np.nan) for arm in part.arms
   }
   text = report.comparison(part, summaries)
-  assert "told apart neither" in text
+  assert "different neither" in text
   assert "Wrong sources: they gave 25% of all micro-gradients.\n" in text
 
 
