@@ -51,6 +51,11 @@ _PAGES = {
   "examples/cifar100_resnet18/README.md": "experiments.md",
   "examples/cifar100_resnet18/RESULTS.md": "results.md",
 }
+_TABLES = _ROOT / "examples" / "cifar100_resnet18" / "results"
+_PAGES |= {
+  path.relative_to(_ROOT).as_posix(): "tables.md"
+  for path in [_TABLES, *_TABLES.glob("*.md")]
+}
 
 
 def _relink(text, folder):
