@@ -58,8 +58,9 @@ class ByteTrainer(Trainer):
 
     return self._cached("init", lambda: jax.jit(init), np.int32(seed))
 
-  def empty_trace(self, part: Part) -> Trace:
+  def empty_trace(self, part: Part, arm: Arm) -> Trace:
     """A trace of a part's steps, of all seeds, before the first."""
+    del arm  # All have the same.
     empty = np.zeros((part.seeds, part.steps, part.num_microbatches), np.float32)
     return Trace(empty.copy(), empty.copy(), empty.astype(bool), empty)
 
@@ -87,9 +88,9 @@ class ByteTrainer(Trainer):
     make = lambda: jax.jit(self._loss)
     return (float(self._cached("evaluate", make, learner.params, inputs, targets)),)
 
-  def row(self, trace: Trace, measured: tuple[float]) -> dict:
+  def row(self, trace: Trace, since: int, measured: tuple[float]) -> dict:
     """What a line of the metrics file says of the steps since the line before."""
-    (loss,) = measured
+    (loss,), trace = measured, jax.tree.map(lambda x: x[since:], trace)
     return {
       "validation_loss": loss,
       "train_loss": float(trace.loss.mean()),

@@ -12,7 +12,9 @@ from data import Dataset
 from plan import Part
 
 # One stream of random numbers for each purpose; the values only have to differ.
-_NOISE, _ORDER, _SOURCES, _CONTROL, _AUGMENT, _WRONG_LABELS = range(6)
+_NOISE, _ORDER, _SOURCES, _CONTROL, _AUGMENT, _WRONG_LABELS, _CLASSES = range(7)
+# How many classes a source has of its own, where sources are skewed.
+_OWN_CLASSES = 3
 # Pixels that a crop moves by, at most, as usual for CIFAR.
 _SHIFT = 4
 
@@ -37,13 +39,14 @@ class Schedule:
 
   Attributes:
     labels: int32 `[n]`, the training labels with their noise.
+    mislabeled: bool `[n]`, which of them are not the dataset's.
     wrong: bool `[steps, k]`, which microbatches come from wrong sources.
     control_key: numbers that the controls' choices come from.
   """
 
   def __init__(self, part: Part, dataset: Dataset, base: np.ndarray, seed: int):
     """Args: `base` are the training labels int32 `[n]` before any flipping."""
-    self._part, self._seed = part, seed
+    self._part, self._seed, self._base = part, seed, dataset.train_labels
     self._num_classes = dataset.num_classes
     self.control_key = (seed, _CONTROL)
     self._epochs: dict[int, np.ndarray] = {}
@@ -52,26 +55,27 @@ class Schedule:
       self.labels = rng.integers(dataset.num_classes, size=len(base), dtype=np.int32)
     else:
       self.labels = labels_lib.flip(base, part.label_noise, dataset.num_classes, rng)
-    self.wrong = labels_lib.draw_wrong_sources(
-      part.steps, part.num_microbatches, part.wrong_sources, _rng(seed, _SOURCES)
+    self.mislabeled = self.labels != self._base
+    draws, k = 1 if part.persistent else part.steps, part.num_microbatches
+    wrong = labels_lib.draw_wrong_sources(
+      draws, k, part.wrong_sources, _rng(seed, _SOURCES)
     )
+    self.wrong = np.broadcast_to(wrong, (part.steps, k))
+    if part.skew:
+      self._own = [self._own_rows(base, source) for source in range(k)]
     if part.balanced:
       self._classes = _classes(base, dataset.num_classes, part)
 
   def batches(self, start: int, stop: int, clean: bool) -> Batches:
     """What the steps from `start` to before `stop` see; `clean`: nothing is wrong.
 
-    Without `balanced`, the images come in a new random order each time all have been
-    seen; with it, each step draws anew from each class, of labels before flipping.
+    Without `balanced` and `skew`, the images come in a new random order each time all
+    have been seen; with them, each step draws anew, by the labels before flipping.
     """
-    part, steps = self._part, range(start, stop)
-    if part.balanced:
-      indices = np.stack([self._balanced(step) for step in steps])
-    else:
-      indices = self._in_epochs(start, stop)
+    part, steps, indices = self._part, range(start, stop), self._indices(start, stop)
     labels, wrong = self.labels[indices], self.wrong[start:stop]
     if clean:
-      wrong = np.zeros_like(wrong)
+      labels, wrong = self._base[indices], np.zeros_like(wrong)
     if part.wrong_kind == "shifted-labels":
       labels = labels_lib.shift(labels, wrong, self._num_classes)
     if part.wrong_kind == "random-labels" and wrong.any():
@@ -83,6 +87,21 @@ class Schedule:
     return Batches(
       np.arange(start, stop, dtype=np.int32), indices, labels, wrong, crops
     )
+
+  def wrong_examples(self) -> np.ndarray:
+    """Bool `[steps, k, b]`, what is mislabeled or from a wrong source."""
+    part = self._part
+    found = np.zeros((part.steps, *self._shape), bool)
+    if self.mislabeled.any():
+      found |= self.mislabeled[self._indices(0, part.steps)]
+    return found | self.wrong[..., None]
+
+  def _indices(self, start, stop):
+    if self._part.balanced:
+      return np.stack([self._balanced(step) for step in range(start, stop)])
+    if self._part.skew:
+      return np.stack([self._skewed(step) for step in range(start, stop)])
+    return self._in_epochs(start, stop)
 
   def _in_epochs(self, start, stop):
     n, (k, b) = len(self.labels), self._shape
@@ -106,6 +125,18 @@ class Schedule:
     each = b // self._num_classes
     drawn = [rng.choice(rows, k * each, replace=False) for rows in self._classes]
     return np.concatenate([rows.reshape(k, each) for rows in drawn], axis=1)
+
+  def _own_rows(self, labels, source):
+    rng = _rng(self._seed, _CLASSES, source)
+    classes = rng.choice(self._num_classes, _OWN_CLASSES, replace=False)
+    return np.flatnonzero(np.isin(labels, classes)).astype(np.int32)
+
+  def _skewed(self, step):
+    """Indices `[k, b]`, of which about the share `skew` is from a source's classes."""
+    rng = _rng(self._seed, _ORDER, step)
+    drawn = rng.integers(len(self.labels), size=self._shape, dtype=np.int32)
+    own = np.stack([rng.choice(rows, self._shape[1]) for rows in self._own])
+    return np.where(rng.random(self._shape) < self._part.skew, own, drawn)
 
   def _drawn(self, purpose, step):
     rng = _rng(self._seed, purpose, step)

@@ -15,8 +15,12 @@ _MARKERS = {
   "plain": ("black", "o", "plain mean"),
   "choice": ("#0072B2", "s", "random choice"),
   "steps": ("#D55E00", "D", "random steps"),
+  "loss": ("#009E73", "^", "smallest loss"),
 }
 _MEASURES = ("best", "final")
+_WRONG = "#D55E00"
+_MEMORY_STEPS = (10, 100, 1_000)
+_EXAMPLES_STEP = 200
 
 
 def draw(path: pathlib.Path, figure, results, rows) -> None:
@@ -29,7 +33,11 @@ def draw(path: pathlib.Path, figure, results, rows) -> None:
 
 
 def draw_part(path: pathlib.Path, experiment, rows) -> None:
-  """Writes `PART_accuracy.png`, `PART_distance.png` and `PART_accept_rate.png`."""
+  """Writes `PART_accuracy.png`, `PART_distance.png` and `PART_accept_rate.png`.
+
+  Where sources are compared by their memory, also `PART_memory.png`, and where single
+  examples are compared and some are mislabeled, `PART_examples.png`.
+  """
   part = experiment.part
   png = lambda kind: path / f"{part.name}_{kind}.png"
   note = plots.spread_note(part)
@@ -47,6 +55,11 @@ def draw_part(path: pathlib.Path, experiment, rows) -> None:
       _band(axes, rows, part, arm, "accept_rate")
   plots.save(drawn, axes, png("accept_rate"))
   _distance(png("distance"), part, experiment.traces)
+  if remembering := [arm for arm in part.arms if arm.is_gaf and arm.memory_decay]:
+    _memory(png("memory"), experiment, remembering[-1])
+  comparing = [arm for arm in part.arms if arm.is_gaf and arm.by_example]
+  if comparing and experiment.schedules[0].mislabeled.any():
+    _examples(png("examples"), experiment, comparing[-1])
 
 
 def _single(part, what, ylabel):
@@ -107,6 +120,82 @@ def _distance(path, part, traces):
     _rolling(together, part, distance, width, arm.label, style)
   plots.orthogonal(together)
   plots.save(drawn, together, path)
+
+
+def _memory(path, experiment, arm):
+  """The mean cosines of seed 0 at some steps, wrong sources last."""
+  part, trace = experiment.part, experiment.traces[arm.name]
+  wrong = experiment.schedules[0].wrong[0] & (part.wrong_sources > 0)
+  order = np.argsort(wrong, kind="stable")
+  steps = [step for step in _MEMORY_STEPS if step <= part.steps] or [part.steps]
+  drawn = Figure(figsize=(1 + 3.4 * len(steps), 4.6), dpi=110, layout="constrained")
+  axes = drawn.subplots(1, len(steps), squeeze=False)[0]
+  shown = [trace.memory[0, step - 1][np.ix_(order, order)] for step in steps]
+  off_diagonal = [np.abs(one[~np.eye(len(one), dtype=bool)]).max() for one in shown]
+  for ax, step, cosines, largest in zip(axes, steps, shown, off_diagonal):
+    # Each has a scale of its own, since cosines shrink as training goes on.
+    limit = max(float(largest), 1e-3)
+    colors = np.where(np.eye(len(cosines), dtype=bool), np.nan, cosines)
+    image = ax.imshow(colors.astype(float), cmap="RdBu", vmin=-limit, vmax=limit)
+    accepted = trace.accepted[0, step - 1][order]
+    names = [f"{source + 1}" + " wrong" * bool(wrong[source]) for source in order]
+    marked = [f"{name} {'+' if kept else '-'}" for name, kept in zip(names, accepted)]
+    ax.set_yticks(range(len(names)), marked, fontsize=8)
+    ax.set_xticks(range(len(names)), [f"{source + 1}" for source in order], fontsize=8)
+    for tick, source in zip(ax.get_yticklabels(), order):
+      tick.set_color(_WRONG if wrong[source] else "black")
+    ax.set_title(f"after {step:,} steps", fontsize=9)
+    drawn.colorbar(image, ax=ax, location="bottom", shrink=0.85)
+  drawn.suptitle(
+    f"Memory: mean cosine between sources, seed 0; + accepted, - not ({arm.label})\n"
+    f"{part.title}",
+    fontsize=10,
+  )
+  plots.write(drawn, path)
+
+
+def _examples(path, experiment, arm):
+  """The cosines of one batch of seed 0, by label, and what GAF makes of them."""
+  part, schedule = experiment.part, experiment.schedules[0]
+  step = min(_EXAMPLES_STEP, part.steps - 1)
+  learner = experiment.learner_at(arm, 0, step)
+  batches = schedule.batches(step, step + 1, clean=False)
+  cosines = experiment.trainer.cosines(learner, batches)
+  labels = batches.labels.ravel()
+  wrong = schedule.mislabeled[batches.indices.ravel()]
+  accepted = experiment.traces[arm.name].accepted[0, step]
+  order = np.lexsort((wrong, labels))
+  drawn = Figure(figsize=(9, 8.6), dpi=110, layout="constrained")
+  ax, below = drawn.subplots(2, 1, height_ratios=[24, 1], sharex=True)
+  image = ax.imshow(cosines[np.ix_(order, order)], cmap="RdBu", vmin=-1, vmax=1)
+  first = [int(np.argmax(labels[order] == c)) for c in np.unique(labels)]
+  for place in first[1:]:
+    ax.axhline(place - 0.5, color="black", linewidth=0.5)
+    ax.axvline(place - 0.5, color="black", linewidth=0.5)
+  middles = [(a + b - 1) / 2 for a, b in zip(first, [*first[1:], len(labels)])]
+  ax.set_yticks(middles, [f"{c}" for c in np.unique(labels)])
+  ax.set_ylabel("label as trained on")
+  ax.set_xticks([])
+  places = np.arange(len(labels))
+  marks = ((wrong, _WRONG, "mislabeled"), (accepted, "black", "accepted"))
+  for row, (chosen, color, _) in enumerate(marks):
+    below.eventplot(
+      places[chosen[order]], lineoffsets=-row, linelengths=0.7, color=color
+    )
+  below.set_yticks([0, -1], [name for *_, name in marks], fontsize=8)
+  below.set_xticks([])
+  below.set_xlabel(arm.label, fontsize=8)
+  for side in below.spines.values():
+    side.set_visible(False)
+  ax.set_xlim(-0.5, len(labels) - 0.5)
+  ax.set_ylim(len(labels) - 0.5, -0.5)
+  drawn.colorbar(image, ax=ax, shrink=0.6, label="cosine of last-layer gradients")
+  drawn.suptitle(
+    f"The {len(labels)} examples of one batch by label, the mislabeled ones of each"
+    f" label last; seed 0, after {step} steps\n{part.title}",
+    fontsize=10,
+  )
+  plots.write(drawn, path)
 
 
 def _figure(size, figure, note, *shape, dpi=110, **shared):

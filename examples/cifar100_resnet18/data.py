@@ -15,7 +15,10 @@ from common.command import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """Images as they are stored, and how to make network inputs of them."""
+  """Images as they are stored, and how to make network inputs of them.
+
+  Images of features are float32 (`features.of_patches`).
+  """
 
   train_images: np.ndarray  # uint8 `[n, height, width, channels]`
   train_labels: np.ndarray  # int32 `[n]`, in `[0, num_classes)`

@@ -9,11 +9,11 @@ from collections.abc import Callable
 
 import optimizers as optimizers_lib
 import plan
-from common.arms import CLEAN, PLAIN, gaf_arms
+from common.arms import CLEAN, PLAIN, RIGHT, gaf_arms
 from common.command import UserError
 from plan import Part
 
-DIGITS, CIFAR10, CIFAR100 = "digits", "cifar10", "cifar100"
+DIGITS, PATCHES, CIFAR10, CIFAR100 = "digits", "patches", "cifar10", "cifar100"
 _FLIPPED = 0.4
 
 
@@ -31,6 +31,9 @@ class Setting:
   sizes: tuple[int, ...]  # Of microbatches, from small to large
   learning_rates: dict  # By optimizer, where it is not that of `base`
   vit: dict  # Fields of `Part` for a vision transformer
+  # Fields of `Part` where single examples are compared, and shares of flipped labels.
+  examples: dict = dataclasses.field(default_factory=dict)
+  flipped: tuple[float, ...] = (0.0, _FLIPPED)
 
   def part(self, name: str, arms, **changed) -> Part:
     """A part, still without a title, of this setting but for what is given."""
@@ -47,6 +50,27 @@ SETTINGS = {
     sizes=(5, 10, 25, 50, 100),
     learning_rates={"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3, "rmsprop": 1e-3},
     vit=dict(model="vit", optimizer="adam", learning_rate=1e-3, steps=600),
+    examples=dict(microbatch_size=64, steps=2_000),
+    flipped=(0.0, 0.2, _FLIPPED, 0.6),
+  ),
+  PATCHES: Setting(
+    base=dict(
+      dataset=CIFAR10,
+      model="patches-mlp",
+      train_images=10_000,
+      microbatch_size=50,
+      steps=1_500,
+      seeds=5,
+      eval_every=50,
+    ),
+    human=dict(noisy_labels_key="worse_label"),
+    many=dict(microbatch_size=12),
+    taus=(0.97, 0.9),
+    many_taus=(0.97,),
+    sizes=(10, 25, 50, 100, 200),
+    learning_rates={"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3, "rmsprop": 1e-3},
+    vit={},
+    examples=dict(microbatch_size=128),
   ),
   CIFAR10: Setting(
     base=dict(
@@ -93,6 +117,7 @@ SETTINGS = {
     vit=dict(model="vit-l16", optimizer="adam", learning_rate=1e-4, steps=10_000),
   ),
 }
+# By data set.
 LABEL_FILES = {CIFAR10: "cifar10n_human_labels.npz", CIFAR100: "CIFAR-100_human.pt"}
 
 
@@ -244,6 +269,71 @@ def sources(setting: Setting):
   )
 
 
+def by_example(setting: Setting):
+  def arms(*shares):
+    chosen = [PLAIN, *gaf_arms(2, tau=0.97)]
+    for share in dict.fromkeys(shares):
+      chosen += gaf_arms(2, quantile=share, **plan.BY_EXAMPLE) if share < 1 else []
+    return *chosen, *gaf_arms(2, adaptive=True, **plan.BY_EXAMPLE), CLEAN
+
+  parts = [
+    setting.part(
+      f"flipped{share:g}",
+      arms(0.5, 1 - share),
+      label_noise=share,
+      **setting.examples,
+    )
+    for share in setting.flipped
+  ]
+  if "noisy_labels_key" in setting.human:
+    human = {**setting.human, **setting.examples}
+    parts.append(setting.part("human", arms(0.5, 0.6), **human))
+  return tuple(parts)
+
+
+def _persistent(setting, name, arms, number, **changed):
+  """Eight sources of which the same `number` are wrong in each step."""
+  arms = [*arms, *[RIGHT, CLEAN] * bool(number)]
+  wrong = dict(wrong_sources=number, persistent=bool(number), num_microbatches=8)
+  return setting.part(name, arms, **{**wrong, **setting.many, **changed})
+
+
+def _with_memory():
+  """One step, and all of them, with as many kept at random."""
+  return [
+    PLAIN,
+    *gaf_arms(8, ["choice"], tau=0.97, rule="most_neighbors"),
+    *gaf_arms(8, ["choice"], quantile=5 / 8, **plan.MEMORY),
+    *gaf_arms(8, ["choice"], adaptive=True, **plan.MEMORY),
+    *gaf_arms(8, [], tau=1.0, **plan.MEMORY),
+  ]
+
+
+def memory(setting: Setting):
+  return (
+    _persistent(setting, "none", _with_memory(), 0),
+    *(
+      _persistent(setting, f"{kind}{number}", _with_memory(), number, wrong_kind=kind)
+      for kind in ("shifted-labels", "random-labels", "pixels")
+      for number in (1, 2, 3)
+    ),
+  )
+
+
+def skew(setting: Setting):
+  arms = [
+    PLAIN,
+    *gaf_arms(8, [], quantile=5 / 8, **plan.MEMORY),
+    *gaf_arms(8, [], adaptive=True, **plan.MEMORY),
+    *gaf_arms(8, [], adaptive=True, **plan.BY_EXAMPLE),
+  ]
+  return tuple(
+    _persistent(setting, f"skew{share:g}_{number}", arms, number, skew=share)
+    for share in (0.3, 0.7)
+    for number in (0, 1, 2, 3)
+  )
+
+
 @dataclasses.dataclass(frozen=True)
 class Figure:
   """An experiment that has a name on the command line."""
@@ -272,4 +362,7 @@ FIGURES = {
   "num-microbatches": Figure(num_microbatches, "forest", "Number of microbatches"),
   "steering": Figure(steering, "forest", "A fixed tau or a steered one"),
   "sources": Figure(sources, "forest", "Even noise, and two of eight sources wrong"),
+  "by-example": Figure(by_example, "forest", "Single examples compared"),
+  "memory": Figure(memory, "forest", "Eight sources that persist, some always wrong"),
+  "skew": Figure(skew, "forest", "Eight sources with classes of their own"),
 }

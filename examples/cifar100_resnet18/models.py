@@ -22,7 +22,7 @@ class MLP(nn.Module):
     x = x.reshape(len(x), -1)
     for _ in range(self.depth):
       x = nn.relu(nn.Dense(self.width)(x))
-    return nn.Dense(self.num_classes)(x)
+    return nn.Dense(self.num_classes, name="head")(x)
 
 
 class _Block(nn.Module):
@@ -64,7 +64,7 @@ class ResNet(nn.Module):
       for block in range(blocks):
         stride = 2 if stage > 0 and block == 0 else 1
         x = _Block(self.width * 2**stage, stride)(x, train)
-    return nn.Dense(self.num_classes)(jnp.mean(x, axis=(1, 2)))
+    return nn.Dense(self.num_classes, name="head")(jnp.mean(x, axis=(1, 2)))
 
 
 def _convolution(width, size, stride):
@@ -114,7 +114,8 @@ class ViT(nn.Module):
       y = nn.LayerNorm(epsilon=1e-6)(x)
       y = nn.gelu(nn.Dense(4 * self.width)(y), approximate=False)
       x += nn.Dense(self.width)(y)
-    return nn.Dense(self.num_classes)(nn.LayerNorm(epsilon=1e-6)(x)[:, 0])
+    x = nn.LayerNorm(epsilon=1e-6)(x)[:, 0]
+    return nn.Dense(self.num_classes, name="head")(x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +127,8 @@ class Kind:
   longest: int = 10  # Number of steps between two looks at whether to stop, at most
   divisor: int = 1  # What a width must be a multiple of
   convolves: bool = False  # Whether most of its work is convolutions
+  normalizes: bool = False  # Whether it has BatchNorm
+  on_patches: bool = False  # Whether it takes `features.of_patches`
 
 
 def _resnet(default, small_stem):
@@ -133,12 +136,13 @@ def _resnet(default, small_stem):
     blocks = default if depth is None else (depth,) * 4
     return ResNet(num_classes, blocks=blocks, small_stem=small_stem, **kwargs)
 
-  return Kind(build, convolves=True)
+  return Kind(build, convolves=True, normalizes=True)
 
 
 _R18, _R34 = (2, 2, 2, 2), (3, 4, 6, 3)
 KINDS = {
   "mlp": Kind(MLP, longest=100),
+  "patches-mlp": Kind(functools.partial(MLP, depth=1), longest=100, on_patches=True),
   "resnet18": _resnet(_R18, small_stem=False),
   "resnet34": _resnet(_R34, small_stem=False),
   "resnet18-cifar": _resnet(_R18, small_stem=True),

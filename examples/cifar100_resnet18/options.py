@@ -7,7 +7,7 @@ import models
 import optimizers
 import plan
 from common import command
-from common.arms import CLEAN, PLAIN, SOFT_RULES, Arm, gaf_arms
+from common.arms import CLEAN, FREE_OF_TAU, PLAIN, SOFT_RULES, Arm, gaf_arms
 from common.command import COUNT, INDEX
 from plan import Part
 
@@ -16,6 +16,12 @@ SIZE = ("steps", "seeds", "eval_every")
 _OF_PART = [name for name in command.options_of(Part) if name not in SIZE]
 _OF_ARM = command.options_of(Arm)
 _DEFAULT_TAU = 0.97
+# What takes the place of a number, by the name of its option.
+_THRESHOLDS = {
+  "target": "target-accept-rate",
+  "quantile": "tau-quantile",
+  "adaptive": "adaptive-tau",
+}
 
 
 def _address(text):
@@ -57,7 +63,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     description=(
       "Plain averaging, GAF and its random controls side by side on the same"
       " microbatches. Without options of the experiment it runs the main job on"
-      " scikit-learn's digits: label noise, then wrong sources."
+      " scikit-learn's digits: label noise, wrong sources, and nothing wrong."
     ),
   )
   shape = parser.add_argument_group("experiment (any of these replaces the main job)")
@@ -95,8 +101,11 @@ def _wrong_together(options) -> str | None:
   k, taus = _num_microbatches(options), options.tau or ()
   model = options.model or _default_model(options.dataset)
   cifar = None if _is_digits(options.dataset) else options.dataset
-  soft = not options.softness or (options.rule or "sequential") in SOFT_RULES
+  rule = options.rule or _default_rule(options)
+  soft = not options.softness or rule in SOFT_RULES
   plateau = options.optimizer == optimizers.PLATEAU
+  free, alone = rule in FREE_OF_TAU, not models.KINDS[model].normalizes
+  free_rules = f"--rule {', '.join(FREE_OF_TAU)}"
   devices, processes, process = options.devices, options.processes, options.process_id
   cifars, soft_rules = "cifar10 or cifar100", ", ".join(SOFT_RULES)
   # Options and what each needs.
@@ -107,12 +116,30 @@ def _wrong_together(options) -> str | None:
     ("augment", cifar, f"--dataset {cifars}"),
     ("plateau_patience", plateau, f"--optimizer {optimizers.PLATEAU}"),
     ("softness", soft, f"--rule {soft_rules}"),
+    ("quantile", free, free_rules),
+    ("adaptive", free, free_rules),
+    ("persistent", options.wrong_sources, "--wrong-sources"),
+    ("by_example", alone, "a model without BatchNorm, as mlp or vit"),
     ("coordinator", processes, "--processes"),
     ("process_id", processes, "--processes"),
     ("processes", devices, "--devices"),
   ):
     if getattr(options, name) is not None and not needed:
-      return f"--{name.replace('_', '-')} goes with {said}"
+      return f"{_flag(name)} goes with {said}"
+  # Options, and others that they do not go with.
+  stateful = ("target", "anchor_decay", "memory_decay")
+  for name, others in (
+    ("by_example", (*stateful, "by_leaf", "devices")),
+    ("memory_decay", ("anchor_decay",)),
+  ):
+    for other in others:
+      if getattr(options, name) is not None and getattr(options, other) is not None:
+        return f"{_flag(name)} does not go with {_flag(other)}"
+  if models.KINDS[model].on_patches:
+    if options.augment or options.wrong_kind == "normalization":
+      return f"--model {model} takes features, which have no pixels to change"
+  if options.by_example and options.wrong_kind == "stale":
+    return "--by-example does not go with --wrong-kind stale"
   if (options.wrong_sources or 0) > k:
     return f"--wrong-sources {options.wrong_sources} is more than the {k} microbatches"
   if options.anchor_decay is not None and (options.rule or options.softness):
@@ -133,6 +160,10 @@ def _wrong_together(options) -> str | None:
   return wrong_width(model, options.width)
 
 
+def _flag(name):
+  return "--" + _THRESHOLDS.get(name, name).replace("_", "-")
+
+
 def wrong_width(model: str, width: int | None) -> str | None:
   """What is wrong with a width of a model, or None."""
   divisor = models.KINDS[model].divisor
@@ -147,6 +178,10 @@ def _is_digits(dataset):
 
 def _default_model(dataset):
   return "mlp" if _is_digits(dataset) else "resnet18"
+
+
+def _default_rule(options):
+  return "nearest_neighbors" if options.by_example else "sequential"
 
 
 def _num_microbatches(options):
@@ -178,14 +213,15 @@ def sized(part: Part, options: argparse.Namespace) -> Part:
 def parts(options: argparse.Namespace) -> tuple[Part, ...]:
   """What the options ask for."""
   if is_main_job(options):
-    return tuple(sized(part, options) for part in plan.main_job(options.quick))
+    return tuple(sized(part, options) for part in plan.main_job())
   settings = given(options, _OF_PART)
   settings["num_microbatches"] = k = _num_microbatches(options)
   settings.setdefault("model", _default_model(options.dataset))
   gaf = given(options, _OF_ARM)
+  gaf.setdefault("rule", _default_rule(options))
   taus = gaf.pop("tau", [_DEFAULT_TAU])
   arms = [PLAIN]
-  for one in [{}] if "target" in gaf else [{"tau": tau} for tau in taus]:
+  for one in [{}] if gaf.keys() & _THRESHOLDS else [{"tau": tau} for tau in taus]:
     arms += gaf_arms(k, **gaf, **one)
   if settings.get("wrong_sources"):
     arms.append(CLEAN)

@@ -79,38 +79,63 @@ class Part(arms_lib.Part):
     False,
     "equally many images of each class in a microbatch, drawn anew in each step",
     True,
+    rivals="order",
+  )
+  skew: float = option(
+    0.0,
+    "share of each source's images that come from three classes of its own",
+    SHARE,
+    metavar="SHARE",
+    rivals="order",
   )
   devices: int | None = option(
     None, "that share the microbatches of each step; on a CPU virtual ones", COUNT
   )
 
 
-def main_job(quick: bool) -> tuple[Part, Part]:
-  """The two parts that run when nothing else is asked for, before `quick` cuts them."""
-  noise_arms = [PLAIN]
-  for tau in (0.97, 0.9, 0.8):
-    noise_arms += gaf_arms(2, tau=tau)
-  noise_arms += gaf_arms(2, target=0.1)
-  source_arms = [PLAIN]
-  for rule in ("sequential", "most_neighbors"):
-    source_arms += gaf_arms(8, tau=0.9, rule=rule)
+BY_EXAMPLE = dict(by_example=True, rule="nearest_neighbors")
+MEMORY = dict(memory_decay=0.98, rule="majority")
+
+
+def main_job() -> tuple[Part, ...]:
+  """The parts that run when nothing else is asked for."""
+  eight = dict(num_microbatches=8, microbatch_size=4, seeds=5, eval_every=50)
+  adaptive = gaf_arms(8, ["choice"], adaptive=True, **MEMORY)
   return (
     Part(
       name="label_noise",
       title="Label noise spread evenly: 40 % of the training labels flipped",
       label_noise=0.4,
+      microbatch_size=64,
+      steps=1_500,
       seeds=5,
-      arms=tuple(noise_arms),
+      arms=(
+        PLAIN,
+        *gaf_arms(2, tau=0.97),
+        *gaf_arms(2, quantile=0.5, **BY_EXAMPLE),
+      ),
     ),
     Part(
       name="wrong_sources",
-      title="Some sources are wrong: 3 of 8 microbatches with shifted labels",
+      title="Some sources are always wrong: 3 of 8 with every label shifted by one",
       wrong_sources=3,
-      num_microbatches=8,
-      steps=2_000 if quick else 1_500,
-      seeds=5,
-      eval_every=50,
-      arms=(*source_arms, CLEAN),
+      persistent=True,
+      steps=1_500,
+      arms=(
+        PLAIN,
+        *gaf_arms(8, ["choice"], tau=0.9, rule="most_neighbors"),
+        *gaf_arms(8, ["choice"], tau=0.9, rule="most_neighbors", memory_decay=0.98),
+        *adaptive,
+        CLEAN,
+      ),
+      **eight,
+    ),
+    Part(
+      name="nothing_wrong",
+      title="Nothing is wrong",
+      steps=1_000,
+      arms=(PLAIN, *adaptive, *gaf_arms(8, ["choice"], adaptive=True, **BY_EXAMPLE)),
+      **eight,
     ),
   )
 
@@ -147,9 +172,12 @@ def _title(part):
     said.append(f"{part.label_noise:.0%} of the training labels flipped")
   if part.random_labels:
     said.append("random training labels")
+  if part.skew:
+    said.append(f"{part.skew:.0%} of each source's images from classes of its own")
   if part.wrong_sources:
+    always = "always " * part.persistent
     said.append(
-      f"{part.wrong_sources} of {part.num_microbatches} microbatches with"
+      f"{always}{part.wrong_sources} of {part.num_microbatches} microbatches with"
       f" {CORRUPTIONS[part.wrong_kind]}"
     )
   return said

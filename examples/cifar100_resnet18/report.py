@@ -10,6 +10,14 @@ from common.arms import CONTROLS
 from common.tables import FEWEST_SEEDS, Difference, aligned, spread, write_results
 
 _MEASURES = ("final", "best")
+# Arms that know what is wrong.
+_IDEALS = {"right": "right sources only", "clean": "nothing wrong"}
+# By control.
+NAMES = {
+  "choice": "random choice",
+  "steps": "random steps",
+  "loss": "smallest loss",
+}
 # By the signs of the significant differences to the plain mean and to chance.
 _VERDICTS = {
   (
@@ -44,8 +52,8 @@ class Summary:
   updates: np.ndarray  # Steps that changed the weights.
   # The mean cosine distance in the last tenth of the steps; NaN without any.
   late_distance: np.ndarray
-  # The share of the accepted that came from wrong sources; NaN where nothing was
-  # accepted, None where no source is wrong.
+  # The share of the accepted examples that are mislabeled or from wrong sources; NaN
+  # where nothing was accepted, None where nothing is wrong.
   from_wrong: np.ndarray | None = None
 
 
@@ -55,7 +63,7 @@ Summaries = dict[str, Summary]
 def summarize(experiment: Any, rows: list[dict]) -> Summaries:
   """By arm, what it came to in an `Experiment`; `rows` are of the metrics file."""
   part, summaries = experiment.part, {}
-  wrong = np.stack([schedule.wrong for schedule in experiment.schedules])
+  wrong = np.stack([schedule.wrong_examples() for schedule in experiment.schedules])
   curves: dict[tuple[str, int], list[float]] = {}
   for row in rows:
     if row["part"] == part.name:
@@ -64,10 +72,12 @@ def summarize(experiment: Any, rows: list[dict]) -> Summaries:
   for arm in part.arms:
     accuracy = np.array([curves[arm.name, seed] for seed in range(part.seeds)])
     trace = experiment.traces[arm.name]
-    accepted, number = trace.accepted, trace.accepted.sum(axis=(1, 2))
+    accepted = trace.accepted
     from_wrong = None
-    if part.wrong_sources and not arm.clean:
-      from_wrong = _ratio((accepted & wrong).sum(axis=(1, 2)), number)
+    if wrong.any() and not arm.clean:
+      # Of each example `[..., k, b]`, though microbatches may have been chosen.
+      each = accepted.reshape(*wrong.shape[:3], -1) & np.ones_like(wrong)
+      from_wrong = _ratio((each & wrong).sum((1, 2, 3)), each.sum((1, 2, 3)))
     late = trace.distance[:, -max(1, part.steps // 10) :]
     finite = np.isfinite(late)
     summaries[arm.name] = Summary(
@@ -152,12 +162,13 @@ def size(part) -> str:
 def results_table(part, summaries: Summaries) -> str:
   """A Markdown table with a line for each arm."""
   header = ["", "best test accuracy", "final test accuracy", "accepted"]
-  lines = [[*header, *["of these from wrong sources"] * bool(part.wrong_sources)]]
+  known = summaries["plain"].from_wrong is not None
+  lines = [[*header, *["of these wrong"] * known]]
   for arm in part.arms:
     summary = summaries[arm.name]
     line = [arm.label, spread(summary.best), spread(summary.final)]
     line.append(f"{summary.accepted.mean():.2f}")
-    lines.append(line + [_share(summary.from_wrong)] * bool(part.wrong_sources))
+    lines.append(line + [_share(summary.from_wrong)] * known)
   return aligned(lines)
 
 
@@ -178,8 +189,9 @@ def differences(part, arm, summaries: Summaries, measure: str):
 def comparison(part, summaries: Summaries) -> str:
   """A Markdown table of paired differences and what they allow to conclude."""
   arms = [arm for arm in part.arms if arm.is_gaf]
-  kinds = list(part.controls(arms[0].name))
-  names = ["plain", *(f"random {kind}" for kind in kinds)]
+  used = {arm.control for arm in part.arms}
+  kinds = [kind for kind in CONTROLS if kind in used]
+  names = ["plain", *map(NAMES.get, kinds)]
   header = [f"{measure}, against {name}" for measure in _MEASURES for name in names]
   lines = [[arm.label] for arm in arms]
   paragraphs = []
@@ -187,12 +199,13 @@ def comparison(part, summaries: Summaries) -> str:
     found = {}
     for arm, line in zip(arms, lines):
       plain, controls = differences(part, arm, summaries, measure)
-      line += map(str, (plain, *controls.values()))
-      found[arm.label] = plain, list(controls.values())
+      line += [str(plain), *(str(controls.get(kind, "")) for kind in kinds)]
+      chance = [one for kind, one in controls.items() if kind != "loss"]
+      found[arm.label] = plain, chance
     paragraphs.append(conclusion(measure, part.seeds, found))
   if part.wrong_sources:
     paragraphs.append(_sources(part, summaries))
-  number = len(header) * len(lines)
+  number = sum(bool(cell) for line in lines for cell in line[1:])
   if part.seeds >= FEWEST_SEEDS:
     paragraphs.append(
       f"A 95 % interval excludes zero by chance in 5 % of cases, so expect"
@@ -206,26 +219,38 @@ def overview(measure: str, results: list[tuple[Any, Summaries]]) -> str:
   """A Markdown table of 'final' or 'best', a line for each GAF arm of all parts."""
   used = {arm.control for part, _ in results for arm in part.arms}
   kinds = [kind for kind in CONTROLS if kind in used]
-  sourced = any(part.wrong_sources for part, _ in results)
-  header = ["", "accepted", *["of these wrong"] * sourced, "plain mean", "GAF"]
-  header += [f"GAF - {name}" for name in ("plain", *(f"random {k}" for k in kinds))]
+  known = any(summaries["plain"].from_wrong is not None for _, summaries in results)
+  header = ["", "accepted", *["of these wrong"] * known, "plain mean", "GAF"]
+  header += [f"GAF - {name}" for name in ("plain", *map(NAMES.get, kinds))]
+  ideals = [name for name in ("right", "clean") if _anywhere(name, results)]
+  header += [f"GAF - {_IDEALS[name]}" for name in ideals]
   lines = [header]
   for part, summaries in results:
     said = f"**{part.title}**"
-    if "clean" in summaries:
-      clean = getattr(summaries["clean"], measure).mean()
-      said += f"; with nothing wrong {clean:.3f}"
+    for name in ideals:
+      if name in summaries:
+        said += f"; {_IDEALS[name]} {spread(getattr(summaries[name], measure))}"
     title = {"": said, "plain mean": spread(getattr(summaries["plain"], measure))}
     lines.append([title.get(name, "") for name in header])
     for arm in filter(lambda arm: arm.is_gaf, part.arms):
       summary = summaries[arm.name]
       plain, controls = differences(part, arm, summaries, measure)
       line = [arm.label, f"{summary.accepted.mean():.2f}"]
-      line += [_share(summary.from_wrong)] * sourced
+      line += [_share(summary.from_wrong)] * known
       line += ["", spread(getattr(summary, measure)), plain.marked]
       line += [controls[kind].marked if kind in controls else "" for kind in kinds]
+      for name in ideals:
+        ours, theirs = summary, summaries.get(name)
+        line.append("")
+        if theirs is not None:
+          gap = Difference.of(getattr(ours, measure), getattr(theirs, measure))
+          line[-1] = gap.marked
       lines.append(line)
   return aligned(lines)
+
+
+def _anywhere(name, results):
+  return any(name in summaries for _, summaries in results)
 
 
 def conclusion(
@@ -271,6 +296,8 @@ def _sources(part, summaries):
   """The sentence on what was accepted, and on how much of the harm remains."""
   words = {1: "above", 0: "no different from", -1: "below"}
   share = part.wrong_sources / part.num_microbatches
+  if "clean" not in summaries:
+    return f"Wrong sources: they gave {share:.0%} of all micro-gradients."
   found = [f"Wrong sources: they gave {share:.0%} of all micro-gradients"]
   for arm in filter(lambda arm: arm.is_gaf, part.arms):
     ours = summaries[arm.name]

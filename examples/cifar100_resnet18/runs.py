@@ -6,7 +6,9 @@ import sys
 from collections.abc import Callable, Sequence
 
 import data
+import features
 import labels
+import models
 import training
 from batches import Schedule
 from common import devices
@@ -16,13 +18,19 @@ from plan import Part
 
 
 def experiment(
-  part: Part, dataset: data.Dataset, team: devices.Team | None = None
+  part: Part,
+  dataset: data.Dataset,
+  team: devices.Team | None = None,
+  made: dict | None = None,
 ) -> Experiment:
-  """One part, with as much of the data as it asks for."""
-  base = dataset.train_labels
+  """One part, with as much of the data as it asks for.
+
+  `made` keeps features, by dataset and number of images, for parts that share them.
+  """
+  base = right = dataset.train_labels
   if part.noisy_labels:
     base = labels.from_file(
-      part.noisy_labels, part.noisy_labels_key, base, dataset.num_classes
+      part.noisy_labels, part.noisy_labels_key, right, dataset.num_classes
     )
   rows = part.train_images or len(base)
   if rows > len(base):
@@ -34,8 +42,13 @@ def experiment(
     )
   base = base[:rows]
   dataset = dataclasses.replace(
-    dataset, train_images=dataset.train_images[:rows], train_labels=base
+    dataset, train_images=dataset.train_images[:rows], train_labels=right[:rows]
   )
+  if models.KINDS[part.model].on_patches:
+    made, key = {} if made is None else made, (part.dataset, rows)
+    if key not in made:
+      made[key] = features.of_patches(dataset)
+    dataset = made[key]
   schedules = [Schedule(part, dataset, base, seed) for seed in range(part.seeds)]
   trainer = training.Trainer(part, dataset, team.mesh if team else None)
   return Experiment(part, schedules, trainer, team)
@@ -55,13 +68,13 @@ def run(
     dataset: data.load(dataset, options.data_dir, options.download)
     for dataset in sorted({part.dataset for part in parts})
   }
-  team = devices.join(options)
+  team, made = devices.join(options), {}
   if team.first:
     for dataset in datasets.values():
       for note in dataset.notes:
         print(f"{prog}: note: {note}", file=sys.stderr)
   experiments = team.together(
-    lambda: [experiment(part, datasets[part.dataset], team) for part in parts]
+    lambda: [experiment(part, datasets[part.dataset], team, made) for part in parts]
   )
   team.check_same([(parts, one.schedules[0].labels.tobytes()) for one in experiments])
   return run_all(prog, options, name, experiments, received, finish)

@@ -1,5 +1,6 @@
 """Training: one compiled stretch of steps, and the accuracy after it."""
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -15,18 +16,24 @@ import models
 import optimizers
 from batches import Batches, cropped
 from common import experiment
-from common.arms import RULES, SOFT_RULES, Arm, Chosen, already_decided, relative
+from common.arms import (
+  RULES,
+  SOFT_RULES,
+  Arm,
+  Chosen,
+  already_decided,
+  relative,
+  smallest_loss,
+)
 from common.devices import AXIS
 from data import Dataset
 from plan import Part
 
 _EVALUATION_BATCH = 500
+# The name of what gives the classes' outputs in every model.
+_LAST_LAYER = "head"
 # Steps after which a source with stale parameters takes up the newest.
 _STALE_STEPS = 100
-
-
-# What is taken from the state of GAF as it is.
-_COUNTERS = ("threshold", "accept_rate", "skipped_steps", "nonfinite")
 
 
 class Learner(NamedTuple):
@@ -34,22 +41,26 @@ class Learner(NamedTuple):
 
   params: Any  # Of the model
   batch_stats: Any  # BatchNorm's running statistics, empty without BatchNorm
-  opt_state: Any  # Of the optimizer, GAF's within it
+  opt_state: Any  # Of the optimizer, with GAF's unless single examples are compared
   plateau: Any = None  # Of `optax.contrib.reduce_on_plateau`; None without it
   stale: Any = None  # Older parameters, where some sources have those; else None
 
 
 class Trace(NamedTuple):
-  """What happened at each step; arrays with the steps in front."""
+  """What happened at each step; arrays with the steps in front.
+
+  k is the number of microbatches, or of examples where those are compared.
+  """
 
   loss: Any  # Float32, the mean over all microbatches, accepted or not
   distance: Any  # Float32, mean cosine distance; NaN where nothing was compared
-  threshold: Any  # Float32, tau
-  accept_rate: Any  # Float32, the accepted share since the first step
-  skipped_steps: Any  # Int32, since the first step
-  nonfinite: Any  # Int32, since the first step
+  # Float32, tau; the largest accepted distance where examples are compared, NaN where
+  # none was.
+  threshold: Any
+  nonfinite: Any  # Int32, how many micro-gradients
   accepted: Any  # bool `[k]`
   weights: Any  # float32 `[k]`, of the micro-gradients in the mean; the largest is 1
+  memory: Any  # float16 `[k, k]`, mean cosines of all steps; None without memory
 
 
 class Trainer(experiment.Trainer):
@@ -83,7 +94,10 @@ class Trainer(experiment.Trainer):
     params, batch_stats = self._cached(
       "init", lambda: jax.jit(self._init), np.int32(seed)
     )
-    transformation = self._transformation(arm, arm.tau, None)
+    if arm.by_example:
+      transformation = self._optimizer_by_example()
+    else:
+      transformation = self._transformation(arm, arm.tau, None)
     plateau = stale = None
     if self._part.optimizer == optimizers.PLATEAU:
       plateau = self._plateau.init(params)
@@ -95,25 +109,37 @@ class Trainer(experiment.Trainer):
     """The learner on all devices of the mesh, the same on each."""
     return learner if self._mesh is None else self._placed(learner, P())
 
-  def empty_trace(self, part: Part) -> Trace:
+  def empty_trace(self, part: Part, arm: Arm) -> Trace:
     """A trace of a part's steps, of all seeds, before the first."""
-    shape = (part.seeds, part.steps)
+    shape, k = (part.seeds, part.steps), part.num_microbatches
+    if arm.by_example:
+      k *= part.microbatch_size
     nan = lambda: np.full(shape, np.nan, np.float32)
-    zero = lambda: np.zeros(shape, np.int32)
-    accepted = np.zeros((*shape, part.num_microbatches), bool)
-    weights = np.zeros(accepted.shape, np.float32)
-    return Trace(nan(), nan(), nan(), nan(), zero(), zero(), accepted, weights)
+    accepted, weights = np.zeros((*shape, k), bool), np.zeros((*shape, k), np.float32)
+    memory = None
+    if _has_memory(arm):
+      memory = np.zeros((*shape, k, k), np.float16)
+    nonfinite = np.zeros(shape, np.int32)
+    return Trace(nan(), nan(), nan(), nonfinite, accepted, weights, memory)
 
-  def row(self, trace: Trace, measured: tuple[float, float]) -> dict[str, Any]:
-    """What a line of the metrics file says of the steps since the line before."""
+  def row(
+    self, trace: Trace, since: int, measured: tuple[float, float]
+  ) -> dict[str, Any]:
+    """What a line of the metrics file says.
+
+    Loss and distance are those of the steps since the line before, counts those of all.
+    """
     accuracy, loss = measured
-    distances = trace.distance[np.isfinite(trace.distance)]
+    distances = trace.distance[since:][np.isfinite(trace.distance[since:])]
     return {
-      "train_loss": float(trace.loss.mean()),
+      "train_loss": float(trace.loss[since:].mean()),
       "test_loss": loss,
       "test_accuracy": accuracy,
       "cosine_distance": float(distances.mean()) if len(distances) else float("nan"),
-      **{name: getattr(trace, name)[-1].item() for name in _COUNTERS},
+      "threshold": float(trace.threshold[-1]),
+      "accept_rate": float(trace.accepted.mean()),
+      "skipped_steps": int(np.sum(~trace.accepted.any(axis=1))),
+      "nonfinite": int(trace.nonfinite.sum()),
     }
 
   def advance(
@@ -143,7 +169,8 @@ class Trainer(experiment.Trainer):
       seen = batches, self._placed(chosen, P())
 
     def take(learner, tau, images, seen):
-      step = functools.partial(self._step, arm, tau, images)
+      take_one = self._step_by_example if arm.by_example else self._step
+      step = functools.partial(take_one, arm, tau, images)
       return jax.lax.scan(step, learner, seen) if self._looped else step(learner, seen)
 
     return self._cached(
@@ -208,25 +235,33 @@ class Trainer(experiment.Trainer):
 
   def _transformation(self, arm, tau, chosen):
     part = self._part
-    inner = optimizers.make(part.optimizer, part.learning_rate, part.weight_decay)
-    softness = {"softness": arm.softness} if arm.rule in SOFT_RULES else {}
-    anchor_decay = arm.anchor_decay
-    rule = RULES[arm.rule](**softness) if anchor_decay is None else None
-    if arm.target is not None:
-      tau = gaf_optax.target_accept_rate(arm.target)
+    anchor_decay, memory_decay = arm.anchor_decay, arm.memory_decay
+    rule, tau = _rule_and_tau(arm, tau)
     if not arm.decides_itself:
-      rule, anchor_decay, tau = already_decided(chosen), None, 2.0
+      rule, anchor_decay, memory_decay = already_decided(chosen), None, None
+      tau = 2.0
     elif arm.imitates is not None:
       rule = _shuffled(rule)
     return gaf_optax.apply_if_agreed(
-      inner,
+      self._optimizer(),
       tau,
       rule=rule,
       anchor_decay=anchor_decay,
+      memory_decay=memory_decay,
       groups="leaf" if arm.by_leaf and arm.decides_itself else None,
       num_microbatches=part.num_microbatches,
       axis_name=None if self._mesh is None else AXIS,
       stacked=True,
+    )
+
+  def _optimizer(self):
+    part = self._part
+    return optimizers.make(part.optimizer, part.learning_rate, part.weight_decay)
+
+  def _optimizer_by_example(self):
+    """One that takes `agreed`, and does nothing where that is False."""
+    return optax.conditionally_transform(
+      self._optimizer(), lambda step, agreed: agreed, forward_extra_args=True
     )
 
   def _init(self, seed):
@@ -258,17 +293,24 @@ class Trainer(experiment.Trainer):
     )
     found = micro_gradients(params, learner.batch_stats, x, batch.labels)
     (losses, stats), grads = found
+    if arm.control == "loss":
+      chosen = smallest_loss(losses, jnp.sum(chosen.accepted))
     transformation = self._transformation(arm, tau, chosen)
     updates, opt_state = transformation.update(grads, learner.opt_state, learner.params)
     if learner.plateau is not None:
       updates = optax.tree.scale(learner.plateau.scale, updates)
     state = opt_state.gaf_state
+    memory = None
+    if _has_memory(arm):
+      memory = jnp.mean(state.memory.mean, axis=0).astype(jnp.float16)
     trace = Trace(
       loss=self._mean(losses),
       distance=state.mean_distance,
+      threshold=state.threshold,
+      nonfinite=state.nonfinite - learner.opt_state.gaf_state.nonfinite,
       accepted=state.accepted,
       weights=relative(state.weights),
-      **{name: getattr(state, name) for name in _COUNTERS},
+      memory=memory,
     )
     learner = Learner(
       optax.apply_updates(learner.params, updates),
@@ -278,6 +320,83 @@ class Trainer(experiment.Trainer):
       stale,
     )
     return learner, trace
+
+  def _step_by_example(self, arm, tau, images, learner, seen):
+    """A step in which single examples are compared, by the last layer."""
+    batch, chosen = seen
+    alone = lambda x: x.reshape(-1, *x.shape[2:])
+    x, y = alone(self._seen(batch, images)), alone(batch.labels)
+    params = learner.params
+    if arm.decides_itself:
+      rule, tau = _rule_and_tau(arm, tau)
+      differentiate = gaf_optax.value_and_grad(
+        self._loss, len(y), tau, rule=rule, compare=_in_last_layer
+      )
+      loss, grads, found = differentiate(params, x, y)
+      agreed, accepted, weights = found.agreed, found.accepted, found.weights
+      distances, nonfinite = found.distances, found.nonfinite
+    else:
+
+      def weighted(params):
+        losses = jax.vmap(self._loss, (None, 0, 0))(params, x[:, None], y[:, None])
+        kept = chosen
+        if arm.control == "loss":
+          kept = smallest_loss(losses, jnp.sum(chosen.accepted))
+        weights = kept.weights / jnp.maximum(jnp.sum(kept.weights), 1e-30)
+        total = jnp.sum(jax.lax.stop_gradient(weights) * losses)
+        return total, (jnp.mean(losses), kept.accepted, weights)
+
+      grads, found = jax.grad(weighted, has_aux=True)(params)
+      loss, accepted, weights = found
+      agreed, nonfinite = jnp.any(accepted), jnp.int32(0)
+      distances = jnp.full(len(y), jnp.nan)
+    updates, opt_state = self._optimizer_by_example().update(
+      grads, learner.opt_state, params, agreed=agreed
+    )
+    known = jnp.isfinite(distances)
+    number = jnp.sum(known)
+    mean = jnp.sum(jnp.where(known, distances, 0)) / jnp.maximum(number, 1)
+    largest = jnp.max(jnp.where(known & accepted, distances, -1))
+    trace = Trace(
+      loss=loss,
+      distance=jnp.where(number > 0, mean, jnp.nan),
+      threshold=jnp.where(largest >= 0, largest, jnp.nan),
+      nonfinite=nonfinite,
+      accepted=accepted,
+      weights=relative(weights),
+      memory=None,
+    )
+    params = optax.apply_updates(params, updates)
+    return learner._replace(params=params, opt_state=opt_state), trace
+
+  def _loss(self, params, x, y):
+    """The mean loss of a model without BatchNorm."""
+    logits = self._model.apply({"params": params}, x, train=True)
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, y))
+
+  def cosines(self, learner: Learner, batches: Batches) -> np.ndarray:
+    """The cosines `[B, B]` of the examples' last-layer gradients in the first step.
+
+    For a model without BatchNorm.
+    """
+    alone = lambda x: x[0].reshape(-1, *x.shape[3:])
+    x = self._inputs(self._images[alone(batches.indices)])
+
+    def gradient(params, x, y):
+      grads = jax.grad(self._loss)(params, x[None], y[None])[_LAST_LAYER]
+      row = jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(grads)])
+      return row / jnp.maximum(jnp.linalg.norm(row), 1e-30)
+
+    rows = jax.vmap(gradient, (None, 0, 0))
+    return np.asarray(
+      self._cached(
+        "cosines",
+        lambda: jax.jit(lambda *seen: (lambda rows: rows @ rows.T)(rows(*seen))),
+        learner.params,
+        x,
+        alone(batches.labels),
+      )
+    )
 
   def _seen(self, batch, images):
     """Network inputs `[k, b, ...]`, those of wrong sources with what is wrong."""
@@ -355,15 +474,32 @@ def _test_batches(dataset, shares):
 def _decision(arm):
   """What of an arm is compiled in; a plain tau is an argument of the program."""
   if not arm.decides_itself:
-    return "imitates"
-  return (
-    arm.rule,
-    arm.target,
-    arm.softness,
-    arm.anchor_decay,
-    arm.by_leaf,
-    arm.imitates is not None,
-  )
+    return "imitates", arm.by_example, arm.control == "loss"
+  varying = dict(name="", label="", tau=2.0, imitates=None, control=None, clean=False)
+  return dataclasses.replace(arm, **varying), arm.imitates is not None
+
+
+def _has_memory(arm):
+  return arm.memory_decay is not None and arm.decides_itself
+
+
+def _in_last_layer(path, leaf):
+  del leaf
+  return path[0].key == _LAST_LAYER
+
+
+def _rule_and_tau(arm, tau):
+  """The rule of an arm, None with an anchor, and its tau, where not a number."""
+  if arm.target is not None:
+    tau = gaf_optax.target_accept_rate(arm.target)
+  elif arm.quantile is not None:
+    tau = gaf_optax.tau_quantile(arm.quantile)
+  elif arm.adaptive:
+    tau = gaf_optax.adaptive_tau()
+  if arm.anchor_decay is not None:
+    return None, tau
+  softness = {"softness": arm.softness} if arm.rule in SOFT_RULES else {}
+  return RULES[arm.rule](**softness), tau
 
 
 def _shuffled(rule):

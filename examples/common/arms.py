@@ -26,8 +26,12 @@ RULES = {
   "leave_one_out": rules.leave_one_out,
   "most_neighbors": rules.most_neighbors,
   "min_neighbors": lambda: rules.min_neighbors(0.5),
+  "majority": lambda: rules.min_neighbors(0.501),
+  "nearest_neighbors": lambda: rules.nearest_neighbors(5),
 }
-CONTROLS = ("choice", "steps")
+# What tau_quantile and adaptive_tau work with: distances that do not depend on tau.
+FREE_OF_TAU = ("leave_one_out", "min_neighbors", "majority", "nearest_neighbors")
+CONTROLS = ("choice", "steps", "loss")
 SOFT_RULES = ("sequential", "leave_one_out", "most_neighbors")
 # The control of as many steps has them at random times within so many: as often as
 # GAF, early and late.
@@ -44,8 +48,9 @@ class Arm:
     imitates: name of the arm of which this one is a control.
     control: how it imitates: 'choice' keeps as many micro-gradients in each step,
       drawn at random; 'steps' takes as many steps with all micro-gradients, at
-      random times.
-    clean: whether this arm is spared the wrong sources.
+      random times; 'loss' keeps as many in each step, those with the smallest loss;
+      'right' keeps those of sources that are not wrong.
+    clean: whether this arm is spared the wrong sources and labels.
   """
 
   name: str
@@ -61,9 +66,25 @@ class Arm:
     flag="--target-accept-rate",
     rivals="threshold",
   )
+  quantile: float | None = option(
+    None,
+    "accept this share of each step's, those with the smallest distances",
+    SHARE,
+    metavar="SHARE",
+    flag="--tau-quantile",
+    rivals="threshold",
+  )
+  adaptive: bool = option(
+    False,
+    "read tau off each step's distances",
+    True,
+    flag="--adaptive-tau",
+    rivals="threshold",
+  )
   rule: str = option(
     "sequential",
-    "default sequential; min_neighbors asks for half of them",
+    "default sequential; min_neighbors asks for half of them, majority for more than"
+    " half, nearest_neighbors looks at 5",
     choices=tuple(RULES),
   )
   softness: float = option(
@@ -75,14 +96,21 @@ class Arm:
   anchor_decay: float | None = option(
     None, "compare with a moving average of gradients instead", DECAY, metavar="DECAY"
   )
+  memory_decay: float | None = option(
+    None, "decide by the mean cosines of all steps so far", DECAY, metavar="DECAY"
+  )
   by_leaf: bool = option(False, "filter each parameter array on its own", True)
+  by_example: bool = option(
+    False, "compare single examples by their gradients of the last layer", True
+  )
   imitates: str | None = None
   control: str | None = None
   clean: bool = False
 
   @property
   def is_gaf(self) -> bool:
-    return self.imitates is None and (self.target is not None or self.tau < 2)
+    chooses = self.target is not None or self.quantile is not None or self.adaptive
+    return self.imitates is None and (chooses or self.tau < 2)
 
   @property
   def decides_itself(self) -> bool:
@@ -96,6 +124,9 @@ class Arm:
 
 PLAIN = Arm("plain", "plain mean")
 CLEAN = Arm("clean", "plain mean, nothing wrong", clean=True)
+RIGHT = Arm(
+  "right", "plain mean, right sources only", imitates="plain", control="right"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,6 +141,9 @@ class Part:
     "how many of each step's microbatches, other ones each time, have something wrong",
     INDEX,
     metavar="N",
+  )
+  persistent: bool = option(
+    False, "the wrong sources are the same ones in each step", True
   )
   microbatch_size: int = option(10, "images; default 10", COUNT)
   num_microbatches: int = option(
@@ -134,32 +168,53 @@ def gaf_arms(
 
   Args:
     num_microbatches: of a step.
-    kinds: of the controls. By default both; but with two microbatches all rules do
-      the same, and as many micro-gradients are the same ones, so that there is only
-      the control of as many steps.
-    **settings: of the `Arm`; tau or target, rule, softness, anchor_decay, by_leaf.
+    kinds: of the controls. By default the random ones; but with two microbatches all
+      rules do the same, and as many micro-gradients are the same ones, so that there is
+      only the control of as many steps; by example random choice and smallest loss.
+    **settings: of the `Arm`; all but the last three and its names.
   """
   arm = Arm("", "", **settings)
-  if arm.target is None:
-    text, name = f"tau {arm.tau:g}", f"tau{arm.tau:g}"
-  else:
+  if arm.target is not None:
     text, name = f"steered to {arm.target:.0%}", f"target{arm.target:g}"
+  elif arm.quantile is not None:
+    text, name = f"best {100 * arm.quantile:g}%", f"quantile{arm.quantile:g}"
+  elif arm.adaptive:
+    text = name = "adaptive"
+  else:
+    text, name = f"tau {arm.tau:g}", f"tau{arm.tau:g}"
   rule = arm.rule
   if arm.anchor_decay is not None:
     rule = f"anchor {arm.anchor_decay:g}"
   elif arm.softness:
     rule = f"{rule} soft {arm.softness:g}"
+  if arm.memory_decay is not None:
+    rule += f" memory {arm.memory_decay:g}"
   if arm.by_leaf:
     rule += " by leaf"
+  if arm.by_example:
+    rule = f"by example {rule}"
   if num_microbatches > 2 or rule != "sequential":
     text = f"{rule} {text}"
   name = f"{rule.replace(' ', '_')}_{name}"
   arms = [dataclasses.replace(arm, name=name, label=f"GAF {text}")]
-  for kind in kinds or (CONTROLS if num_microbatches > 2 else ("steps",)):
-    how = "as much as" if kind == "choice" else "as many as"
-    control = dict(name=f"{name}_random_{kind}", label=f"random {kind}, {how} {text}")
+  if kinds is None:
+    kinds = ("choice", "steps") if num_microbatches > 2 else ("steps",)
+    kinds = ("choice", "loss") if arm.by_example else kinds
+  for kind in kinds:
+    what, how = _IMITATIONS[kind]
+    control = dict(
+      name=f"{name}_{what.replace(' ', '_')}", label=f"{what}, {how} {text}"
+    )
     arms.append(dataclasses.replace(arm, imitates=name, control=kind, **control))
   return arms
+
+
+# By control: its name, and how it imitates.
+_IMITATIONS = {
+  "choice": ("random choice", "as much as"),
+  "steps": ("random steps", "as many as"),
+  "loss": ("smallest loss", "as many as"),
+}
 
 
 class Chosen(NamedTuple):
@@ -179,6 +234,12 @@ def random_choice(accepted: np.ndarray, weights: np.ndarray, *key: int) -> Chose
   """
   order = np.argsort(np.random.default_rng(key).random(accepted.shape), axis=1)
   return Chosen(*(np.take_along_axis(x, order, axis=1) for x in (accepted, weights)))
+
+
+def smallest_loss(losses: jax.Array, number: jax.Array) -> Chosen:
+  """The `number` micro-gradients or examples with the smallest losses `[k]`."""
+  kept = jnp.argsort(jnp.argsort(losses)) < number
+  return Chosen(kept, kept.astype(jnp.float32))
 
 
 def random_steps(accepted: np.ndarray, *key: int) -> Chosen:

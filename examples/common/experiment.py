@@ -16,7 +16,7 @@ import numpy as np
 import tqdm
 
 from common import loggers, storage
-from common.arms import Chosen, Part, random_choice, random_steps
+from common.arms import Arm, Chosen, Part, random_choice, random_steps
 from common.command import compared
 from common.devices import Team
 
@@ -30,8 +30,9 @@ class Trainer:
 
   It has `init(arm, seed)`, a learner, of which
   `advance(arm, learner, batches, chosen)` gives the next one and a trace of the steps,
-  and `evaluate(learner)` a tuple of numbers, the loss last; `empty_trace(part)`, to be
-  filled, and `row(trace, measured)`, a line of the metrics file about some steps.
+  and `evaluate(learner)` a tuple of numbers, the loss last; `empty_trace(part, arm)`,
+  to be filled, and `row(trace, since, measured)`, a line of the metrics file about the
+  steps from `since` on of those that a trace holds.
   """
 
   longest = 100  # Number of steps between two looks at whether to stop, at most.
@@ -101,7 +102,7 @@ class Experiment:
         start = int(
           team.from_first(lambda: np.int32(checkpoints.latest_step()), np.int32(0))
         )
-        trace = self.trainer.empty_trace(part)
+        trace = self.trainer.empty_trace(part, arm)
         if start:
           trace = team.from_first(lambda: checkpoints.trace(trace), trace)
           trace = jax.tree.map(np.array, trace)
@@ -128,7 +129,8 @@ class Experiment:
       kept = jax.tree.map(lambda x: x[steps], chosen[seed])
       learner, happened = trainer.advance(arm, learners[seed], batches, kept)
       for whole, stretch in zip(trace, happened):
-        whole[seed, steps] = stretch
+        if whole is not None:
+          whole[seed, steps] = stretch
       if stop % part.eval_every and stop != part.steps:
         return learner, None
       measured = trainer.evaluate(learner)
@@ -146,8 +148,8 @@ class Experiment:
         for seed, measured in zip(seeds, results):
           if measured:
             row = {"part": part.name, "arm": arm.name, "seed": seed, "step": stop}
-            some = jax.tree.map(lambda x: x[seed, since:stop], trace)
-            run.directory.append_metrics(row | trainer.row(some, measured))
+            so_far = jax.tree.map(lambda x: x[seed, :stop], trace)
+            run.directory.append_metrics(row | trainer.row(so_far, since, measured))
         run.progress.update(stop - start)
         start = stop
         stopping = team.any(bool(run.received))
@@ -158,11 +160,25 @@ class Experiment:
         if stopping:
           raise Stopped
 
+  def learner_at(self, arm: Arm, seed: int, step: int) -> Any:
+    """The learner of an arm that decides itself, trained again up to a step."""
+    learner, start = self.trainer.init(arm, seed), 0
+    for stop in [n for n in stops(self.part, self.trainer.longest, 0) if n <= step]:
+      batches = self.schedules[seed].batches(start, stop, arm.clean)
+      learner, _ = self.trainer.advance(arm, learner, batches, None)
+      start = stop
+    return learner
+
   def _chosen(self, arm, seed) -> Chosen | None:
     """What a control keeps of all steps of a seed."""
     if arm.decides_itself:
       return None
     imitated, key = self.traces[arm.imitates], self.schedules[seed].control_key
+    if arm.control == "right":
+      right = ~self.schedules[seed].wrong
+      return Chosen(right, right.astype(np.float32))
+    if arm.control == "loss":
+      return Chosen(imitated.accepted[seed], imitated.weights[seed])
     if arm.control == "steps":
       return random_steps(imitated.accepted[seed], *key)
     return random_choice(imitated.accepted[seed], imitated.weights[seed], *key)

@@ -84,6 +84,11 @@ def save(figure: Figure, axes, path: pathlib.Path) -> None:
     fontsize=8,
     frameon=False,
   )
+  write(figure, path)
+
+
+def write(figure: Figure, path: pathlib.Path) -> None:
+  """Writes a PNG, whole or not at all."""
   partial = path.with_name(f".{path.name}.partial")
   FigureCanvasAgg(figure)
   figure.savefig(partial, format="png")

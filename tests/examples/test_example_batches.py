@@ -41,6 +41,8 @@ def _concatenated(parts):
     {"random_labels": True},
     {"wrong_sources": 1},
     {"wrong_sources": 2, "wrong_kind": "random-labels"},
+    {"wrong_sources": 2, "persistent": True},
+    {"skew": 0.5},
     {
       "balanced": True,
       "augment": True,
@@ -65,8 +67,10 @@ def test_batches_do_not_depend_on_how_they_are_asked_for(digits, options, clean)
   assert at_once.wrong.sum() == (0 if clean else 30 * part.wrong_sources)
   assert (at_once.crops is None) is not part.augment
   other = _schedule(part, digits, seed=1).batches(0, 30, clean)
-  for array, theirs in zip(at_once[1:], other[1:]):
-    if array is not None and np.any(array):
+  for name, array, theirs in zip(at_once._fields[1:], at_once[1:], other[1:]):
+    # Without noise, balanced microbatches have the same labels whatever the seed.
+    same = name == "labels" and clean and part.balanced
+    if array is not None and np.any(array) and not same:
       assert np.any(array != theirs)
 
 
@@ -85,11 +89,41 @@ def test_labels_of_wrong_sources(digits):
   clean = schedule.batches(0, 30, clean=True)
   wrong = schedule.batches(0, 30, clean=False)
   np.testing.assert_array_equal(clean.indices, wrong.indices)
-  np.testing.assert_array_equal(clean.labels, schedule.labels[clean.indices])
-  off_by_one = ((wrong.labels - clean.labels) % 10 == 1).all(axis=2)
+  np.testing.assert_array_equal(clean.labels, digits.train_labels[clean.indices])
+  noisy = schedule.labels[clean.indices]
+  off_by_one = ((wrong.labels - noisy) % 10 == 1).all(axis=2)
   np.testing.assert_array_equal(off_by_one, wrong.wrong)
+  np.testing.assert_array_equal(wrong.labels[~off_by_one], noisy[~off_by_one])
   np.testing.assert_array_equal(wrong.wrong, schedule.wrong)
-  assert np.mean(schedule.labels != digits.train_labels) == pytest.approx(0.4, abs=1e-3)
+  np.testing.assert_array_equal(
+    schedule.mislabeled, schedule.labels != digits.train_labels
+  )
+  assert np.mean(schedule.mislabeled) == pytest.approx(0.4, abs=1e-3)
+  np.testing.assert_array_equal(
+    schedule.wrong_examples(), (noisy != clean.labels) | wrong.wrong[..., None]
+  )
+
+
+def test_persistent_sources_are_wrong_in_every_step_and_others_for_each_seed(digits):
+  part = _part(wrong_sources=2, persistent=True)
+  found = [_schedule(part, digits, seed).wrong for seed in range(6)]
+  for wrong in found:
+    assert wrong.shape == (30, 4) and (wrong == wrong[0]).all()
+    assert wrong[0].sum() == 2
+  assert len({wrong[0].tobytes() for wrong in found}) > 1
+
+
+@pytest.mark.parametrize("skew", [0.3, 1.0])
+def test_skewed_sources_have_classes_of_their_own(digits, skew):
+  part = _part(skew=skew, steps=100, label_noise=0.0)
+  schedule = _schedule(part, digits)
+  labels = schedule.batches(0, 100, clean=False).labels
+  for source in range(4):
+    shares = np.bincount(labels[:, source].ravel(), minlength=10) / labels[:, 0].size
+    own = np.sort(shares)[-3:].sum()
+    # Of the others, three tenths are from these classes too; 2,000 labels, five sigma.
+    assert own == pytest.approx(skew + 0.3 * (1 - skew), abs=0.06)
+  assert len({np.bincount(labels[:, s].ravel()).tobytes() for s in range(4)}) == 4
 
 
 def test_random_labels_of_wrong_sources(digits):
@@ -98,9 +132,8 @@ def test_random_labels_of_wrong_sources(digits):
   clean = schedule.batches(0, 200, clean=True)
   wrong = schedule.batches(0, 200, clean=False)
   np.testing.assert_array_equal(clean.indices, wrong.indices)
-  np.testing.assert_array_equal(clean.labels, schedule.labels[clean.indices])
-  right = ~wrong.wrong
-  np.testing.assert_array_equal(wrong.labels[right], clean.labels[right])
+  right, noisy = ~wrong.wrong, schedule.labels[clean.indices]
+  np.testing.assert_array_equal(wrong.labels[right], noisy[right])
   drawn, truth = (x.labels[wrong.wrong].ravel() for x in (wrong, clean))
   # 8,000 labels; five standard deviations.
   assert np.all(np.abs(np.bincount(drawn, minlength=10) - 800) < 135)

@@ -73,19 +73,24 @@ def test_directory_that_holds_something(refused, tmp_path):
   assert (tmp_path / "thesis.tex").read_text() == "x"
 
 
-def test_main_job_has_both_parts_and_every_control():
-  noise, sources = options.parts(options.parse([]))
-  assert (noise.label_noise, noise.steps, noise.seeds) == (0.4, 4000, 5)
-  assert (sources.wrong_sources, sources.steps, sources.seeds) == (3, 1500, 5)
-  for part in (noise, sources):
-    gaf = [arm.name for arm in part.arms if arm.is_gaf]
-    kinds = ["steps"] if part is noise else ["choice", "steps"]
+def test_main_job_has_its_parts_and_every_control():
+  noise, sources, nothing = parts = options.parts(options.parse([]))
+  assert noise.label_noise == 0.4 and not noise.wrong_sources
+  assert sources.wrong_sources == 3 and sources.persistent
+  assert not nothing.label_noise and not nothing.wrong_sources
+  for part in parts:
+    assert part.seeds == 5 and part.arms[0] == plan.PLAIN
+    gaf = [arm for arm in part.arms if arm.is_gaf]
     assert len(gaf) > 1
-    for name in gaf:
-      assert list(part.controls(name)) == kinds
-      for control in part.controls(name).values():
+    for arm in gaf:
+      kinds = list(part.controls(arm.name))
+      # With two microbatches random choice would be GAF itself.
+      usual = ["choice"] if arm.by_example or part.num_microbatches > 2 else ["steps"]
+      assert kinds[:1] == usual
+      for control in part.controls(arm.name).values():
         before = part.arms[: part.arms.index(control)]
-        assert part.arm(name) in before and not control.is_gaf
+        assert arm in before and not control.is_gaf
+  assert "loss" in noise.controls("by_example_nearest_neighbors_quantile0.5")
   assert sources.arms[-1].clean and not noise.arms[-1].clean
 
 
@@ -116,6 +121,30 @@ def test_steered():
   _, gaf, control = part.arms
   assert gaf.target == 0.2 and gaf.is_gaf and control.imitates == gaf.name
   assert control.control == "steps"
+
+
+def test_by_example_compares_with_the_nearest_unless_told_otherwise():
+  argv = "--by-example --tau-quantile 0.5 --label-noise 0.4"
+  (part,) = options.parts(options.parse(argv.split()))
+  _, gaf, choice, loss = part.arms
+  assert gaf.by_example and gaf.rule == "nearest_neighbors" and gaf.is_gaf
+  assert gaf.label == "GAF by example nearest_neighbors best 50%"
+  assert (choice.control, loss.control) == ("choice", "loss")
+  (part,) = options.parts(options.parse([*argv.split(), "--rule", "majority"]))
+  assert part.arms[1].rule == "majority"
+
+
+def test_sources_that_persist():
+  argv = "--wrong-sources 2 --persistent --num-microbatches 8 --skew 0.5"
+  argv += " --memory-decay 0.98 --rule majority --adaptive-tau"
+  (part,) = options.parts(options.parse(argv.split()))
+  assert part.persistent and part.skew == 0.5
+  assert part.title == (
+    "digits, mlp, 50% of each source's images from classes of its own, always 2 of 8"
+    " microbatches with every label shifted by one"
+  )
+  assert part.arms[1].label == "GAF majority memory 0.98 adaptive"
+  assert part.arms[1].adaptive and part.arms[1].memory_decay == 0.98
 
 
 def test_new_kinds_of_experiment():

@@ -1,6 +1,7 @@
 """Paper: every figure is planned as it says, and drawn from a run that may be cut."""
 
 import csv
+import dataclasses
 import json
 import os
 import pickle
@@ -16,6 +17,7 @@ import optimizers
 import paper
 import plan
 from common import arms, storage
+from common.arms import RIGHT
 from common.command import UserError
 
 pytestmark = pytest.mark.usefixtures("quickly_compiled", "compiled_once")
@@ -43,26 +45,35 @@ def test_plans(name, setting):
   for part in parts:
     assert len({arm.name for arm in part.arms}) == len(part.arms)
     assert len({arm.label for arm in part.arms}) == len(part.arms)
-    assert part.arms[0] == plan.PLAIN and part.dataset == setting
-    assert (plan.CLEAN in part.arms) is bool(part.wrong_sources)
+    assert part.arms[0] == plan.PLAIN
+    assert part.dataset == figures.SETTINGS[setting].base["dataset"]
+    if name != "by-example":
+      assert (plan.CLEAN in part.arms) is bool(part.wrong_sources)
+    assert (RIGHT in part.arms) is part.persistent
     for arm in part.arms:
       # Names become folders.
       assert not set(arm.name) & set("/ %")
       kinds = []
       if arm.is_gaf:
         kinds = ["choice", "steps"] if part.num_microbatches > 2 else ["steps"]
+        kinds = ["choice", "loss"] if arm.by_example else kinds
       controls = part.controls(arm.name)
+      if name in ("memory", "skew"):
+        assert set(controls) <= {"choice", "right"}
+        continue
       assert sorted(controls) == kinds
       for control in controls.values():
         assert part.arms.index(control) > part.arms.index(arm)
-        for field in ("tau", "target", "rule", "softness", "anchor_decay", "by_leaf"):
-          assert getattr(control, field) == getattr(arm, field)
+        same = dict(name="", label="", imitates=None, control=None)
+        ours, theirs = (dataclasses.replace(one, **same) for one in (arm, control))
+        assert ours == theirs
     # What would only come out when it runs.
-    rows = part.train_images or _ROWS[setting]
+    rows = part.train_images or _ROWS[part.dataset]
     assert part.microbatch_size * part.num_microbatches <= rows
     if part.balanced:
-      assert part.microbatch_size % _CLASSES[setting] == 0
-    assert not part.augment or setting != "digits"
+      assert part.microbatch_size % _CLASSES[part.dataset] == 0
+      assert not part.skew
+    assert not part.augment or part.dataset != "digits"
     assert (part.width or 64) % models.KINDS[part.model].divisor == 0
     assert part.optimizer in optimizers.OPTIMIZERS
     assert part.wrong_kind in plan.CORRUPTIONS
@@ -110,7 +121,8 @@ def test_what_the_figures_vary():
     assert part.wrong_sources / 8 + part.label_noise == 0.25
   for part in _parts("rules"):
     rules = {arm.rule for arm in part.arms if arm.is_gaf}
-    assert rules == {*arms.RULES} - {"running_average"}
+    unused = {"running_average", "majority", "nearest_neighbors"}
+    assert rules == {*arms.RULES} - unused
     gaf = [arm for arm in part.arms if arm.is_gaf]
     assert any(arm.softness for arm in gaf) and any(arm.by_leaf for arm in gaf)
     assert any(arm.anchor_decay for arm in gaf) and any(arm.target for arm in gaf)

@@ -207,14 +207,15 @@ def test_overview(name, measure):
   assert header == [
     *["", "accepted", *wrong, "plain mean", "GAF", "GAF - plain"],
     *(f"GAF - random {kind}" for kind in kinds),
+    *["GAF - nothing wrong"] * sourced,
   ]
   lines, bold = iter(lines), []
   for part, summaries in results:
     plain = getattr(summaries["plain"], measure)
     said = f"**{part.title}**"
-    if part.wrong_sources:
-      said += f"; with nothing wrong {getattr(summaries['clean'], measure).mean():.3f}"
     spread = lambda x: f"{x.mean():.3f} ± {np.std(x, ddof=1):.3f}"
+    if part.wrong_sources:
+      said += f"; nothing wrong {spread(getattr(summaries['clean'], measure))}"
     title = dict(zip(header, next(lines)))
     assert title.pop("") == said and title.pop("plain mean") == spread(plain)
     assert set(title.values()) == {""}
@@ -240,6 +241,12 @@ def test_overview(name, measure):
         leaves_out_zero = low > 0 or high < 0
         assert cell == (f"**{number}**" if leaves_out_zero else number)
         bold.append(leaves_out_zero)
+      if sourced:
+        clean = summaries.get("clean")
+        assert bool(line["GAF - nothing wrong"]) is (clean is not None)
+        if clean is not None:
+          gap = Difference.of(ours, getattr(clean, measure))
+          assert line["GAF - nothing wrong"] == gap.marked
   assert next(lines, None) is None
   assert 0.1 < np.mean(bold) < 0.9
 
@@ -298,11 +305,11 @@ def test_late_distance():
   distance = np.random.default_rng(0).random((3, 40)).astype(np.float32)
   distance[1, -2:] = np.nan
   distance[2, -4:] = np.nan
-  accepted = np.ones((3, 40, 2), bool)
+  accepted, wrong = np.ones((3, 40, 2), bool), np.zeros((40, 2, 10), bool)
   trace = types.SimpleNamespace(distance=distance, accepted=accepted)
   one = types.SimpleNamespace(
     part=part,
-    schedules=[types.SimpleNamespace(wrong=accepted[0])] * 3,
+    schedules=[types.SimpleNamespace(wrong_examples=lambda: wrong)] * 3,
     traces={arm.name: trace for arm in part.arms},
   )
   rows = [

@@ -190,6 +190,113 @@ def test_weights_in_the_trace_are_those_of_the_mean(images, rule, tau, softness)
     assert (0.25, 0.25, 0.5, 1.0) in patterns
 
 
+def _of_examples(images, part, seen, params):
+  """Inputs, labels, losses and whole gradients of each example of one step."""
+  x = _normalized(images, images.train_images[seen.indices[0]])
+  x, y = x.reshape(-1, 1, *x.shape[2:]), seen.labels[0].reshape(-1, 1)
+  logits = [
+    models.MLP(3, _WIDTH, 1).apply({"params": params}, jnp.float32(a), train=True)
+    for a in x
+  ]
+  losses = [
+    float(optax.softmax_cross_entropy_with_integer_labels(out, b)[0])
+    for out, b in zip(logits, y)
+  ]
+  return np.array(losses), _gradients(params, x, y)
+
+
+def test_examples_are_compared_by_the_last_layer_with_their_nearest(images):
+  arm = arms.Arm("a", "a", quantile=0.5, rule="nearest_neighbors", by_example=True)
+  part = _part([arm])
+  trainer, kept = training.Trainer(part, images), set()
+  learner = trainer.init(arm, 1)
+  for step in range(4):
+    seen = _seen(part, images, step, step + 1)
+    params = _host(learner.params)
+    losses, grads = _of_examples(images, part, seen, params)
+    heads = np.array([_flat(g["head"]) for g in grads])
+    distances = np.array([[_distance(a, b) for b in heads] for a in heads])
+    np.fill_diagonal(distances, np.inf)
+    nearest = np.sort(distances, axis=1)[:, :5].mean(axis=1)
+    accepted = nearest <= np.sort(nearest)[_K * _SIZE // 2 - 1]
+    learner, trace = trainer.advance(arm, learner, seen)
+    np.testing.assert_array_equal(trace.accepted[0], accepted)
+    assert trace.loss[0] == pytest.approx(losses.mean(), rel=1e-5)
+    assert trace.distance[0] == pytest.approx(nearest.mean(), rel=1e-4)
+    assert trace.threshold[0] == pytest.approx(nearest[accepted].max(), rel=1e-4)
+    mean = _mean(grads, accepted)
+    _assert_close(learner.params, jax.tree.map(lambda p, g: p - 0.1 * g, params, mean))
+    kept.add(accepted.tobytes())
+  assert len(kept) == 4
+
+
+@pytest.mark.parametrize("control", ["choice", "loss"])
+def test_controls_of_examples(images, control):
+  gaf, *controls = plan.gaf_arms(_K, quantile=0.5, **plan.BY_EXAMPLE)
+  (arm,) = (one for one in controls if one.control == control)
+  part = _part([plan.PLAIN, gaf, *controls])
+  trainer = training.Trainer(part, images)
+  learner = trainer.init(arm, 0)
+  params = _host(learner.params)
+  seen = _seen(part, images, 0, 1)
+  losses, grads = _of_examples(images, part, seen, params)
+  chosen = np.zeros((1, _K * _SIZE), bool)
+  chosen[0, [1, 5, 6, 20]] = True
+  learner, trace = trainer.advance(
+    arm, learner, seen, arms.Chosen(chosen, chosen.astype(np.float32))
+  )
+  accepted = chosen[0]
+  if control == "loss":
+    accepted = losses <= np.sort(losses)[3]
+    assert np.any(accepted != chosen[0])
+  np.testing.assert_array_equal(trace.accepted[0], accepted)
+  mean = _mean(grads, accepted)
+  _assert_close(learner.params, jax.tree.map(lambda p, g: p - 0.1 * g, params, mean))
+
+
+def test_smallest_loss_of_microbatches(images):
+  gaf, control = plan.gaf_arms(_K, ["loss"], tau=0.9)
+  part = _part([plan.PLAIN, gaf, control])
+  trainer = training.Trainer(part, images)
+  seen = _seen(part, images, 0, 1)
+  before, after = _applied(trainer, control, seen, [1, 0, 0, 1])
+  x = _normalized(images, images.train_images[seen.indices[0]])
+  losses = []
+  for a, b in zip(x, seen.labels[0]):
+    out = models.MLP(3, _WIDTH, 1).apply({"params": before}, jnp.float32(a), train=True)
+    losses.append(optax.softmax_cross_entropy_with_integer_labels(out, b).mean())
+  kept = np.array(losses) <= np.sort(losses)[1]
+  mean = _mean(_gradients(before, x, seen.labels[0]), kept)
+  _assert_close(after, jax.tree.map(lambda p, g: p - 0.1 * g, before, mean))
+
+
+def test_memory_in_the_trace_is_the_mean_of_all_cosines(images):
+  arm = arms.Arm("a", "a", adaptive=True, rule="majority", memory_decay=0.5)
+  part = _part([arm])
+  trainer = training.Trainer(part, images)
+  learner, total, weight = trainer.init(arm, 1), np.zeros((_K, _K)), 0.0
+  for step in range(4):
+    seen = _seen(part, images, step, step + 1)
+    x = _normalized(images, images.train_images[seen.indices[0]])
+    grads = _gradients(_host(learner.params), x, seen.labels[0])
+    vectors = [_flat(g) for g in grads]
+    cosines = np.array([[1 - _distance(a, b) for b in vectors] for a in vectors])
+    total, weight = 0.5 * total + cosines, 0.5 * weight + 1
+    learner, trace = trainer.advance(arm, learner, seen)
+    np.testing.assert_allclose(trace.memory[0], total / weight, atol=2e-3)
+
+
+def test_cosines_of_a_batch(images):
+  arm = arms.Arm("a", "a", quantile=0.5, rule="nearest_neighbors", by_example=True)
+  part = _part([arm])
+  trainer = training.Trainer(part, images)
+  learner, seen = trainer.init(arm, 1), _seen(part, images, 0, 1)
+  _, grads = _of_examples(images, part, seen, _host(learner.params))
+  heads = [_flat(g["head"]) for g in grads]
+  expected = [[1 - _distance(a, b) for b in heads] for a in heads]
+  np.testing.assert_allclose(trainer.cosines(learner, seen), expected, atol=1e-5)
+
+
 def _applied(trainer, arm, seen, weights):
   """Parameters before and after one step, with the micro-gradients so weighted."""
   learner = trainer.init(arm, 0)
@@ -202,7 +309,8 @@ def _applied(trainer, arm, seen, weights):
 
 @pytest.mark.parametrize("kind, augment", [("pixels", True), ("normalization", False)])
 def test_wrong_sources_see_something_wrong(images, kind, augment):
-  part = _part(_CONTROLLED, wrong_sources=1, wrong_kind=kind, augment=augment)
+  wrong = dict(wrong_sources=1, wrong_kind=kind, label_noise=0.0)
+  part = _part(_CONTROLLED, augment=augment, **wrong)
   trainer = training.Trainer(part, images)
   control = part.controls("sequential_tau0.9")["choice"]
   seen, spared = (_seen(part, images, 5, 6, clean) for clean in (False, True))
