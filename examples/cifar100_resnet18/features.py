@@ -38,7 +38,7 @@ def of_patches(dataset: Dataset) -> Dataset:
   filters /= np.linalg.norm(filters, axis=1, keepdims=True)
   # One linear map from a normalized patch to its products with all filters.
   matrix = (whiten @ filters.T).astype(np.float32)
-  offset = (mean @ matrix).astype(np.float32)
+  offset = (mean @ matrix).astype(np.float32)[None, None, None]
 
   def raw(images):
     chunks = [images[i : i + _CHUNK] for i in range(0, len(images), _CHUNK)]
@@ -66,7 +66,7 @@ def _random_patches(images, rng):
 
 def _normalized(patches):
   patches = patches - patches.mean(axis=-1, keepdims=True)
-  return patches / np.sqrt(patches.var(axis=-1, keepdims=True) + _FLAT)
+  return patches / (patches.var(axis=-1, keepdims=True) + _FLAT) ** 0.5
 
 
 @jax.jit

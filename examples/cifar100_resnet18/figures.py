@@ -328,7 +328,9 @@ def skew(setting: Setting):
     *gaf_arms(8, [], adaptive=True, **plan.BY_EXAMPLE),
   ]
   return tuple(
-    _persistent(setting, f"skew{share:g}_{number}", arms, number, skew=share)
+    _persistent(
+      setting, f"skew{share:g}_{number}", arms, number, skew=share, balanced=False
+    )
     for share in (0.3, 0.7)
     for number in (0, 1, 2, 3)
   )

@@ -12,6 +12,7 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
 
 import charts
 import figures
+import models
 import options as options_lib
 import plan
 import report
@@ -84,6 +85,12 @@ def parts(options) -> tuple[plan.Part, ...]:
       part = dataclasses.replace(part, noisy_labels=file)
     if wrong := options_lib.wrong_width(part.model, part.width):
       raise UserError(f"{wrong}.")
+    compared = any(arm.by_example for arm in part.arms)
+    if compared and models.KINDS[part.model].normalizes:
+      raise UserError(
+        f"{options.name} compares single examples, which BatchNorm in {part.model} does"
+        " not allow; choose another --model."
+      )
     made.append(part)
   if options.noisy_labels and not any(part.noisy_labels for part in made):
     raise UserError(

@@ -10,14 +10,17 @@ from matplotlib.figure import Figure
 # Told apart with any colour vision (Okabe and Ito); black is the plain mean.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 
+# By control.
+_LINES = {"steps": "--", "choice": "-.", "loss": ":", "right": "--"}
+
 
 def styles(part) -> dict[str, dict]:
-  """Line styles by arm: GAF in colours, its controls dashed in the same."""
+  """Line styles by arm: GAF in colours, its controls broken in the same."""
   colors = iter(COLORS * len(part.arms))
   found: dict[str, dict] = {}
   for arm in part.arms:
     if arm.imitates is not None:
-      linestyle = "--" if arm.control == "steps" else "-."
+      linestyle = _LINES[arm.control]
       style = dict(color=found[arm.imitates]["color"], linestyle=linestyle)
     elif arm.is_gaf:
       style = dict(color=next(colors), linestyle="-")

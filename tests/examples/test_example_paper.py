@@ -23,13 +23,17 @@ from common.command import UserError
 pytestmark = pytest.mark.usefixtures("quickly_compiled", "compiled_once")
 _TINY = ("--seeds", "3", "--width", "8", "--steps", "6", "--eval-every", "3")
 _ROWS = {"digits": 1_197, "cifar10": 50_000, "cifar100": 50_000}
+_CIFAR = ("cifar10", "cifar100")
 _CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100}
-# Nobody labelled the digits wrong.
+# Nobody labelled the digits wrong, and BatchNorm mixes examples.
+_REFUSED = {("human", "digits")} | {
+  (name, setting) for name in ("by-example", "skew") for setting in _CIFAR
+}
 _PLANNED = [
   (name, setting)
   for name in figures.FIGURES
   for setting in figures.SETTINGS
-  if (name, setting) != ("human", "digits")
+  if (name, setting) not in _REFUSED
 ]
 
 
@@ -80,8 +84,16 @@ def test_plans(name, setting):
     assert part.noisy_labels_key is None or part.noisy_labels
 
 
+@pytest.mark.parametrize("name", ["by-example", "skew"])
+@pytest.mark.parametrize("setting", _CIFAR)
+def test_single_examples_need_a_model_without_batchnorm(name, setting):
+  with pytest.raises(UserError, match="BatchNorm in resnet18"):
+    _parts(name, "--setting", setting)
+  assert _parts(name, "--setting", setting, "--model", "mlp")
+
+
 def test_setting_of_the_paper():
-  for name in figures.FIGURES:
+  for name in {*figures.FIGURES} - {"by-example", "skew"}:
     for part in _parts(name, "--setting", "cifar100"):
       if name != "vit":
         assert part.model == "resnet18" and part.width is part.depth is None

@@ -95,6 +95,35 @@ def test_outputs(whole):
   assert all(r["accept_rate"] == 1 for r in rows if r["arm"] == "plain")
 
 
+@pytest.mark.parametrize(
+  "picture, argv",
+  [
+    ("examples", ["--by-example", "--tau-quantile", "0.5"]),
+    (
+      "memory",
+      "--num-microbatches 3 --memory-decay 0.9 --rule majority --adaptive-tau".split(),
+    ),
+  ],
+)
+def test_pictures_of_what_is_compared(picture, argv, tmp_path):
+  run = lambda path, *more: train.main(
+    ["--width", "8", "--label-noise", "0.4", "--seeds", "2", "--microbatch-size", "6"]
+    + ["--steps", "24", "--eval-every", "12", "--out", str(path), *argv, *more]
+  )
+  path = tmp_path / "run"
+  assert run(path) == 0
+  drawn = path / f"experiment_{picture}.png"
+  others = {"examples", "memory"} - {picture}
+  assert drawn.read_bytes().startswith(b"\x89PNG")
+  assert not any((path / f"experiment_{name}.png").exists() for name in others)
+  assert "of these wrong" in (path / "results.md").read_text()
+  # The same from checkpoints alone.
+  before = drawn.read_bytes()
+  drawn.unlink()
+  assert run(path, "--resume") == 0
+  assert drawn.read_bytes() == before
+
+
 def test_stopped_anywhere_and_resumed(
   whole, tmp_path, monkeypatch, capsys, assert_same_run
 ):
