@@ -47,7 +47,7 @@ def value_and_grad(
   weighted mean loss. The gradient is exactly the weighted mean of the whole
   micro-gradients; only the comparison looks at a part. So microbatches of one example
   are affordable. For c values of the compared leaves, comparing takes `2 k^2 c`
-  operations, and memory grows by some two to four times `k c` values.
+  operations, and memory grows by up to four times `k c` values.
 
   Args:
     fun: a function whose value is a scalar, or a pair of one and auxiliary output
