@@ -24,7 +24,7 @@ import gaf_optax
 import measure
 from gaf_optax import rules
 
-_EXAMPLE = pathlib.Path(__file__).resolve().parent.parent / "examples/cifar100_resnet18"
+_EXAMPLES = pathlib.Path(__file__).resolve().parent.parent / "examples"
 
 # Accepts most of the micro-gradients that `micro_gradients` makes. Programs take the
 # same time whatever they accept, as long as all is finite.
@@ -193,7 +193,7 @@ def streamed(quick: bool) -> str:
 
 def step(quick: bool) -> str:
   """A whole training step of a ResNet, next to that with the mean."""
-  sys.path.append(str(_EXAMPLE))
+  sys.path.append(str(_EXAMPLES / "cifar100_resnet18"))
   import models
 
   on_cpu = jax.default_backend() == "cpu"
@@ -248,6 +248,125 @@ def step(quick: bool) -> str:
     " momentum: forward, backward and update; time relative to the step with"
     " `jnp.mean`.\n\n" + measure.table(["k x images", "", "time", "temporary"], rows)
   )
+
+
+def by_example(quick: bool) -> str:
+  """Single examples, compared by the last layer, next to one step on the batch."""
+  batch = 4 if quick else 256
+  rows = []
+  for name, make in _MODELS.items():
+    loss, params, data, last, weighted = make(batch, quick)
+    ours = gaf_optax.value_and_grad(
+      loss, batch, gaf_optax.tau_quantile(0.5), rule=_NEAREST, compare=last
+    )
+    found = jax.tree_util.tree_flatten_with_path(params)[0]
+    size = batch * sum(leaf.size for path, leaf in found if last(path, leaf))
+    gradients = jax.random.normal(jax.random.key(2), (batch, size // batch))
+    product = functools.partial(jnp.matmul, precision="highest")
+    programs = {
+      "`jax.value_and_grad`": measure.program(jax.value_and_grad(loss), params, *data),
+      "`value_and_grad(compare=...)`": measure.program(ours, params, *data),
+      "a product of `2 B^2 c` alone": measure.program(
+        lambda x: product(x, x.T), gradients
+      ),
+    }
+    if weighted is not None:
+      programs["`example_weights`"] = measure.program(
+        jax.value_and_grad(weighted), params, *data
+      )
+    repeats = 2 if quick else 15 if weighted is not None else 5
+    label = f"{name}, {num_values(params):,} values, c = {size // batch:,}"
+    rows += [[label, *row] for row in compared(programs, size, repeats)]
+  return (
+    f"B = {batch} examples; c values are compared. Time relative to"
+    " `jax.value_and_grad` of the mean loss, temporary memory in units of B c values."
+    "\n\n" + measure.table(["model", "", "time", "temporary"], rows)
+  )
+
+
+_NEAREST = rules.nearest_neighbors(5)
+
+
+def _compared_mlp(num_classes):
+  """A function that makes an MLP to be compared by its last layer."""
+
+  def make(batch, quick):
+    sizes = (16, 8, 8, num_classes) if quick else (784, 1024, 1024, num_classes)
+    init, loss = _mlp(sizes)
+    (x,), (y,) = _images(1, batch, sizes[:1], num_classes)
+
+    def weighted(params, x, y):
+      for layer in params[:-1]:
+        x = jax.nn.relu(x @ layer["w"] + layer["b"][None])
+      logits = x @ params[-1]["w"] + params[-1]["b"][None]
+      errors = jax.nn.softmax(logits) - jax.nn.one_hot(y, num_classes)
+      tau = gaf_optax.tau_quantile(0.5)
+      weights = gaf_optax.example_weights(x, errors, tau, rule=_NEAREST).weights
+      losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+      return jnp.sum(weights * losses)
+
+    last = lambda path, leaf: path[0].idx == len(sizes) - 2
+    return loss, init(jax.random.key(0)), (x, y), last, weighted
+
+  return make
+
+
+def _compared_resnet(batch, quick):
+  """A ResNet with GroupNorm: BatchNorm would tie the examples together."""
+  sys.path.append(str(_EXAMPLES / "cifar100_resnet18"))
+  import flax.linen as nn
+
+  import models
+
+  class ResNet(nn.Module):
+    width: int
+
+    @nn.compact
+    def __call__(self, x):
+      for stage in range(2 if quick else 4):
+        stride = 2 if stage else 1
+        shortcut = models._convolution(self.width * 2**stage, 1, stride)(x)
+        x = models._convolution(self.width * 2**stage, 3, stride)(x)
+        x = nn.relu(nn.GroupNorm(num_groups=None, group_size=4)(x))
+        x = models._convolution(self.width * 2**stage, 3, 1)(x)
+        x = nn.relu(nn.GroupNorm(num_groups=None, group_size=4)(x) + shortcut)
+      return nn.Dense(10)(jnp.mean(x, axis=(1, 2)))
+
+  model = ResNet(4 if quick else 16)
+  (x,), (y,) = _images(1, batch, (8, 8, 3) if quick else (32, 32, 3))
+  params = model.init(jax.random.key(0), x[:1])["params"]
+
+  def loss(params, x, y):
+    logits = model.apply({"params": params}, x)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+  return loss, params, (x, y), lambda path, leaf: path[0].key == "Dense_0", None
+
+
+def _compared_transformer(batch, quick):
+  """A decoder on bytes; its embedding is its output, so its last dense layer."""
+  sys.path.append(str(_EXAMPLES / "byte_lm"))
+  import byte_model
+
+  model = (
+    byte_model.ByteTransformer(width=16) if quick else byte_model.ByteTransformer()
+  )
+  tokens = jax.random.randint(jax.random.key(1), (batch, 9 if quick else 65), 0, 256)
+  params = model.init(jax.random.key(0), tokens[:1])["params"]
+
+  def loss(params, tokens):
+    logits = model.apply({"params": params}, tokens[:, :-1])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+  return loss, params, (tokens,), lambda path, leaf: path[0].key == "Dense_7", None
+
+
+_MODELS = {
+  "MLP of 10 classes": _compared_mlp(10),
+  "MLP of 100 classes": _compared_mlp(100),
+  "ResNet": _compared_resnet,
+  "transformer on 64 bytes": _compared_transformer,
+}
 
 
 def growth(quick: bool) -> str:
@@ -346,6 +465,7 @@ SECTIONS = {
   "stacked": stacked,
   "streamed": streamed,
   "step": step,
+  "by_example": by_example,
   "growth": growth,
   "compilation": compilation,
   "peers": against_peers,

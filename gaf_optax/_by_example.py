@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from gaf_optax import (
@@ -149,6 +150,24 @@ def _sum_of_layers(layers):
 # `(path, leaf) -> bool` on the parameters.
 Compare = Callable[[Any, Any], bool]
 
+# Values of the compared leaves up to which each microbatch gets a copy of them. That
+# costs memory and time in proportion, and saves a forward pass, of which XLA shares
+# nothing behind a normalization layer (a third of a ResNet's or transformer's step).
+_COPIED = 1 << 16
+
+
+# Why an option has no meaning with `compare`.
+_NOT_WITH_COMPARE = {
+  "stacked": "the microbatches of one call are always stacked",
+  "groups": (
+    "one weighted loss is differentiated for all parameters, so that there is one"
+    " decision for all of them"
+  ),
+  "memory_decay": "there is no state to hold the memory; use gaf",
+  "anchor_decay": "there is no state to hold the average; use gaf or multi_steps",
+  "param_axes": "the compared leaves must be whole on every device",
+}
+
 
 def check_compared_options(tau, compare: Compare, **options) -> _options.Options:
   """Checked options of the two-pass form.
@@ -157,17 +176,9 @@ def check_compared_options(tau, compare: Compare, **options) -> _options.Options
     ValueError: as `gaf`, and for what has no meaning there.
   """
   _validate.function(" A predicate (path, leaf) -> bool.", compare=compare)
-  for name in ("stacked", "groups", "memory_decay", "anchor_decay"):
-    if options.get(name) is not None:
-      raise ValueError(
-        f"{name}={options[name]!r} does not go with compare: there is one decision for"
-        " all parameters, on the microbatches of one call."
-      )
-  if options.get("param_axes", ()) != ():
-    raise ValueError(
-      f"param_axes={options['param_axes']!r} does not go with compare: the compared"
-      " leaves must be whole on every device."
-    )
+  for name, reason in _NOT_WITH_COMPARE.items():
+    if options.get(name) not in (None, ()):
+      raise ValueError(f"{name}={options[name]!r} does not go with compare: {reason}.")
   return _options.checked(tau, **options)
 
 
@@ -181,9 +192,11 @@ def two_pass(
 ) -> tuple[jax.Array, Any, Any, _state.Agreement]:
   """Compares microbatches by some leaves' gradients, then differentiates once.
 
-  The first pass forms the gradients of the compared leaves for each microbatch. The
-  second is one backward pass of the weighted mean loss over all parameters; XLA shares
-  the forward passes.
+  The first backward pass forms the gradients of the compared leaves for each
+  microbatch; the second is that of the weighted mean loss, over all parameters. Where
+  the compared leaves are small, each microbatch gets a copy of them, and one forward
+  pass serves both. Where they are large, the first has a forward pass of its own; how
+  much of it the two share is up to XLA.
 
   Args:
     loss: `(params, microbatch) -> (scalar, aux)`.
@@ -201,45 +214,78 @@ def two_pass(
   checking = frozenset(n for n in names if _jax_types.checks_replication(n))
   # Gradients of replicated parameters would be summed over the replicas.
   params = jax.tree.map(lambda x: _jax_types.as_varying(x, checking), params)
-  selected, merge = _selected(params, compare)
+  leaves, treedef = jax.tree.flatten(params)
+  selected = _selected(params, compare)
+  own = [leaves[i] for i in selected]
+  copied = selected if sum(jnp.size(x) for x in own) <= _COPIED else []
 
-  def of_selected(selected, microbatch):
-    return loss(merge(selected), microbatch)[0]
+  def one(shared, own, positions, microbatch):
+    merged = _replaced(shared, positions, own)
+    return loss(jax.tree.unflatten(treedef, merged), microbatch)
 
-  losses, stacks = jax.vmap(jax.value_and_grad(of_selected), (None, 0))(selected, batch)
+  def each(shared, copies):
+    run = lambda copies, microbatch: one(shared, copies, copied, microbatch)
+    return jax.vmap(run)(copies, batch)
+
+  copies = [jnp.broadcast_to(leaves[i][None], (k, *leaves[i].shape)) for i in copied]
+  losses, backward, aux = jax.vjp(each, leaves, copies, has_aux=True)
+  _check_losses(losses, k)
+  if copied:
+    _, stacks = backward(_jax_types.typed_like(jnp.ones_like(losses), losses))
+  else:
+    alone = lambda own, microbatch: one(leaves, own, selected, microbatch)[0]
+    stacks = jax.vmap(jax.grad(alone), (None, 0))(own, batch)
   weights, finite, agreement = _compared(losses, stacks, options)
   if names:
     start = lax.axis_index(names) * k
-    own = lambda x: lax.dynamic_slice_in_dim(x, start, k)
-    weights, finite = own(weights), own(finite)
-    each = {n: own(getattr(agreement, n)) for n in rules.Decision._fields}
-    agreement = agreement._replace(**each)
-
-  def total(params, batch):
-    losses, aux = jax.vmap(loss, (None, 0))(params, batch)
-    terms = jnp.where(weights != 0, weights.astype(losses.dtype) * losses, 0)
-    return jnp.sum(terms), (jnp.mean(losses), aux)
-
-  grads, (value, aux) = jax.grad(total, has_aux=True)(params, batch)
+    mine = lambda x: lax.dynamic_slice_in_dim(x, start, k)
+    weights, finite = mine(weights), mine(finite)
+    rows = {n: mine(getattr(agreement, n)) for n in rules.Decision._fields}
+    agreement = agreement._replace(**rows)
+  # Before the branch, since XLA's CPU convolutions are slow within one.
+  shared, _ = backward(_jax_types.typed_like(weights.astype(losses.dtype), losses))
+  means = [_combine.weighted_mean(x, weights) for x in stacks] if copied else []
+  grads = jax.tree.unflatten(treedef, _replaced(shared, copied, means))
 
   def without_bad():
     # A NaN times a weight of 0 is NaN in the backward pass: good ones stand in.
     rows = jnp.where(finite, jnp.arange(k), jnp.argmax(finite))
     good = jax.tree.map(lambda x: x[rows], batch)
-    grads, _ = jax.grad(total, has_aux=True)(params, good)
+
+    def total(params):
+      losses, _ = jax.vmap(loss, (None, 0))(params, good)
+      return jnp.sum(jnp.where(weights != 0, weights.astype(losses.dtype) * losses, 0))
+
+    grads = jax.grad(total)(params)
     return jax.tree.map(lambda x: jnp.where(jnp.any(finite), x, 0), grads)
 
   grads = _jax_types.cond(jnp.all(finite), lambda: grads, without_bad)
+  value = jnp.mean(losses)
   if names:
     grads = jax.tree.map(lambda x: lax.psum(x, names), grads)
     value = lax.pmean(value, names)
   return value, aux, grads, agreement
 
 
+def _replaced(leaves, positions, values):
+  """The leaves, with other values in some places."""
+  places = dict(zip(positions, values))
+  return [places.get(i, leaf) for i, leaf in enumerate(leaves)]
+
+
+def _check_losses(losses, k):
+  """What `jax.grad` asks of a function's value, of each microbatch's."""
+  if losses.shape != (k,) or not jnp.issubdtype(losses.dtype, jnp.floating):
+    raise TypeError(
+      "fun must return a real scalar (with has_aux a pair of one and the auxiliary"
+      f" output), got {losses.dtype}{list(losses.shape[1:])}."
+    )
+
+
 def _selected(params, compare):
-  """The compared leaves, and a function that puts others in their place."""
-  flat, treedef = jax.tree_util.tree_flatten_with_path(params)
-  selected = [i for i, (path, leaf) in enumerate(flat) if compare(path, leaf)]
+  """The positions of the compared leaves among all."""
+  flat = jax.tree_util.tree_flatten_with_path(params)[0]
+  selected = [i for i, entry in enumerate(flat) if _is_selected(compare, *entry)]
   if not selected:
     raise ValueError(
       "compare selects no leaf of the parameters. Their paths are"
@@ -253,14 +299,16 @@ def _selected(params, compare):
         f"compare selects leaf {_tree.name(path)} of dtype {jnp.result_type(leaf)},"
         " which has no gradient to compare."
       )
+  return selected
 
-  def merge(values):
-    leaves = [leaf for _, leaf in flat]
-    for i, value in zip(selected, values):
-      leaves[i] = value
-    return jax.tree.unflatten(treedef, leaves)
 
-  return [flat[i][1] for i in selected], merge
+def _is_selected(compare, path, leaf):
+  answer = compare(path, leaf)
+  if not isinstance(answer, bool | np.bool_):
+    raise ValueError(
+      f"compare must return True or False, got {answer!r} for leaf {_tree.name(path)}."
+    )
+  return answer
 
 
 def _compared(losses, stacks, options):
