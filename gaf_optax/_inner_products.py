@@ -28,8 +28,10 @@ _CHAIN = 96
 # second-level cache.
 _BLOCK_VALUES = 1 << 17
 
-# Chains in such a block, at most.
+# Chains in such a block, at most. They are one batched product, which XLA's CPU compiler
+# makes fast for few rows alone; of _MANY_ROWS and more a product each, four at most.
 _BLOCK_CHAINS = 16
+_MANY_ROWS = 32
 
 # Values in a row from which on products of few rows are added up by pairs. Up to
 # _FEW_ROWS XLA's CPU compiler turns these sums, kept in so many lanes each, into a loop
@@ -365,7 +367,8 @@ def _by_pairs(matrix, dtype):
 def _blocked(matrix, dtype, scale):
   """`_products`, a block of columns at a time, each of several chains."""
   num_rows, size = sum(block.shape[0] for block in matrix), matrix[0].shape[1]
-  chains = _BLOCK_CHAINS
+  many = num_rows >= _MANY_ROWS
+  chains = _BLOCK_CHAINS // 4 if many else _BLOCK_CHAINS
   while chains > 1 and chains * _CHAIN * num_rows > _BLOCK_VALUES:
     chains //= 2
   width = chains * _CHAIN
@@ -380,6 +383,11 @@ def _blocked(matrix, dtype, scale):
       columns = [jnp.where(jnp.isnan(f), 0, x * f) for x, f in zip(columns, factors)]
     if width <= _CHAIN:
       return _dots(columns, dtype)
+    if many:
+      starts = range(0, width, _CHAIN)
+      return _pairwise_sum(
+        [_dots([x[:, i : i + _CHAIN] for x in columns], dtype) for i in starts]
+      )
     padding = ((0, 0), (0, -width % _CHAIN))
     by_chain = [jnp.pad(x, padding).reshape(x.shape[0], -1, _CHAIN) for x in columns]
     return jnp.sum(_dots(by_chain, dtype), axis=0)

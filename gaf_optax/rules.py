@@ -362,7 +362,8 @@ class _NearestNeighbors(Rule):
     k = valid.shape[0]
     pairs = _pairwise(self.distance, gram, valid)
     others = ~jnp.eye(k, dtype=bool) & valid[:, None] & valid[None, :]
-    nearest = jnp.sort(jnp.where(others, pairs, jnp.inf), axis=1)[:, : self.number]
+    pairs = jnp.where(others, pairs, jnp.inf)
+    nearest = -jax.lax.top_k(-pairs, min(self.number, k))[0]
     found = jnp.isfinite(nearest)
     number = jnp.sum(found, axis=1)
     total = jnp.sum(jnp.where(found, nearest, 0), axis=1)
