@@ -706,10 +706,31 @@ class RememberingRule:
     step = (cosines - memory.mean) / jnp.where(compared, weight, 1)
     mean = jnp.where(compared, memory.mean + step, memory.mean)
     memory = Memory(mean.astype(jnp.float32), weight.astype(jnp.float32))
-    matrix = jnp.where(jnp.eye(valid.shape[0], dtype=bool), 1, memory.mean)
-    matrix = jnp.where(valid[:, None] & valid[None, :], matrix, 0)
-    gram = _gram.from_matrix(matrix, valid)
+    gram = _remembered(memory.mean, valid)
     return *_decide(self.rule, gram, valid, tau, step_tau), memory
+
+
+def _remembered(mean, valid):
+  """The Gram matrix that a rule sees instead of a step's."""
+  matrix = jnp.where(jnp.eye(valid.shape[0], dtype=bool), 1, mean)
+  return _gram.from_matrix(matrix, valid)
+
+
+def majority(memory: Memory) -> tuple[jax.Array, jax.Array]:
+  """For each source its cosine to the majority `[m, k]`, and its steps `[m, k]`.
+
+  The cosine is that of `min_neighbors` where more than half are needed, NaN for a
+  source that was never compared; the steps are the mean weight of its pairs.
+  """
+  k = memory.mean.shape[-1]
+  rule = _MinNeighbors(fraction=(k // 2 + 1) / k)
+  valid = jnp.ones(k, bool)
+  distances = jax.vmap(
+    lambda mean: rule.decide(_remembered(mean, valid), valid, 2).distances
+  )(jnp.asarray(memory.mean))
+  weight = jnp.where(jnp.eye(k, dtype=bool), 0, memory.weight)
+  num_steps = jnp.sum(weight, axis=-1) / max(k - 1, 1)
+  return jnp.where(num_steps > 0, 1 - distances, jnp.nan), num_steps
 
 
 def decide_groups(

@@ -194,3 +194,15 @@ def remember(steps, decay):
           weight[i, j] = decay * weight[i, j] + 1
           mean[i, j] += (cosine - mean[i, j]) / weight[i, j]
   return mean, weight
+
+
+def majority(mean, weight):
+  """Of each the cosine to its (k // 2)-th nearest other, and its steps, `[k]`."""
+  k = len(mean)
+  agreement, num_steps = np.full(k, np.nan), np.zeros(k)
+  for i in range(k):
+    others = [j for j in range(k) if j != i]
+    num_steps[i] = np.mean(weight[i, others])
+    if weight[i, others].any():
+      agreement[i] = sorted(mean[i, others], reverse=True)[k // 2 - 1]
+  return agreement, num_steps
