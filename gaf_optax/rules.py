@@ -432,11 +432,14 @@ class _GeometricMedian(Rule):
   def decide(self, gram, valid, tau):
     matrix = gram.scaled()
     squares = jnp.diagonal(matrix)
-    eps = jnp.finfo(matrix.dtype).eps
+    info = jnp.finfo(matrix.dtype)
 
     def squared_distances(weights):
+      """And what is rounding of each: of its terms, however long another vector is."""
       with_rows = jnp.matmul(matrix, weights, precision=jax.lax.Precision.HIGHEST)
-      return jnp.maximum(squares - 2 * with_rows + jnp.vdot(weights, with_rows), 0)
+      square = jnp.vdot(weights, with_rows)
+      rounding = jnp.maximum(4 * info.eps * (squares + square), info.tiny)
+      return jnp.maximum(squares - 2 * with_rows + square, 0), rounding
 
     def normalized(weights):
       weights = jnp.where(valid, weights, 0)
@@ -446,9 +449,8 @@ class _GeometricMedian(Rule):
     weights = normalized(jnp.ones_like(squares))
     for _ in range(self.num_iterations):
       # Squares below their rounding tell nothing of how near a vector is.
-      distances = jnp.sqrt(jnp.maximum(squared_distances(weights), 4 * eps))
-      weights = normalized(1 / distances)
-    distances = jnp.where(valid, squared_distances(weights) / 2, jnp.nan)
+      weights = normalized(1 / jnp.sqrt(jnp.maximum(*squared_distances(weights))))
+    distances = jnp.where(valid, squared_distances(weights)[0] / 2, jnp.nan)
     return _if_agreed(weights, valid, distances)
 
 
@@ -640,8 +642,13 @@ def geometric_median(num_iterations: int = 8) -> Rule:
   the inverse of its distance from the last point. All finite ones are accepted, with
   these weights. Independent of the order. tau takes no part.
 
+  The mean is a start that outliers pull away, and with f of k far from the others each
+  iteration takes back a factor of about `(k - f) / f`. Eight are enough where none is
+  more than some ten times as long as the others; the page "Comparison with other
+  aggregators" of the documentation has figures.
+
   Args:
-    num_iterations: at least 1.
+    num_iterations: at least 1; the more, the longer wrong micro-gradients may be.
 
   Returns:
     A rule `(gram [k, k], valid [k], tau) -> Decision`. Its distances are half the
