@@ -5,6 +5,7 @@ this module are made by lowercase factories and given to `gaf(rule=...)`.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple, Protocol
 
@@ -436,10 +437,11 @@ class _GeometricMedian(Rule):
 
     def squared_distances(weights):
       """And what is rounding of each: of its terms, however long another vector is."""
-      with_rows = jnp.matmul(matrix, weights, precision=jax.lax.Precision.HIGHEST)
-      square = jnp.vdot(weights, with_rows)
-      rounding = jnp.maximum(4 * info.eps * (squares + square), info.tiny)
-      return jnp.maximum(squares - 2 * with_rows + square, 0), rounding
+      dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+      with_rows, sizes = dot(matrix, weights), dot(jnp.abs(matrix), weights)
+      distances = squares - 2 * with_rows + dot(weights, with_rows)
+      rounding = 4 * info.eps * (squares + sizes + dot(weights, sizes))
+      return jnp.maximum(distances, 0), jnp.maximum(rounding, info.tiny)
 
     def normalized(weights):
       weights = jnp.where(valid, weights, 0)
