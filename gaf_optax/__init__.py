@@ -5,7 +5,7 @@ from gaf_optax._by_example import example_weights
 from gaf_optax._gaf import ApplyIfAgreedState, apply_if_agreed, gaf
 from gaf_optax._inner_products import cosine_distance
 from gaf_optax._multi_steps import MultiStepsState, multi_steps
-from gaf_optax._state import Agreement, GafState, metrics
+from gaf_optax._state import Agreement, GafState, metrics, sources
 from gaf_optax._threshold import (
   AdaptiveTau,
   TargetAcceptRate,
@@ -36,6 +36,7 @@ __all__ = [
   "metrics",
   "multi_steps",
   "rules",
+  "sources",
   "target_accept_rate",
   "tau_quantile",
   "value_and_grad",

@@ -106,9 +106,11 @@ def gaf(
       `weight <- memory_decay * weight + 1; mean <- mean + (cosine - mean) / weight`.
       A pair that was never compared counts as orthogonal. Needs `num_microbatches`;
       excludes `anchor_decay`. The state holds `[m, k, k]` numbers more
-      (`state.memory`) and nothing more is sent.
+      (`state.memory`, of which :func:`sources` makes a table) and nothing more is
+      sent.
     num_microbatches: k. When given, the state holds the last step's `distances`,
-      `accepted` and `weights` for each micro-gradient.
+      `accepted` and `weights` for each micro-gradient, and its `accept_rates` since
+      `init`.
 
   Returns:
     A transformation whose `update(micro_grads, state, params=None)` takes leaves

@@ -28,8 +28,8 @@ _CHAIN = 96
 # second-level cache.
 _BLOCK_VALUES = 1 << 17
 
-# Chains in such a block, at most. They are one batched product, which XLA's CPU compiler
-# makes fast for few rows alone; of _MANY_ROWS and more a product each, four at most.
+# Chains in such a block, at most. They are one batched product, which XLA's CPU
+# compiler makes fast for few rows alone; from _MANY_ROWS on a product each, four at most.
 _BLOCK_CHAINS = 16
 _MANY_ROWS = 32
 

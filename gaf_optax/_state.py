@@ -1,4 +1,4 @@
-"""State: what a step did, kept in the optimizer state and read as metrics."""
+"""State: what a step did, kept in the optimizer state, and read as metrics."""
 
 from typing import Any, NamedTuple
 
@@ -43,6 +43,8 @@ class GafState(NamedTuple):
     weights: float32 `[k]` with `num_microbatches`, else None: the weight of each in
       the result. They sum to 1, or are all 0 without agreement. The mean over the
       groups.
+    accept_rates: float32 `[k]` with `num_microbatches`, else None: for each the share
+      of the steps since `init` in which it was accepted in any group.
   """
 
   num_updates: jax.Array
@@ -63,6 +65,7 @@ class GafState(NamedTuple):
   distances: jax.Array | None
   accepted: jax.Array | None
   weights: jax.Array | None
+  accept_rates: jax.Array | None
 
 
 class Outcome(NamedTuple):
@@ -184,6 +187,7 @@ def init(params: Any, options: _options.Options) -> GafState:
     distances=None if k is None else nan(k),
     accepted=None if k is None else jnp.zeros((k,), bool),
     weights=None if k is None else jnp.zeros((k,), jnp.float32),
+    accept_rates=None if k is None else jnp.zeros((k,), jnp.float32),
   )
 
 
@@ -205,12 +209,16 @@ def advance(
   total = state.num_seen_total + k
   # A running mean, since a float32 count of all that was accepted stops at 2**24.
   rate = state.accept_rate + (step.num_accepted - k * state.accept_rate) / total
+  num_updates = optax.safe_increment(state.num_updates)
   threshold = threshold.astype(jnp.float32)
   each = {}
-  if state.distances is not None and step.each is not None:
+  if state.accept_rates is not None and step.each is not None:
+    now = step.each.accepted.astype(jnp.float32)
+    moved = (now - state.accept_rates) / num_updates.astype(jnp.float32)
     each = step.each._asdict()
+    each["accept_rates"] = jnp.clip(state.accept_rates + moved, 0, 1)
   return state._replace(
-    num_updates=optax.safe_increment(state.num_updates),
+    num_updates=num_updates,
     ready=step.agreed,
     threshold=threshold,
     steered=_threshold.steer(
@@ -293,6 +301,89 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
     McCandlish et al., `An Empirical Model of Large-Batch Training
     <https://arxiv.org/abs/1812.06162>`_, 2018, for the noise scale.
   """
+  state = _find(opt_state)
+  values = {
+    "num_accepted": state.num_accepted,
+    "num_microbatches": state.num_seen,
+    "accept_rate": state.accept_rate,
+    "mean_distance": state.mean_distance,
+    "threshold": state.threshold,
+    # Not `ready`, which is False within a cycle of `multi_steps`.
+    "agreed": jnp.asarray(state.num_accepted) > 0,
+    "skipped_steps": state.skipped_steps,
+    "nonfinite": state.nonfinite,
+    "noise_scale": state.noise_scale,
+  }
+  return {name: jnp.asarray(value) for name, value in values.items()}
+
+
+def sources(opt_state: Any) -> dict[str, jax.Array]:
+  """What `memory_decay` has found of the k sources, as a table to log or to print.
+
+  Source i is where the i-th micro-gradient of every step comes from: a device, a shard,
+  an annotator. A wrong source has an agreement near zero or below. One whose data are
+  of a kind of their own has less than the others, too, but more than zero.
+
+  Args:
+    opt_state: an optimizer state that holds a `GafState` anywhere in it, as for
+      :func:`metrics`, of a `gaf` or `apply_if_agreed` with `memory_decay`.
+
+  Returns:
+    A dict of columns, float32 `[k]`:
+
+    * `agreement`: the cosine, in the memory, to the (k // 2)-th nearest of the other
+      sources, in [-1, 1]: with so many others, all at least as near, it is in a
+      majority. That is 1 minus the distance of `rules.min_neighbors((k // 2 + 1) / k)`
+      (for k = 8 the same as `min_neighbors(0.6)`). A pair that was never compared
+      counts as orthogonal. The mean over the groups; NaN for a source that was never
+      compared with another;
+    * `accept_rate`: the share of the steps since `init` in which it was accepted in any
+      group, in [0, 1]. Steps without agreement count, and so do those in which it was
+      not finite;
+    * `num_steps`: on how many steps its cosines rest: the mean weight of its pairs with
+      the others in the memory, at most `1 / (1 - memory_decay)`. The mean over the
+      groups.
+
+  Raises:
+    ValueError: if there is no `GafState` in it, or more than one; if it has no memory;
+      and if it is the state of all devices of a `jax.pmap`, of which to give one.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax
+    >>> from gaf_optax import gaf, sources
+    >>> tx = optax.chain(gaf(memory_decay=0.98, num_microbatches=3), optax.sgd(0.1))
+    >>> state = tx.init(jnp.zeros(2))
+    >>> rows = jnp.array([[1., 0.], [2., 0.], [-1., 0.]])
+    >>> _, state = tx.update(rows, state)
+    >>> for name, column in sources(state).items():
+    ...   print(name, column)
+    agreement [ 1.  1. -1.]
+    accept_rate [1. 1. 0.]
+    num_steps [1. 1. 1.]
+  """
+  state = _find(opt_state)
+  if state.memory is None:
+    raise ValueError(
+      "this GafState remembers nothing of its sources. Make it with"
+      " gaf(..., memory_decay=0.98, num_microbatches=k); the streamed forms have no"
+      " memory."
+    )
+  if jnp.ndim(state.memory.mean) != 3:
+    raise ValueError(
+      "expected the state of one device, whose memory is [m, k, k], got shape"
+      f" {jnp.shape(state.memory.mean)}. Is it that of all devices of a jax.pmap? They"
+      " hold the same: jax.tree.map(lambda x: x[0], opt_state)."
+    )
+  agreement, num_steps = rules.majority(state.memory)
+  return {
+    "agreement": nanmean(agreement, axis=0),
+    "accept_rate": jnp.asarray(state.accept_rates),
+    "num_steps": jnp.mean(num_steps, axis=0),
+  }
+
+
+def _find(opt_state: Any) -> GafState:
+  """The one `GafState` in an optimizer state."""
   is_state = lambda node: isinstance(node, GafState)
   flat, _ = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=is_state)
   found = [(path, node) for path, node in flat if is_state(node)]
@@ -307,17 +398,4 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
       f"there are {len(found)} GafStates in this optimizer state, at {places}."
       " Pass the part of it that holds one."
     )
-  state = found[0][1]
-  values = {
-    "num_accepted": state.num_accepted,
-    "num_microbatches": state.num_seen,
-    "accept_rate": state.accept_rate,
-    "mean_distance": state.mean_distance,
-    "threshold": state.threshold,
-    # Not `ready`, which is False within a cycle of `multi_steps`.
-    "agreed": jnp.asarray(state.num_accepted) > 0,
-    "skipped_steps": state.skipped_steps,
-    "nonfinite": state.nonfinite,
-    "noise_scale": state.noise_scale,
-  }
-  return {name: jnp.asarray(value) for name, value in values.items()}
+  return found[0][1]

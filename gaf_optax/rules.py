@@ -5,6 +5,7 @@ this module are made by lowercase factories and given to `gaf(rule=...)`.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple, Protocol
 
@@ -433,11 +434,15 @@ class _GeometricMedian(Rule):
   def decide(self, gram, valid, tau):
     matrix = gram.scaled()
     squares = jnp.diagonal(matrix)
-    eps = jnp.finfo(matrix.dtype).eps
+    info = jnp.finfo(matrix.dtype)
 
     def squared_distances(weights):
-      with_rows = jnp.matmul(matrix, weights, precision=jax.lax.Precision.HIGHEST)
-      return jnp.maximum(squares - 2 * with_rows + jnp.vdot(weights, with_rows), 0)
+      """And what is rounding of each: of its terms, however long another vector is."""
+      dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+      with_rows, sizes = dot(matrix, weights), dot(jnp.abs(matrix), weights)
+      distances = squares - 2 * with_rows + dot(weights, with_rows)
+      rounding = 4 * info.eps * (squares + sizes + dot(weights, sizes))
+      return jnp.maximum(distances, 0), jnp.maximum(rounding, info.tiny)
 
     def normalized(weights):
       weights = jnp.where(valid, weights, 0)
@@ -447,9 +452,8 @@ class _GeometricMedian(Rule):
     weights = normalized(jnp.ones_like(squares))
     for _ in range(self.num_iterations):
       # Squares below their rounding tell nothing of how near a vector is.
-      distances = jnp.sqrt(jnp.maximum(squared_distances(weights), 4 * eps))
-      weights = normalized(1 / distances)
-    distances = jnp.where(valid, squared_distances(weights) / 2, jnp.nan)
+      weights = normalized(1 / jnp.sqrt(jnp.maximum(*squared_distances(weights))))
+    distances = jnp.where(valid, squared_distances(weights)[0] / 2, jnp.nan)
     return _if_agreed(weights, valid, distances)
 
 
@@ -641,8 +645,13 @@ def geometric_median(num_iterations: int = 8) -> Rule:
   the inverse of its distance from the last point. All finite ones are accepted, with
   these weights. Independent of the order. tau takes no part.
 
+  The mean is a start that outliers pull away, and with f of k far from the others each
+  iteration takes back a factor of about `(k - f) / f`. Eight are enough where none is
+  more than some ten times as long as the others; the page "Comparison with other
+  aggregators" of the documentation has figures.
+
   Args:
-    num_iterations: at least 1.
+    num_iterations: at least 1; the more, the longer wrong micro-gradients may be.
 
   Returns:
     A rule `(gram [k, k], valid [k], tau) -> Decision`. Its distances are half the
@@ -707,10 +716,31 @@ class RememberingRule:
     step = (cosines - memory.mean) / jnp.where(compared, weight, 1)
     mean = jnp.where(compared, memory.mean + step, memory.mean)
     memory = Memory(mean.astype(jnp.float32), weight.astype(jnp.float32))
-    matrix = jnp.where(jnp.eye(valid.shape[0], dtype=bool), 1, memory.mean)
-    matrix = jnp.where(valid[:, None] & valid[None, :], matrix, 0)
-    gram = _gram.from_matrix(matrix, valid)
+    gram = _remembered(memory.mean, valid)
     return *_decide(self.rule, gram, valid, tau, step_tau), memory
+
+
+def _remembered(mean, valid):
+  """The Gram matrix that a rule sees instead of a step's."""
+  matrix = jnp.where(jnp.eye(valid.shape[0], dtype=bool), 1, mean)
+  return _gram.from_matrix(matrix, valid)
+
+
+def majority(memory: Memory) -> tuple[jax.Array, jax.Array]:
+  """For each source its cosine to the majority `[m, k]`, and its steps `[m, k]`.
+
+  The cosine is that of `min_neighbors` where more than half are needed, NaN for a
+  source that was never compared; the steps are the mean weight of its pairs.
+  """
+  k = memory.mean.shape[-1]
+  rule = _MinNeighbors(fraction=(k // 2 + 1) / k)
+  valid = jnp.ones(k, bool)
+  distances = jax.vmap(
+    lambda mean: rule.decide(_remembered(mean, valid), valid, 2).distances
+  )(jnp.asarray(memory.mean))
+  weight = jnp.where(jnp.eye(k, dtype=bool), 0, memory.weight)
+  num_steps = jnp.sum(weight, axis=-1) / max(k - 1, 1)
+  return jnp.where(num_steps > 0, 1 - distances, jnp.nan), num_steps
 
 
 def decide_groups(

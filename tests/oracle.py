@@ -221,3 +221,15 @@ def adaptive_with_margins(distances):
   if better > 0 and evidence > 0:
     return distances <= np.sort(distances)[i - 1], margin
   return everything[0], margin
+
+
+def majority(mean, weight):
+  """Of each the cosine to its (k // 2)-th nearest other, and its steps, `[k]`."""
+  k = len(mean)
+  agreement, num_steps = np.full(k, np.nan), np.zeros(k)
+  for i in range(k):
+    others = [j for j in range(k) if j != i]
+    num_steps[i] = np.mean(weight[i, others])
+    if weight[i, others].any():
+      agreement[i] = sorted(mean[i, others], reverse=True)[k // 2 - 1]
+  return agreement, num_steps

@@ -24,6 +24,16 @@ RUNS = {
   "steered": lambda: optax.chain(
     gaf_optax.gaf(gaf_optax.target_accept_rate(0.3)), optax.sgd(0.1, momentum=0.9)
   ),
+  "memory": lambda: optax.chain(
+    gaf_optax.gaf(
+      gaf_optax.adaptive_tau(),
+      rule=gaf_optax.rules.min_neighbors(0.6),
+      groups="leaf",
+      memory_decay=0.9,
+      num_microbatches=steps.K,
+    ),
+    optax.sgd(0.1, momentum=0.9),
+  ),
   "apply_if_agreed": lambda: gaf_optax.apply_if_agreed(
     optax.adam(0.1), 0.9, groups="leaf"
   ),

@@ -1,5 +1,7 @@
 """`memory_decay` against the running mean of cosines in NumPy float64, in all forms."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import optax
 import pytest
 
 import across
+import exchange
 import gaf_optax
 import oracle
 from gaf_optax import rules
@@ -147,35 +150,74 @@ def test_groups_have_memories_of_their_own():
     np.testing.assert_allclose(state.memory.weight[group], weight, rtol=1e-5)
 
 
-@pytest.mark.parametrize("how", across.ALL, ids=across.name)
-def test_across_devices_it_is_the_stacked_form(how):
-  trees = list(steps(5, 3))
+@functools.cache
+def on_one_device(k):
+  """Steps of k micro-gradients, the options, and the last gradient and state."""
+  trees = list(steps(5, 3, k))
   rule = rules.most_neighbors()
-  options = dict(rule=rule, memory_decay=DECAY, num_microbatches=K)
-  want, want_state = run(gaf_optax.gaf(0.9, **options), trees)
-  tx = gaf_optax.gaf(0.9, axis_name="data", **options)
-  stack = jax.tree.map(lambda *x: jnp.stack(x, axis=1), *trees)
+  options = dict(rule=rule, memory_decay=DECAY, num_microbatches=k)
+  return trees, options, *run(gaf_optax.gaf(0.9, **options), trees)
+
+
+def assert_same(gradient, state, want, want_state):
+  largest = np.abs(want["b"]).max()
+  scaled = lambda tree: jax.tree.map(lambda x: np.asarray(x) / largest, tree)
+  chex.assert_trees_all_close(scaled(gradient), scaled(want), atol=1e-5)
+  chex.assert_trees_all_close(state, want_state, rtol=1e-4, atol=2e-5)
+
+
+STACKED = [*across.ALL[1:3], across.ALL[-1]]  # By pmap, and by shard_map.
+
+
+@pytest.mark.parametrize(
+  "how, k_local",
+  [(how, 1) for how in across.ALL] + [(how, 3) for how in STACKED],
+  ids=lambda x: str(x) if isinstance(x, int) else across.name(x),
+)
+def test_across_devices_it_is_the_stacked_form(how, k_local):
+  trees, options, want, want_state = on_one_device(K * k_local)
+  stacked = k_local > 1
+  tx = gaf_optax.gaf(0.9, axis_name="data", stacked=stacked, **options)
+  shape = (K, k_local) if stacked else (K,)
+  members = [jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), t) for t in trees]
+  stack = jax.tree.map(lambda *x: jnp.stack(x, axis=1), *members)
 
   def all_steps(rows):
-    params = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), rows)
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), trees[0])
     state = tx.init(params)
     for t in range(len(trees)):
       gradient, state = tx.update(jax.tree.map(lambda x: x[t], rows), state, params)
     return gradient, state
 
-  gradient, state = across.mapped(all_steps, stack, how)
-  largest = np.abs(want["b"]).max()
-  chex.assert_trees_all_close(
-    jax.tree.map(lambda x: x[0] / largest, gradient),
-    jax.tree.map(lambda x: x / largest, want),
-    atol=1e-5,
+  mapped = across.mapped(all_steps, stack, how)
+  gradient, state = jax.tree.map(lambda x: x[5], mapped)
+  assert_same(gradient, state, want, want_state)
+
+
+def test_stacks_sharded_over_an_explicit_mesh():
+  """Under a plain jit; the state is carried through a scan."""
+  trees, options, want, want_state = on_one_device(K)
+  grid = across.mesh(kind=jax.sharding.AxisType.Explicit)
+  spec = jax.sharding.PartitionSpec
+  put = lambda tree, *axes: jax.device_put(
+    tree, jax.sharding.NamedSharding(grid, spec(*axes))
   )
-  own = jax.tree.map(lambda x: x[0], state)
-  chex.assert_trees_all_close(own, want_state, rtol=1e-4, atol=2e-5)
+  stack = put(jax.tree.map(lambda *x: jnp.stack(x), *trees), None, "data")
+  params = put(jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), trees[0]))
+  tx = gaf_optax.gaf(0.9, **options)
+
+  @jax.jit
+  def all_steps(state, stack):
+    one = lambda state, tree: tx.update(tree, state, params)[::-1]
+    return jax.lax.scan(one, state, stack)
+
+  state, gradients = all_steps(put(tx.init(params)), stack)
+  assert_same(jax.tree.map(lambda x: x[-1], gradients), state, want, want_state)
 
 
+@pytest.mark.usefixtures("compiled_as_users_do")
 def test_it_sends_nothing_more():
-  """Collectives of the compiled program, and their shapes, with and without."""
+  """Not a byte: the collectives of the compiled program, with and without."""
 
   def sent(**options):
     tx = gaf_optax.gaf(axis_name="data", num_microbatches=K, **options)
@@ -188,8 +230,7 @@ def test_it_sends_nothing_more():
     )
     grads = jax.tree.map(lambda x: jnp.zeros((K * x.shape[0], *x.shape[1:])), params)
     text = jax.jit(local).lower(grads, tx.init(params)).compile().as_text()
-    lines = [x for x in text.splitlines() if " all-" in x or " reduce-scatter(" in x]
-    return sorted(x.split(" = ")[1].split("(")[0] for x in lines)
+    return sorted(exchange.collectives(text, K))
 
   without = sent()
   assert without and sent(memory_decay=0.9) == without
@@ -197,8 +238,10 @@ def test_it_sends_nothing_more():
 
 @pytest.mark.usefixtures("standard_promotion")
 def test_in_apply_if_agreed_and_a_scan():
+  """Steps without agreement are remembered too, and leave Adam as it was."""
+  tau = lambda number: jnp.where(number % 2 == 0, 0.9, 0.0)
   tx = gaf_optax.apply_if_agreed(
-    optax.adam(0.1), 0.9, memory_decay=DECAY, num_microbatches=K
+    optax.adam(0.1), tau, memory_decay=DECAY, num_microbatches=K
   )
   trees = list(steps(6, 5))
   params = jax.tree.map(lambda x: x[0], trees[1])
@@ -214,6 +257,8 @@ def test_in_apply_if_agreed_and_a_scan():
   chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
   mean, _ = oracle.remember([flat(tree) for tree in trees], DECAY)
   np.testing.assert_allclose(after.gaf_state.memory.mean[0], mean, atol=2e-5)
+  assert int(gaf_optax.metrics(after)["skipped_steps"]) == 2
+  assert int(optax.tree.get(after, "count")) == 3
 
 
 @pytest.mark.parametrize(
@@ -253,6 +298,8 @@ def test_decay_may_be_injected():
   )(tau=0.9, memory_decay=0.5, num_microbatches=3)
   rows = jnp.asarray(np.random.default_rng(0).standard_normal((3, 4)), jnp.float32)
   state = tx.init(jnp.zeros(4))
-  for _ in range(2):
-    _, state = tx.update(rows, state)
-  np.testing.assert_allclose(state.inner_state.memory.weight[0], 1.5)
+  update = jax.jit(tx.update)
+  for decay, weight in [(0.5, 1), (0.5, 1.5), (0.2, 1.3)]:
+    state = optax.tree.set(state, memory_decay=jnp.float32(decay))
+    _, state = update(rows, state)
+    np.testing.assert_allclose(state.inner_state.memory.weight[0], weight, rtol=1e-6)

@@ -1,6 +1,8 @@
-"""Parity with the two PyTorch implementations, on cases recorded by running them.
+"""Parity with PyTorch packages, on cases recorded by running them.
 
-`parity/make_cases.py` made `parity/cases.json`, and says with which versions.
+`parity/make_cases.py` made `parity/cases.json` with the two implementations of GAF, and
+`parity/make_aggregator_cases.py` made `parity/aggregators.json` with two packages that
+have Krum and the geometric median. They say with which versions.
 """
 
 import json
@@ -14,14 +16,20 @@ import optax
 import pytest
 
 import gaf_optax
+import oracle
 from gaf_optax import rules
 
 # Optimizers and schedules of Optax mix dtypes.
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
-CASES = json.loads(
-  pathlib.Path(__file__).with_name("parity").joinpath("cases.json").read_text()
-)
+
+def recorded(name):
+  return json.loads(
+    pathlib.Path(__file__).with_name("parity").joinpath(name).read_text()
+  )
+
+
+CASES, AGGREGATORS = recorded("cases.json"), recorded("aggregators.json")
 # What parity/make_cases.py builds from torch.optim under the same names.
 OPTIMIZERS = {
   "sgd": optax.sgd(0.1),
@@ -164,3 +172,64 @@ def test_equality_is_accepted_where_the_per_sample_package_compares_with_less():
   mean, accepted = filtered_mean(rules.most_neighbors(), case)
   assert accepted == [True] * 4
   assert_weights(mean, np.mean(case["micro_grads"], axis=0))
+
+
+def of_rows(rule, case):
+  """The gradient that `gaf` makes of recorded rows, and which it accepts."""
+  scale = 2.0 ** case.get("scale", 0)
+  rows = jnp.asarray(np.array(case["rows"]) * scale, jnp.float32)
+  tx = gaf_optax.gaf(rule=rule, num_microbatches=len(rows))
+  result, state = tx.update(rows, tx.init(rows[0]), rows[0])
+  return np.asarray(result, np.float64) / scale, np.flatnonzero(state.accepted).tolist()
+
+
+def kind_and_number(case):
+  return f"{case['kind']}-{len(case['rows'])}"
+
+
+@pytest.mark.parametrize("case", AGGREGATORS["krum"], ids=kind_and_number)
+def test_multi_krum_gives_what_byzfl_gives_with_one_more_wrong(case):
+  """Theirs adds up n - f - 1 distances, where the paper says n - f - 2."""
+  k, num_wrong = len(case["rows"]), case["num_wrong"]
+  largest = np.abs(case["rows"]).max()
+  for name, num_kept in [("byzfl_krum", 1), ("byzfl_multi_krum", k - num_wrong)]:
+    result, _ = of_rows(rules.multi_krum(num_wrong - 1, num_kept), case)
+    np.testing.assert_allclose(result, case[name], atol=1e-6 * largest)
+
+
+@pytest.mark.parametrize("case", AGGREGATORS["krum"], ids=kind_and_number)
+def test_multi_krum_keeps_what_torchjd_keeps(case):
+  """Where the distances, which theirs adds up, and their squares decide the same."""
+  num_wrong = case["num_wrong"]
+  _, accepted = of_rows(rules.multi_krum(num_wrong, 1), case)
+  assert accepted == case["torchjd_krum"]
+  _, accepted = of_rows(rules.multi_krum(num_wrong), case)
+  assert accepted == case["torchjd_multi_krum"]
+
+
+def test_multi_krum_is_the_papers_where_the_packages_are_not():
+  """Squared distances to the n - f - 2 nearest others, from the coordinates."""
+  case = AGGREGATORS["krum_differing"]
+  rows, num_wrong = np.array(case["rows"]), case["num_wrong"]
+  num_kept = len(rows) - num_wrong
+  result, accepted = of_rows(rules.multi_krum(num_wrong), case)
+  assert accepted == sorted(np.argsort(oracle.krum_scores(rows, num_wrong))[:num_kept])
+  assert accepted != case["torchjd_multi_krum"]
+  assert np.abs(result - case["byzfl_multi_krum"]).max() > 0.01
+  # What each of them does instead.
+  apart = np.sort(np.linalg.norm(rows[:, None] - rows[None], axis=2), axis=1)[:, 1:]
+  distances = apart[:, : num_kept - 2].sum(1)
+  assert case["torchjd_multi_krum"] == sorted(np.argsort(distances)[:num_kept])
+  one_more = (apart[:, : num_kept - 1] ** 2).sum(1)
+  mean = rows[np.argsort(one_more)[:num_kept]].mean(0)
+  np.testing.assert_allclose(case["byzfl_multi_krum"], mean, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", AGGREGATORS["geometric_median"], ids=kind_and_number)
+def test_geometric_median_is_byzfls(case):
+  """After as many iterations from the mean on, and converged."""
+  rows = np.array(case["rows"])
+  apart = np.median(np.linalg.norm(rows - np.array(case["converged"]), axis=1))
+  for num_iterations, name in [(8, "after_8"), (100, "converged")]:
+    result, _ = of_rows(rules.geometric_median(num_iterations), case)
+    assert np.linalg.norm(result - case[name]) < 1e-5 * apart
