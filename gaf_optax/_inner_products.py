@@ -29,7 +29,8 @@ _CHAIN = 96
 _BLOCK_VALUES = 1 << 17
 
 # Chains in such a block, at most. They are one batched product, which XLA's CPU
-# compiler makes fast for few rows alone; from _MANY_ROWS on a product each, four at most.
+# compiler makes fast for few rows alone; from _MANY_ROWS on, a product each, and a
+# quarter as many.
 _BLOCK_CHAINS = 16
 _MANY_ROWS = 32
 

@@ -59,12 +59,12 @@ SETTINGS = {
       model="patches-mlp",
       train_images=10_000,
       microbatch_size=50,
-      steps=1_500,
+      steps=800,
       seeds=5,
       eval_every=50,
     ),
     human=dict(noisy_labels_key="worse_label"),
-    many=dict(microbatch_size=12),
+    many=dict(microbatch_size=12, learning_rate=0.01),
     taus=(0.97, 0.9),
     many_taus=(0.97,),
     sizes=(10, 25, 50, 100, 200),
@@ -293,38 +293,36 @@ def by_example(setting: Setting):
 
 def _persistent(setting, name, arms, number, **changed):
   """Eight sources of which the same `number` are wrong in each step."""
-  arms = [*arms, *[RIGHT, CLEAN] * bool(number)]
+  arms = [*arms, *[RIGHT] * bool(number)]
   wrong = dict(wrong_sources=number, persistent=bool(number), num_microbatches=8)
   return setting.part(name, arms, **{**wrong, **setting.many, **changed})
 
 
-def _with_memory():
-  """One step, and all of them, with as many kept at random."""
-  return [
+def memory(setting: Setting):
+  # The plain mean with nothing wrong is that of the first part.
+  adaptive = gaf_arms(8, ["choice"], adaptive=True, **plan.MEMORY)
+  ways = [
     PLAIN,
     *gaf_arms(8, ["choice"], tau=0.97, rule="most_neighbors"),
     *gaf_arms(8, ["choice"], quantile=5 / 8, **plan.MEMORY),
-    *gaf_arms(8, ["choice"], adaptive=True, **plan.MEMORY),
+    *adaptive,
     *gaf_arms(8, [], tau=1.0, **plan.MEMORY),
   ]
-
-
-def memory(setting: Setting):
-  return (
-    _persistent(setting, "none", _with_memory(), 0),
-    *(
-      _persistent(setting, f"{kind}{number}", _with_memory(), number, wrong_kind=kind)
-      for kind in ("shifted-labels", "random-labels", "pixels")
+  parts = [_persistent(setting, "none", ways, 0)]
+  for kind in ("shifted-labels", "random-labels", "pixels"):
+    arms = ways if kind == "shifted-labels" else [PLAIN, *adaptive]
+    parts += [
+      _persistent(setting, f"{kind}{number}", arms, number, wrong_kind=kind)
       for number in (1, 2, 3)
-    ),
-  )
+    ]
+  return tuple(parts)
 
 
 def skew(setting: Setting):
   arms = [
     PLAIN,
-    *gaf_arms(8, [], quantile=5 / 8, **plan.MEMORY),
-    *gaf_arms(8, [], adaptive=True, **plan.MEMORY),
+    *gaf_arms(8, [], quantile=6 / 8, **plan.MEMORY),
+    *gaf_arms(8, ["choice"], adaptive=True, **plan.MEMORY),
     *gaf_arms(8, [], adaptive=True, **plan.BY_EXAMPLE),
   ]
   return tuple(
@@ -332,7 +330,7 @@ def skew(setting: Setting):
       setting, f"skew{share:g}_{number}", arms, number, skew=share, balanced=False
     )
     for share in (0.3, 0.7)
-    for number in (0, 1, 2, 3)
+    for number in (0, 2)
   )
 
 
