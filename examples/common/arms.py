@@ -11,6 +11,7 @@ import numpy as np
 from common.command import (
   COUNT,
   DECAY,
+  FRACTION,
   INDEX,
   NOT_NEGATIVE,
   SEVERAL,
@@ -69,7 +70,7 @@ class Arm:
   quantile: float | None = option(
     None,
     "accept this share of each step's, those with the smallest distances",
-    SHARE,
+    FRACTION,
     metavar="SHARE",
     flag="--tau-quantile",
     rivals="threshold",
