@@ -13,6 +13,9 @@ _HINT = (
   " 0.92 to 1.0 is the useful range for most models."
 )
 
+# Of the better half's mean similarity, at most, that adaptive_tau asks for.
+_LARGEST_SHARE = 7 / 8
+
 
 @dataclasses.dataclass(frozen=True)
 class TargetAcceptRate:
@@ -99,26 +102,18 @@ class AdaptiveTau:
   """Made by `adaptive_tau`; given to `gaf` as `tau`."""
 
   def of(self, distances: jax.Array, valid: jax.Array) -> jax.Array:
-    """The distance of the last of the better sort; 2 where there is one sort only."""
-    if valid.shape[0] < 2:
-      return jnp.full((), 2, distances.dtype)
+    """The distance at which the similarity is a share of the better half's mean."""
     known = valid & jnp.isfinite(distances)
     in_order = jnp.sort(jnp.where(known, distances, jnp.inf))
-    num_known = jnp.sum(known)
-    n = num_known.astype(distances.dtype)
-    similarity = jnp.where(jnp.isfinite(in_order), 1 - in_order, 0)
-    # Split after the i-th: the means of both sides, and the variance between them.
-    i = jnp.arange(1, valid.shape[0])
-    above, below = i.astype(n.dtype), jnp.maximum(n - i.astype(n.dtype), 1)
-    total, so_far = jnp.sum(similarity), jnp.cumsum(similarity)[:-1]
-    better, worse = so_far / above, (total - so_far) / below
-    possible = (4 * i >= num_known) & (i < num_known)
-    between = jnp.where(possible, above * below * (better - worse) ** 2, -1)
-    best = jnp.argmax(between)
-    close = 1 - jnp.sqrt(2 / jnp.maximum(n, 2))
-    two_sorts = (better[best] > 0) & (worse[best] < close * better[best])
-    two_sorts &= possible[best]
-    return jnp.where(two_sorts, in_order[best], 2)
+    n = jnp.sum(known)
+    half = (n + 1) // 2
+    better = jnp.arange(valid.shape[0]) < half
+    total = jnp.sum(jnp.where(better, 1 - in_order, 0))
+    dtype = total.dtype
+    similarity = total / jnp.maximum(half, 1).astype(dtype)
+    share = 1 - jnp.sqrt(2 / jnp.maximum(n, 2).astype(dtype))
+    share = jnp.minimum(share, _LARGEST_SHARE)
+    return jnp.where(similarity > 0, 1 - share * similarity, 2)
 
 
 def tau_quantile(fraction: float) -> TauQuantile:
@@ -157,24 +152,24 @@ def tau_quantile(fraction: float) -> TauQuantile:
 def adaptive_tau() -> AdaptiveTau:
   r"""A tau that is read off each step's distances, with no number to choose.
 
-  Splits the similarities :math:`1 - d_i` of the n finite micro-gradients of a step in
-  two where the variance between both sides is largest (Otsu's method), the better side
-  with at least a quarter of them. The better side is accepted where its mean is above 0
-  and the other side's mean is below
+  With the similarities :math:`1 - d_i` of the n finite micro-gradients of a step,
+  accepts those that are at least a share of the mean of their better half (the half
+  with the smallest distances, rounded up), the share being
 
-  .. math:: \left(1 - \sqrt{2 / n}\right)
+  .. math:: \min\left(1 - \sqrt{2 / n},\ 7 / 8\right)
 
-  times that: half of it for 8, seven eighths of it for 128, since the more there are,
-  the smaller a difference is evidence. Otherwise all are accepted. So it follows the
+  which is a half for 8 and seven eighths from 128 on, since the more there are, the
+  smaller a difference is evidence. Accepts all where that mean is not above 0: nothing
+  agrees with anything, so there is no evidence against anyone. It follows the
   similarities as they shrink in the course of training, where a fixed tau ends by
   dropping what is right. For the rules that :func:`tau_quantile` works with; made for
-  `rules.min_neighbors(0.6)` on the :func:`gaf` memory of sources that persist, and for
-  `rules.nearest_neighbors(5)` on single examples.
+  `rules.min_neighbors(0.6)` on the memory of sources that persist (`memory_decay` of
+  :func:`gaf`), and for `rules.nearest_neighbors(5)` on single examples.
 
   Returns:
     An object for the argument `tau` of `gaf`, `apply_if_agreed`, `example_weights` and,
     with `compare`, `value_and_grad`. The threshold of the last step is
-    `metrics(opt_state)['threshold']`, 2 where all were accepted.
+    `metrics(opt_state)['threshold']`.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -184,10 +179,6 @@ def adaptive_tau() -> AdaptiveTau:
     >>> _, state = tx.update(rows, tx.init(jnp.zeros(2)))
     >>> state.accepted
     Array([ True,  True,  True, False], dtype=bool)
-
-  References:
-    Otsu, `A Threshold Selection Method from Gray-Level Histograms
-    <https://doi.org/10.1109/TSMC.1979.4310076>`_, 1979.
   """
   return AdaptiveTau()
 

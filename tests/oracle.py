@@ -196,31 +196,12 @@ def remember(steps, decay):
   return mean, weight
 
 
-def adaptive(distances):
-  """What `adaptive_tau` accepts of finite distances `[n]`."""
-  return adaptive_with_margins(distances)[0]
-
-
-def adaptive_with_margins(distances):
-  """Likewise, and how far from tipping over each comparison is, at least."""
+def adaptive_threshold(distances):
+  """The tau that `adaptive_tau` reads off finite distances `[n]`."""
   n = len(distances)
-  similarity = 1 - np.sort(distances)
-  splits = []
-  for i in range(1, n):
-    better, worse = similarity[:i].mean(), similarity[i:].mean()
-    if i >= n / 4:
-      splits.append((i * (n - i) * (better - worse) ** 2, better, worse, i))
-  everything = np.ones(n, bool), np.inf
-  if not splits:
-    return everything
-  splits.sort()
-  variance, better, worse, i = splits[-1]
-  second = splits[-2][0] if len(splits) > 1 else -np.inf
-  evidence = (1 - np.sqrt(2 / n)) * better - worse
-  margin = min(variance - second, abs(better), abs(evidence))
-  if better > 0 and evidence > 0:
-    return distances <= np.sort(distances)[i - 1], margin
-  return everything[0], margin
+  similarity = (1 - np.sort(distances)[: (n + 1) // 2]).mean()
+  share = min(1 - np.sqrt(2 / n), 7 / 8) if n > 1 else 0
+  return 1 - share * similarity if similarity > 0 else 2
 
 
 def majority(mean, weight):

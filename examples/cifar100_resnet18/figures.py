@@ -50,7 +50,7 @@ SETTINGS = {
     sizes=(5, 10, 25, 50, 100),
     learning_rates={"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3, "rmsprop": 1e-3},
     vit=dict(model="vit", optimizer="adam", learning_rate=1e-3, steps=600),
-    examples=dict(microbatch_size=64, steps=2_000),
+    examples=dict(microbatch_size=64, steps=1_500),
     flipped=(0.0, 0.2, _FLIPPED, 0.6),
   ),
   PATCHES: Setting(
