@@ -89,8 +89,7 @@ def test_the_agreement_is_what_min_neighbors_decides_on(k):
   table = gaf_optax.sources(state)
   np.testing.assert_array_equal(table["agreement"], 1 - state.distances)
   # And adaptive_tau, on them.
-  better = np.sort(table["agreement"])[::-1][: (k + 1) // 2].mean()
-  want = 1 - tau.share * better if better > 0 else 2
+  want = oracle.adaptive_threshold(1 - np.asarray(table["agreement"], np.float64))
   np.testing.assert_allclose(state.threshold, want, rtol=1e-6)
 
 
