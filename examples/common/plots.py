@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 # Told apart with any colour vision (Okabe and Ito); black is the plain mean.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 
+# Of labels in a legend, as many characters as fit three times into a line.
+_SHORT = 45
 # By control.
 _LINES = {"steps": "--", "choice": "-.", "loss": ":", "right": "--"}
 
@@ -80,10 +82,13 @@ def rolling(values: np.ndarray, width: int) -> np.ndarray:
 
 def save(figure: Figure, axes, path: pathlib.Path) -> None:
   """Writes a PNG with the legend of `axes` below, where it takes nothing from them."""
+  handles, labels = axes.get_legend_handles_labels()
+  longest = max(map(len, labels), default=0)
   figure.legend(
-    *axes.get_legend_handles_labels(),
+    handles,
+    labels,
     loc="outside lower center",
-    ncols=3,
+    ncols=3 if longest <= _SHORT else 2,
     fontsize=8,
     frameon=False,
   )
