@@ -125,7 +125,7 @@ def _distance(path, part, traces):
 def _memory(path, experiment, arm):
   """The mean cosines of seed 0 at some steps, wrong sources last."""
   part, trace = experiment.part, experiment.traces[arm.name]
-  wrong = experiment.schedules[0].wrong[0] & (part.wrong_sources > 0)
+  wrong = experiment.schedules[0].wrong.all(axis=0)  # In every step.
   order = np.argsort(wrong, kind="stable")
   steps = [step for step in _MEMORY_STEPS if step <= part.steps] or [part.steps]
   drawn = Figure(figsize=(1 + 3.4 * len(steps), 4.6), dpi=110, layout="constrained")
@@ -370,7 +370,7 @@ def _forest(path, figure, results, rows):
   for part, summaries in parts:
     at += 1.2
     place = dict(xycoords=("axes fraction", "data"), va="center")
-    bold = dict(fontsize=8, fontweight="bold")
+    bold = dict(fontsize=min(8, 1_000 / len(part.title)), fontweight="bold")
     heading = left.annotate(part.title, (0, at), **place, **bold)
     heading.set_in_layout(False)  # A long one goes on over the other axes.
     for arm in filter(lambda arm: arm.is_gaf, part.arms):
