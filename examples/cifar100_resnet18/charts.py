@@ -12,10 +12,10 @@ from common.arms import CONTROLS
 from common.tables import Difference
 
 _MARKERS = {
-  "plain": ("black", "o", "plain mean"),
-  "choice": ("#0072B2", "s", "random choice"),
-  "steps": ("#D55E00", "D", "random steps"),
-  "loss": ("#009E73", "^", "smallest loss"),
+  "plain": ("black", "o"),
+  "choice": ("#0072B2", "s"),
+  "steps": ("#D55E00", "D"),
+  "loss": ("#009E73", "^"),
 }
 _MEASURES = ("best", "final")
 _WRONG = "#D55E00"
@@ -380,7 +380,7 @@ def _forest(path, figure, results, rows):
       for ax, measure in ((left, "final"), (right, "best")):
         plain, controls = report.differences(part, arm, summaries, measure)
         for row, (kind, one) in enumerate({"plain": plain, **controls}.items()):
-          color, marker, _ = _MARKERS[kind]
+          color, marker = _MARKERS[kind]
           ax.errorbar(
             one.mean,
             at + 0.22 * (row - 1),
@@ -398,7 +398,7 @@ def _forest(path, figure, results, rows):
   left.set_ylim(at + 0.8, 0.4)
   used = {arm.control for part, _ in parts for arm in part.arms}
   for kind in ("plain", *(kind for kind in CONTROLS if kind in used)):
-    color, marker, name = _MARKERS[kind]
+    (color, marker), name = _MARKERS[kind], report.NAMES.get(kind, "plain mean")
     left.plot([], [], color=color, marker=marker, label=f"GAF - {name}")
   plots.save(drawn, left, path)
 

@@ -15,6 +15,7 @@ from plan import Part
 
 DIGITS, PATCHES, CIFAR10, CIFAR100 = "digits", "patches", "cifar10", "cifar100"
 _FLIPPED = 0.4
+_LEARNING_RATES = {"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3, "rmsprop": 1e-3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Setting:
   many_taus: tuple[float, ...]  # Likewise for more than two microbatches
   sizes: tuple[int, ...]  # Of microbatches, from small to large
   learning_rates: dict  # By optimizer, where it is not that of `base`
-  vit: dict  # Fields of `Part` for a vision transformer
+  vit: dict  # Fields of `Part` for a vision transformer; empty for features
   # Fields of `Part` where single examples are compared, and shares of flipped labels.
   examples: dict = dataclasses.field(default_factory=dict)
   flipped: tuple[float, ...] = (0.0, _FLIPPED)
@@ -48,7 +49,7 @@ SETTINGS = {
     taus=(0.97, 0.8),
     many_taus=(0.97, 0.8),
     sizes=(5, 10, 25, 50, 100),
-    learning_rates={"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3, "rmsprop": 1e-3},
+    learning_rates=_LEARNING_RATES,
     vit=dict(model="vit", optimizer="adam", learning_rate=1e-3, steps=600),
     examples=dict(microbatch_size=64, steps=1_500),
     flipped=(0.0, 0.2, _FLIPPED, 0.6),
@@ -68,7 +69,7 @@ SETTINGS = {
     taus=(0.97, 0.9),
     many_taus=(0.97,),
     sizes=(10, 25, 50, 100, 200),
-    learning_rates={"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3, "rmsprop": 1e-3},
+    learning_rates=_LEARNING_RATES,
     vit={},
     examples=dict(microbatch_size=128),
   ),
@@ -90,7 +91,7 @@ SETTINGS = {
     taus=(0.97, 0.9),
     many_taus=(0.97,),
     sizes=(10, 25, 50, 100, 200),
-    learning_rates={"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3, "rmsprop": 1e-3},
+    learning_rates=_LEARNING_RATES,
     vit=dict(model="vit", optimizer="adam", learning_rate=1e-3, width=None, depth=None),
   ),
   CIFAR100: Setting(
@@ -130,6 +131,8 @@ def distance(setting: Setting, **changed):
 
 
 def vit(setting: Setting):
+  if not setting.vit:
+    raise UserError("a vision transformer takes images; choose another --setting.")
   return distance(setting, **setting.vit)
 
 

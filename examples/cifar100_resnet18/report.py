@@ -6,18 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from common.arms import CONTROLS
+from common.arms import CONTROLS, IMITATIONS
 from common.tables import FEWEST_SEEDS, Difference, aligned, spread, write_results
 
 _MEASURES = ("final", "best")
 # Arms that know what is wrong.
 _IDEALS = {"right": "right sources only", "clean": "nothing wrong"}
 # By control.
-NAMES = {
-  "choice": "random choice",
-  "steps": "random steps",
-  "loss": "smallest loss",
-}
+NAMES = {kind: name for kind, (name, _) in IMITATIONS.items()}
 # By the signs of the significant differences to the plain mean and to chance.
 _VERDICTS = {
   (

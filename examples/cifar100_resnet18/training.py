@@ -353,14 +353,10 @@ class Trainer(experiment.Trainer):
     updates, opt_state = self._optimizer_by_example().update(
       grads, learner.opt_state, params, agreed=agreed
     )
-    known = jnp.isfinite(distances)
-    number = jnp.sum(known)
-    mean = jnp.sum(jnp.where(known, distances, 0)) / jnp.maximum(number, 1)
-    largest = jnp.max(jnp.where(known & accepted, distances, -1))
     trace = Trace(
       loss=loss,
-      distance=jnp.where(number > 0, mean, jnp.nan),
-      threshold=jnp.where(largest >= 0, largest, jnp.nan),
+      distance=jnp.nanmean(distances),
+      threshold=jnp.nanmax(jnp.where(accepted, distances, jnp.nan)),
       nonfinite=nonfinite,
       accepted=accepted,
       weights=relative(weights),
@@ -387,16 +383,12 @@ class Trainer(experiment.Trainer):
       row = jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(grads)])
       return row / jnp.maximum(jnp.linalg.norm(row), 1e-30)
 
-    rows = jax.vmap(gradient, (None, 0, 0))
-    return np.asarray(
-      self._cached(
-        "cosines",
-        lambda: jax.jit(lambda *seen: (lambda rows: rows @ rows.T)(rows(*seen))),
-        learner.params,
-        x,
-        alone(batches.labels),
-      )
-    )
+    def cosines(*seen):
+      rows = jax.vmap(gradient, (None, 0, 0))(*seen)
+      return rows @ rows.T
+
+    seen = learner.params, x, alone(batches.labels)
+    return np.asarray(self._cached("cosines", lambda: jax.jit(cosines), *seen))
 
   def _seen(self, batch, images):
     """Network inputs `[k, b, ...]`, those of wrong sources with what is wrong."""

@@ -32,7 +32,13 @@ RULES = {
 }
 # What tau_quantile and adaptive_tau work with: distances that do not depend on tau.
 FREE_OF_TAU = ("leave_one_out", "min_neighbors", "majority", "nearest_neighbors")
-CONTROLS = ("choice", "steps", "loss")
+# By control: its name, and how it imitates.
+IMITATIONS = {
+  "choice": ("random choice", "as much as"),
+  "steps": ("random steps", "as many as"),
+  "loss": ("smallest loss", "as many as"),
+}
+CONTROLS = tuple(IMITATIONS)
 SOFT_RULES = ("sequential", "leave_one_out", "most_neighbors")
 # The control of as many steps has them at random times within so many: as often as
 # GAF, early and late.
@@ -202,20 +208,12 @@ def gaf_arms(
     kinds = ("choice", "steps") if num_microbatches > 2 else ("steps",)
     kinds = ("choice", "loss") if arm.by_example else kinds
   for kind in kinds:
-    what, how = _IMITATIONS[kind]
+    what, how = IMITATIONS[kind]
     control = dict(
       name=f"{name}_{what.replace(' ', '_')}", label=f"{what}, {how} {text}"
     )
     arms.append(dataclasses.replace(arm, imitates=name, control=kind, **control))
   return arms
-
-
-# By control: its name, and how it imitates.
-_IMITATIONS = {
-  "choice": ("random choice", "as much as"),
-  "steps": ("random steps", "as many as"),
-  "loss": ("smallest loss", "as many as"),
-}
 
 
 class Chosen(NamedTuple):

@@ -11,8 +11,6 @@ import models
 import plan
 import runs
 
-_THRESHOLD, _SIZE = 1.0, 6
-
 
 @pytest.fixture(scope="module")
 def images():

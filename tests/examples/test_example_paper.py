@@ -25,8 +25,8 @@ _TINY = ("--seeds", "3", "--width", "8", "--steps", "6", "--eval-every", "3")
 _ROWS = {"digits": 1_197, "cifar10": 50_000, "cifar100": 50_000}
 _CIFAR = ("cifar10", "cifar100")
 _CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100}
-# Nobody labelled the digits wrong, and BatchNorm mixes examples.
-_REFUSED = {("human", "digits")} | {
+# Nobody labelled the digits wrong, features are no images, BatchNorm mixes examples.
+_REFUSED = {("human", "digits"), ("vit", "patches")} | {
   (name, setting) for name in ("by-example", "skew") for setting in _CIFAR
 }
 _PLANNED = [
@@ -90,6 +90,11 @@ def test_single_examples_need_a_model_without_batchnorm(name, setting):
   with pytest.raises(UserError, match="BatchNorm in resnet18"):
     _parts(name, "--setting", setting)
   assert _parts(name, "--setting", setting, "--model", "mlp")
+
+
+def test_a_vision_transformer_takes_images():
+  with pytest.raises(UserError, match="takes images"):
+    _parts("vit", "--setting", "patches")
 
 
 def test_setting_of_the_paper():
