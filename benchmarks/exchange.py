@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 from importlib.metadata import version
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 TREES = ("awkward", "resnet18")
 
@@ -35,9 +35,22 @@ class Cost(NamedTuple):
 
 
 def shapes(tree: str) -> list[tuple[int, ...]]:
-  """Leaves of a tree: sizes that 8 does not divide, or those of a ResNet-18."""
+  """Leaves of a tree: by name, or as in '3x3x64x128,512x100,64'.
+
+  'awkward' and 'small' have sizes that 8 does not divide; 'resnet18' is the model of
+  that name, 'transformer' a decoder of 84 million values, 'billion' one of a billion,
+  whose 24 layers are stacked in 'billion-scanned', as `flax.linen.scan` keeps them.
+  """
+  if tree[0].isdigit():
+    return [tuple(int(d) for d in leaf.split("x")) for leaf in tree.split(",")]
   if tree == "awkward":
     return [(17,), (64,), (3000,), (100_000,)]
+  if tree == "small":
+    return [(100_000,), (64,), (3_000,), (50_000,), (17,)]
+  if tree == "transformer":
+    return _decoder(8192, 1024, 6)
+  if tree.startswith("billion"):
+    return _decoder(50_304, 1792, 24, scanned=tree.endswith("scanned"))
   found: list[tuple[int, ...]] = [(7, 7, 3, 64), (64,), (64,)]
   before = 64
   for width in (64, 128, 256, 512):
@@ -50,18 +63,90 @@ def shapes(tree: str) -> list[tuple[int, ...]]:
   return [*found, (512, 100), (100,)]
 
 
-_WIDTHS = {"f64": 8, "c64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2}
-_WIDTHS |= {"pred": 1, "s8": 1, "u8": 1}
-_COLLECTIVE = re.compile(
-  r"= (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)"
-  r"(?:-start)?\("
-)
+def _decoder(vocabulary, width, layers, scanned=False):
+  """Embedding, attention and MLP of each layer with two norms, and a last norm."""
+  block = [(width, width)] * 4 + [(width, 4 * width), (4 * width, width)]
+  block += [(width,), (width,)]
+  stack = [(layers, *shape) for shape in block] if scanned else block * layers
+  return [(vocabulary, width), *stack, (width,)]
 
 
-def collectives(text: str, n: int) -> list[tuple[str, int, float]]:
-  """The collectives of a compiled program: (operation, bytes of result, bytes sent).
+class Instruction(NamedTuple):
+  """A line of a compiled program.
 
-  Bytes are those that a device sends when the operation runs on a ring of n.
+  Attributes:
+    name: of the instruction.
+    shape: text, the type of its result.
+    op: what it does, as in 'all-reduce'.
+    rest: text, operands and attributes.
+  """
+
+  name: str
+  shape: str
+  op: str
+  rest: str
+
+
+class Collective(NamedTuple):
+  """A collective of a compiled program.
+
+  Attributes:
+    kind: as in 'all-reduce'.
+    size: bytes of the result.
+    sent: bytes that a device sends when it runs on a ring.
+    asynchronous: whether other work can run beside it.
+    rare: whether it is in a branch of a conditional.
+  """
+
+  kind: str
+  size: int
+  sent: float
+  asynchronous: bool = False
+  rare: bool = False
+
+
+_WIDTHS = {"f64": 8, "c64": 8, "s64": 8, "u64": 8, "f32": 4, "s32": 4, "u32": 4}
+_WIDTHS |= {"bf16": 2, "f16": 2, "s16": 2, "u16": 2, "pred": 1, "s8": 1, "u8": 1}
+_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)")
+_BRANCHES = re.compile(r"(?:branch_computations=\{|true_computation=)[^}]*")
+
+
+def size_of(shape: str) -> int:
+  """Bytes of a type, such as '(f32[8,3]{1,0}, bf16[2]{0})'; tokens count nothing."""
+  return sum(
+    _WIDTHS.get(dtype, 0) * math.prod(int(d) for d in dims.split(",") if d)
+    for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape)
+  )
+
+
+def computations(text: str) -> dict[str, list[Instruction]]:
+  """The instructions of each computation of a compiled program; the entry is ''."""
+  found: dict[str, list[Instruction]] = {}
+  for line in text.splitlines():
+    if header := _COMPUTATION.match(line):
+      current = found.setdefault("" if header[1] else header[2], [])
+    elif match := _INSTRUCTION.match(line):
+      current.append(Instruction(*match.groups()))
+  return found
+
+
+def _rare(found):
+  """Names of the computations that only branches of conditionals reach."""
+  names = lambda text: set(re.findall(r"%([\w.\-]+)", text)) & set(found)
+  always, left = set(), {""}
+  while left:
+    name = left.pop()
+    always.add(name)
+    for _, _, op, rest in found[name]:
+      left |= names(_BRANCHES.sub("", rest) if op == "conditional" else rest) - always
+  return set(found) - always
+
+
+def collectives(text: str, n: int) -> list[Collective]:
+  """The collectives of a compiled program, for a ring of n devices.
+
+  A pair of `-start` and `-done` is one collective, with the result of the second.
   """
   share = (n - 1) / n
   sent = {
@@ -71,52 +156,110 @@ def collectives(text: str, n: int) -> list[tuple[str, int, float]]:
     "reduce-scatter": n - 1,
     "collective-permute": 1,
   }
-  found = []
-  for line in text.splitlines():
-    match = _COLLECTIVE.search(line)
-    if match:
-      size = sum(
-        _WIDTHS[dtype] * math.prod(int(d) for d in dims.split(",") if d)
-        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", match[1])
-      )
-      found.append((match[2], size, size * sent[match[2]]))
-  return found
+  found = computations(text)
+  rare = _rare(found)
+  result = []
+  for computation, instructions in found.items():
+    done = {
+      re.match(r".*?%([\w.\-]+)", rest)[1]: shape
+      for _, shape, op, rest in instructions
+      if op.endswith("-done")
+    }
+    for name, shape, op, _ in instructions:
+      kind, start, _ = op.partition("-start")
+      if kind in sent:
+        size = size_of(done.get(name, shape))
+        # How XLA for TPU writes a reduce-scatter.
+        if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+          kind, size = "reduce-scatter", size // n
+        asynchronous = bool(start) or "async" in computation
+        result.append(
+          Collective(kind, size, size * sent[kind], asynchronous, computation in rare)
+        )
+  return result
 
 
-def cost(leaves: list[tuple[int, ...]], n: int, check: bool = True, **options) -> Cost:
-  """Of `gaf(axis_name='data', **options)`, or of the plain mean with `mean=True`."""
+def across(
+  grads: Any, mesh: Any, *, mean: bool = False, check: bool = True, **options: Any
+) -> tuple[Any, tuple]:
+  """`gaf` on a gradient for each device of a mesh of one axis, to be compiled.
+
+  Args:
+    grads: a tree of `jax.ShapeDtypeStruct`, one gradient.
+    mesh: where the result of an Explicit one is of a stack that is sharded over it,
+      without `axis_name`.
+    mean: the plain mean instead.
+    check: the replication check of `jax.shard_map`.
+    **options: of `gaf`; with `stacked` a device has two gradients.
+
+  Returns:
+    A jitted function, and its abstract arguments.
+  """
   import jax
   import jax.numpy as jnp
 
   import gaf_optax
 
   P = jax.sharding.PartitionSpec
+  (axis,), n = mesh.axis_names, mesh.size
+  explicit = mesh.axis_types == (jax.sharding.AxisType.Explicit,)
+  stacked = options.get("stacked", False)
+
+  def place(spec, leading=lambda x: x.shape):
+    sharding = jax.sharding.NamedSharding(mesh, spec)
+    return lambda x: jax.ShapeDtypeStruct(leading(x), x.dtype, sharding=sharding)
+
+  # Each device's part has the shape of a gradient: no axis is taken away.
+  rows = {
+    (True, False): lambda x: (n, *x.shape),
+    (False, True): lambda x: (2 * n, *x.shape),
+    (False, False): lambda x: (n * x.shape[0], *x.shape[1:]),
+  }[explicit, stacked]
+  args = [jax.tree.map(place(P(axis), rows), grads)]
+  if mean:
+
+    def function(mine):
+      if explicit or stacked:
+        mine = jax.tree.map(lambda x: jnp.mean(x, axis=0), mine)
+      return mine if explicit else jax.lax.pmean(mine, axis)
+
+  else:
+    tx = gaf_optax.gaf(0.97, axis_name=None if explicit else axis, **options)
+    args.append(jax.tree.map(place(P()), jax.eval_shape(tx.init, grads)))
+    function = lambda mine, state: tx.update(mine, state)
+  if not explicit:
+    specs = (P(axis), P())[: len(args)]
+    function = jax.shard_map(
+      function, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=check
+    )
+  return jax.jit(function), tuple(args)
+
+
+def cost(leaves: list[tuple[int, ...]], n: int, check: bool = True, **options) -> Cost:
+  """Of `gaf(axis_name='data', **options)`, or of the plain mean with `mean=True`."""
+  import jax
+
   kind = (jax.sharding.AxisType.Auto,)
   mesh = jax.make_mesh((n,), ("data",), axis_types=kind, devices=jax.devices()[:n])
-  mean = options.pop("mean", False)
-  # Numbered so that the order of the leaves is that of the list.
-  grads = {
-    f"{i:04d}": jax.ShapeDtypeStruct((n, *shape), jnp.float32)
-    for i, shape in enumerate(leaves)
-  }
-  tx = gaf_optax.gaf(0.97, axis_name="data", **options)
-
-  def member(rows):
-    mine = jax.tree.map(lambda x: x[0], rows)
-    if mean:
-      return jax.lax.pmean(mine, "data")
-    return tx.update(mine, tx.init(mine))
-
-  mapped = jax.shard_map(
-    member, mesh=mesh, in_specs=P("data"), out_specs=P(), check_vma=check
-  )
-  compiled = jax.jit(mapped).lower(grads).compile()
+  function, args = across(gradient(leaves), mesh, check=check, **options)
+  compiled = function.lower(*args).compile()
   found = collectives(compiled.as_text(), n)
   return Cost(
-    sum(sent for _, _, sent in found),
+    sum(each.sent for each in found),
     len(found),
     compiled.memory_analysis().temp_size_in_bytes,
   )
+
+
+def gradient(leaves: list[tuple[int, ...]], dtypes: tuple[str, ...] = ("float32",)):
+  """A tree of `jax.ShapeDtypeStruct`; the dtypes take turns."""
+  import jax
+
+  # Numbered so that the order of the leaves is that of the list.
+  return {
+    f"{i:04d}": jax.ShapeDtypeStruct(shape, dtypes[i % len(dtypes)])
+    for i, shape in enumerate(leaves)
+  }
 
 
 def _worker(n: int) -> None:

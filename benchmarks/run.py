@@ -114,7 +114,7 @@ def stacked(quick: bool) -> str:
   )
 
 
-def _mlp(sizes):
+def mlp(sizes):
   """Parameters of a dense network, and its loss on a microbatch."""
 
   def init(key):
@@ -139,49 +139,56 @@ def _images(k, rows, shape, num_classes=10):
   return x, jax.random.randint(keys[1], (k, rows), 0, num_classes)
 
 
-def streamed(quick: bool) -> str:
-  """Time and memory of the streamed forms, next to Optax's, gradients included."""
-  sizes = (16, 8, 10) if quick else (3072, 512, 512, 10)
-  init, loss = _mlp(sizes)
-  params = init(jax.random.key(0))
-  size = num_values(params)
-  rows = []
-  for k, batch in ((4, 2),) if quick else ((8, 8), (8, 64), (32, 8)):
-    x, y = _images(k, batch, sizes[:1])
-    flat = x.reshape(-1, sizes[0]), y.reshape(-1)
-    ours = gaf_optax.value_and_grad(loss, k, _TAU, batch_argnums=(1, 2))
+def streamed_forms(
+  sizes: tuple[int, ...], k: int, rows: int
+) -> dict[str, dict[str, tuple]]:
+  """Gradients of an MLP on k microbatches: pairs of Optax's form and that with GAF.
 
-    def cycle(tx, params, state, x, y):
+  Returns:
+    By the form's name, two tuples by their labels: a function and its arguments.
+  """
+  init, loss = mlp(sizes)
+  params = init(jax.random.key(0))
+  x, y = _images(k, rows, sizes[:1])
+  flat = params, x.reshape(-1, sizes[0]), y.reshape(-1)
+
+  def accumulated(tx):
+    def cycle(params, state, x, y):
       def step(state, microbatch):
         updates, state = tx.update(jax.grad(loss)(params, *microbatch), state, params)
         return state, None
 
       return jax.lax.scan(step, state, (x, y))[0]
 
-    def accumulated(tx):
-      run = functools.partial(cycle, tx)
-      return measure.program(run, params, tx.init(params), x, y)
+    return cycle, params, tx.init(params), x, y
 
-    multi = optax.MultiSteps(optax.sgd(0.1), k).gradient_transformation()
-    pairs = [
-      {
-        "`optax.MultiSteps`": accumulated(multi),
-        "`multi_steps`": accumulated(gaf_optax.multi_steps(optax.sgd(0.1), k, _TAU)),
-      },
-    ]
-    if hasattr(optax, "microbatching"):  # Optax 0.2.6 has it not.
-      micro = optax.microbatching
-      in_optax = micro.microbatch(
-        jax.value_and_grad(loss), (1, 2), batch, micro.AccumulationType.MEAN
-      )
-      pairs.insert(
-        0,
-        {
-          "`optax.microbatching`": measure.program(in_optax, params, *flat),
-          "`value_and_grad`": measure.program(ours, params, *flat),
-        },
-      )
-    for programs in pairs:
+  forms = {}
+  if hasattr(optax, "microbatching"):  # Optax 0.2.6 has it not.
+    micro = optax.microbatching
+    in_optax = micro.microbatch(
+      jax.value_and_grad(loss), (1, 2), rows, micro.AccumulationType.MEAN
+    )
+    ours = gaf_optax.value_and_grad(loss, k, _TAU, batch_argnums=(1, 2))
+    forms["value_and_grad"] = {
+      "`optax.microbatching`": (in_optax, *flat),
+      "`value_and_grad`": (ours, *flat),
+    }
+  multi = optax.MultiSteps(optax.sgd(0.1), k).gradient_transformation()
+  forms["multi_steps"] = {
+    "`optax.MultiSteps`": accumulated(multi),
+    "`multi_steps`": accumulated(gaf_optax.multi_steps(optax.sgd(0.1), k, _TAU)),
+  }
+  return forms
+
+
+def streamed(quick: bool) -> str:
+  """Time and memory of the streamed forms, next to Optax's, gradients included."""
+  sizes = (16, 8, 10) if quick else (3072, 512, 512, 10)
+  size = num_values(mlp(sizes)[0](jax.random.key(0)))
+  rows = []
+  for k, batch in ((4, 2),) if quick else ((8, 8), (8, 64), (32, 8)):
+    for forms in streamed_forms(sizes, k, batch).values():
+      programs = {name: measure.program(*form) for name, form in forms.items()}
       found = compared(programs, size, 2 if quick else 15)
       rows += [[f"{k} x {batch}", *row] for row in found]
   return (
@@ -292,7 +299,7 @@ def _compared_mlp(num_classes):
 
   def make(batch, quick):
     sizes = (16, 8, 8, num_classes) if quick else (784, 1024, 1024, num_classes)
-    init, loss = _mlp(sizes)
+    init, loss = mlp(sizes)
     (x,), (y,) = _images(1, batch, sizes[:1], num_classes)
 
     def weighted(params, x, y):

@@ -317,7 +317,7 @@ class TestExplicitMesh:
 
     gathered = [
       size
-      for operation, size, _ in exchange.collectives(compiled.as_text(), 8)
+      for operation, size, *_ in exchange.collectives(compiled.as_text(), 8)
       if operation == "all-gather"
     ]
     # One gradient (with padding; two with an anchor), of eight in the stack.
