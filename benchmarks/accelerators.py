@@ -18,6 +18,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -90,18 +91,16 @@ def devices(target: str) -> list:
   )
 
 
-def _across(form, tree, found) -> Iterator[tuple[Callable, tuple]]:
-  """The form and the mean, each a jitted function and its abstract arguments."""
+def _across(form, tree, found) -> Iterator[tuple[int, Callable, tuple]]:
+  """For the form and then the mean: bytes of a gradient, function, arguments."""
   import jax
   import numpy as np
 
   import gaf_optax
 
   options = dict(ACROSS[form])
-  default = ("bfloat16",) if tree.startswith(("transformer", "billion")) else ()
-  grads = exchange.gradient(
-    exchange.shapes(tree), options.pop("dtypes", default or ("float32",))
-  )
+  usual = "bfloat16" if tree.startswith(("transformer", "billion")) else "float32"
+  grads = exchange.gradient(exchange.shapes(tree), options.pop("dtypes", (usual,)))
   kind = jax.sharding.AxisType
   kind = kind.Explicit if options.pop("explicit", False) else kind.Auto
   mesh = jax.sharding.Mesh(np.array(found), ("data",), axis_types=(kind,))
@@ -250,7 +249,7 @@ def measured(
   """
   if reason := missing(target):
     raise Unavailable(reason)
-  known = ALONE if target.endswith(":1") or target.endswith(":1x1") else ACROSS
+  known = ALONE if re.fullmatch(r".*:1(x1)*", target) else ACROSS
   left = [form for form in known if forms is None or form in forms]
   rows: list[dict[str, Any]] = []
   while left:  # A process that dies over a form is followed by one for the others.

@@ -78,3 +78,55 @@ def test_of_64_devices():
   assert filtered.sent <= mean.sent + 2 * (2 * gram + 4 * 64 + padding)
   assert filtered.sent <= 1.02 * mean.sent
   assert filtered.temporary <= 3 * size
+
+
+def test_pairs_branches_and_fusions_in_the_text_of_a_program():
+  """As XLA writes them for GPU and TPU; `-start` and `-done` are one collective."""
+  text = """HloModule jit_f, is_scheduled=true
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[]{:T(128)} parameter(0)
+  ROOT %add = f32[] add(%a, %a)
+}
+
+%often (p: f32[8]) -> f32[8] {
+  ROOT %p = f32[8]{0} parameter(0)
+}
+
+%seldom (p.1: f32[8]) -> f32[8] {
+  %p.1 = f32[8]{0} parameter(0)
+  ROOT %called = f32[8]{0} call(%p.1), to_apply=%deeper
+}
+
+%deeper (p.2: f32[8]) -> f32[8] {
+  %p.2 = f32[8]{0} parameter(0)
+  ROOT %pmax.6 = f32[1,8]{1,0:T(1,128)S(1)} all-reduce(%p.2), to_apply=%sum
+}
+
+%all-reduce-scatter.3 (p.3: f32[64]) -> f32[8] {
+  %p.3 = f32[64]{0} parameter(0)
+  %all-reduce.7 = f32[64]{0} all-reduce(%p.3), to_apply=%sum
+  ROOT %dynamic-slice = f32[8]{0} dynamic-slice(%all-reduce.7)
+}
+
+%async_collective_fusion (p.4: bf16[8]) -> bf16[64] {
+  %p.4 = bf16[8]{0} parameter(0)
+  ROOT %all-gather.1 = bf16[64]{0} all-gather(%p.4), dimensions={0}
+}
+
+ENTRY %main.5 (x: f32[8], y: bf16[8]) -> f32[8] {
+  %x = f32[8]{0:T(128)} parameter(0)
+  %s = ((f32[8]), (f32[64], /*index=1*/f32[64])) all-gather-start(%x, %x)
+  %d = (f32[64]{0}, f32[64]{0}) all-gather-done(%s), metadata={op_name="all_gather"}
+  %t = f32[8]{0} fusion(%d), kind=kCustom, calls=%all-reduce-scatter.3
+  %u = bf16[64]{0} fusion(%y), calls=%async_collective_fusion, metadata={op_name="v"}
+  ROOT %c = f32[8]{0} conditional(%x, %t, %t), branch_computations={%often, %seldom}
+}
+"""
+  found = exchange.collectives(text, 8)
+  assert sorted(found) == [
+    ("all-gather", 128, 112, True, False),
+    ("all-gather", 512, 448, True, False),
+    ("all-reduce", 32, 56, False, True),
+    ("reduce-scatter", 32, 224, False, False),
+  ]

@@ -1,0 +1,186 @@
+"""What programs send and hold, compiled for TPUs and GPUs that are not attached."""
+
+import functools
+import json
+import os
+import re
+import subprocess
+
+import jax
+import pytest
+
+import accelerators
+
+SMALL = "small"
+# Of several megabytes, and with leaves of more axes, whose layouts differ.
+LARGE = "1000x1000,700,3x3x128x256,512x100"
+SHAPED = "3x3x64x128,512x100,64,128,300x257"
+
+ACROSS = {
+  SMALL: ["gaf", "leaf", "memory", "anchor", "unchecked", "bfloat16", "mixed"],
+  LARGE: ["gaf", "anchor"],
+}
+ALONE = {
+  SHAPED: [f"k{k}{dtype}" for dtype in ("", "_bfloat16") for k in (2, 8, 32)],
+  LARGE: ["k8", "multi_steps", "value_and_grad"],
+}
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+  """What the forms of a target cost, by target and tree; compiled once for a session.
+
+  Workers of pytest-xdist share the results by a file.
+  """
+  folder = tmp_path_factory.getbasetemp()
+  if "PYTEST_XDIST_WORKER" in os.environ:
+    folder = folder.parent
+
+  @functools.cache
+  def rows(target, tree, forms):
+    if jax.__version_info__ < (0, 12):
+      pytest.skip(
+        f"the bounds are for the compilers of jax 0.12, not {jax.__version__}"
+      )
+    if reason := accelerators.missing(target):
+      pytest.skip(reason)
+    import fcntl
+
+    path = folder / (re.sub(r"\W", "-", f"{target}-{tree}") + ".json")
+    with open(path.with_suffix(".lock"), "w") as lock:
+      fcntl.flock(lock, fcntl.LOCK_EX)
+      if not path.exists():
+        path.write_text(json.dumps(accelerators.measured(target, tree, forms)))
+    return {row["form"]: row for row in json.loads(path.read_text())}
+
+  def row(target, tree, form, forms):
+    with pytest.MonkeyPatch.context() as patch:
+      # Not those of tests/conftest.py. What is left out changes code and no buffers.
+      flags = "--xla_llvm_disable_expensive_passes=true"
+      patch.setenv("XLA_FLAGS", flags if target.startswith("h100") else "")
+      found = rows(target, tree, forms)[form]
+    assert "error" not in found, found["error"]
+    return found
+
+  return row
+
+
+# Parameters of a fixture of the session: tests of a target follow each other.
+@pytest.fixture(scope="session", params=["v5e:2x4", "h100:8"])
+def across(request, compiled):
+  """A function of tree and form."""
+  return lambda tree, form: compiled(request.param, tree, form, tuple(ACROSS[tree]))
+
+
+@pytest.fixture(scope="session", params=["v5e:1x1", "h100:1"])
+def alone(request, compiled):
+  """A function of tree and form."""
+  return lambda tree, form: compiled(request.param, tree, form, tuple(ALONE[tree]))
+
+
+@pytest.mark.parametrize(
+  "tree, form", [(tree, form) for tree in ACROSS for form in ACROSS[tree]]
+)
+def test_sends_what_the_mean_sends(across, tree, form):
+  """The Gram matrix and padding count; an anchor sends half as much again."""
+  row = across(tree, form)
+  assert row["mean"]["sent"] == pytest.approx(2 * row["size"] * 7 / 8)
+  assert (
+    row["own"]["sent"] <= (1.51 if form == "anchor" else 1.01) * row["mean"]["sent"]
+  )
+
+
+@pytest.mark.parametrize("form", [form for form in ACROSS[SMALL] if form != "anchor"])
+def test_collectives_of_an_ordinary_step(across, form):
+  """To the slices, the Gram matrix, and back; of two dtypes, to and back for each."""
+  own = across(SMALL, form)["own"]
+  assert sum(own["collectives"].values()) <= (5 if form == "mixed" else 3)
+  assert own["rare"] <= 2
+
+
+STACKS = [(SHAPED, form) for form in ALONE[SHAPED]] + [(LARGE, "k8")]
+
+
+@pytest.mark.parametrize("tree, form", STACKS)
+def test_a_stack_is_not_copied(alone, tree, form):
+  row = alone(tree, form)
+  assert row["own"]["copies"] <= 0.1 * row["size"]
+
+
+@pytest.mark.parametrize("tree, form", STACKS)
+def test_memory_beside_a_stack(alone, tree, form):
+  row = alone(tree, form)
+  assert row["own"]["temporary"] <= 1.1 * row["size"]
+
+
+@pytest.mark.parametrize("tree, form", STACKS)
+def test_size_of_the_code(alone, tree, form):
+  row = alone(tree, form)
+  if row["mean"]["code"] is None:
+    pytest.skip("the compiler for GPUs does not tell the size of its code")
+  assert row["own"]["code"] <= 5 * row["mean"]["code"]
+
+
+@pytest.mark.parametrize("form", ["multi_steps", "value_and_grad"])
+def test_streamed_forms_keep_one_mean_more_than_optax(alone, form):
+  row = alone(LARGE, form)
+  assert row["own"]["temporary"] <= row["mean"]["temporary"] + row["size"]
+
+
+def _fake_processes(monkeypatch, *outcomes):
+  """Processes that print lines and end with a code; returns the commands."""
+  commands, left = [], list(outcomes)
+
+  def run(command, **kwargs):
+    commands.append(command)
+    lines, code = left.pop(0)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    return subprocess.CompletedProcess(command, code, text, "no memory left\n")
+
+  monkeypatch.setattr(accelerators, "missing", lambda target: None)
+  monkeypatch.setattr(accelerators.subprocess, "run", run)
+  return commands
+
+
+def test_forms_after_one_that_ends_the_process_are_compiled(monkeypatch):
+  first, last = {"form": "gaf"}, {"form": "anchor"}
+  commands = _fake_processes(monkeypatch, ([first], -9), ([last], 0))
+  rows = accelerators.measured("v5e:2x4", "small", ["gaf", "leaf", "anchor", "k2"])
+  died = {"form": "leaf", "error": "no memory left ... ended with -9"}
+  assert rows == [first, died, last]
+  assert [c[c.index("--forms") + 1 :] for c in commands] == [
+    ["gaf", "leaf", "anchor"],
+    ["anchor"],
+  ]
+
+
+def test_targets_that_cannot_be_opened_are_named(monkeypatch, tmp_path, capsys):
+  _fake_processes(monkeypatch, ([{"unavailable": "no such topology"}], 0))
+  path = tmp_path / "new" / "accelerators.md"
+  accelerators.main(["v9:1x1", "--out", str(path)])
+  assert "## v9:1x1\n\nLeft out: no such topology." in path.read_text()
+  assert path.read_text().splitlines()[0] in capsys.readouterr().out
+
+
+def test_a_table(monkeypatch, tmp_path):
+  cost = dict.fromkeys(("sent", "temporary", "peak", "copies"), 10) | {
+    "collectives": {"all-reduce": 2, "all-to-all": 1},
+    **dict.fromkeys(("rare", "asynchronous", "lower", "compile"), 1),
+    **dict.fromkeys(("accessed", "code"), None),
+  }
+  row = {"form": "gaf", "devices": 8, "size": 10, "own": cost, "mean": cost}
+  other = {"form": "leaf", "error": "out of memory"}
+  _fake_processes(monkeypatch, ([row, other], 0))
+  path = tmp_path / "accelerators.md"
+  accelerators.main(["v5e:2x4", "--forms", "gaf", "leaf", "--out", str(path)])
+  lines = [x for x in path.read_text().splitlines() if x.startswith("|")]
+  assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
+  assert "| 1.0000 | 2 all-reduce, 1 all-to-all / 2 all-reduce, 1 all" in lines[2]
+  assert "out of memory" in lines[3]
+
+
+def test_without_the_extra(monkeypatch):
+  monkeypatch.setattr(accelerators.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(accelerators.Unavailable, match="libtpu is not installed"):
+    accelerators.measured("v5e:2x4")
+  assert accelerators.missing("h100:1") == "jax-cuda12-plugin is not installed"
