@@ -19,6 +19,7 @@ import json
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -195,7 +196,6 @@ def figures(function: Any, args: tuple, n: int) -> dict[str, Any]:
 def _worker(target, tree, forms, gib, seconds) -> None:
   """Prints a line of JSON for each form, or one that says why there is none."""
   import resource
-  import signal
 
   resource.setrlimit(resource.RLIMIT_DATA, (gib << 30, gib << 30))
   import jax
@@ -265,8 +265,10 @@ def measured(
     rows += new
     del left[: len(new)]
     if left:
-      said = [*done.stderr.splitlines(), f"ended with {done.returncode}"]
-      rows.append({"form": left.pop(0), "error": " ... ".join(said[-2:])[:300]})
+      said = (done.stderr.splitlines() or [""])[-1][:200]
+      if done.returncode < 0:  # What libraries print then does not tell more.
+        said = f"{signal.Signals(-done.returncode).name}, of {gib} GiB and {seconds} s"
+      rows.append({"form": left.pop(0), "error": f"the process ended: {said}"})
   return rows
 
 

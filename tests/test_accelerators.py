@@ -145,8 +145,10 @@ def _fake_processes(monkeypatch, *outcomes):
 def test_forms_after_one_that_ends_the_process_are_compiled(monkeypatch):
   first, last = {"form": "gaf"}, {"form": "anchor"}
   commands = _fake_processes(monkeypatch, ([first], -9), ([last], 0))
-  rows = accelerators.measured("v5e:2x4", "small", ["gaf", "leaf", "anchor", "k2"])
-  died = {"form": "leaf", "error": "no memory left ... ended with -9"}
+  rows = accelerators.measured(
+    "v5e:2x4", "small", ["gaf", "leaf", "anchor", "k2"], 3, 4
+  )
+  died = {"form": "leaf", "error": "the process ended: SIGKILL, of 3 GiB and 4 s"}
   assert rows == [first, died, last]
   assert [c[c.index("--forms") + 1 :] for c in commands] == [
     ["gaf", "leaf", "anchor"],
