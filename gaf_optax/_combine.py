@@ -1,5 +1,6 @@
 """Combine: the weighted mean of stacked micro-gradients, without the rejected."""
 
+import functools
 import math
 
 import jax
@@ -9,7 +10,7 @@ from jax import lax
 from gaf_optax import _jax_types
 
 # Micro-gradients that one pass over the result adds up. XLA fuses a written-out sum
-# into one loop that streams them; its reduction over a leading axis is much slower.
+# into one loop that streams them; its reduction over a leading axis is slower.
 _UNROLL = 8
 
 # Values of a leaf up to which it is one matrix product: fewer instructions to compile,
@@ -36,37 +37,53 @@ def weighted_mean(leaf: jax.Array, weights: jax.Array, dtype=None) -> jax.Array:
   Returns:
     `[*shape]`; the sum is kept in at least float32.
   """
-  k, result_dtype = leaf.shape[0], dtype or leaf.dtype
+  result_dtype = dtype or leaf.dtype
   dtype = _jax_types.accumulator_dtype(leaf.dtype)
   weights = weights.astype(jnp.finfo(dtype).dtype)
+  by_platform = dict(cpu=_weighted_sum_on_cpu, default=_weighted_sum)
+  total = lax.platform_dependent(
+    leaf,
+    weights,
+    **{name: functools.partial(f, dtype=dtype) for name, f in by_platform.items()},
+  )
+  return without_overflow(total).astype(result_dtype)
 
+
+def _weighted_sum(leaf, weights, *, dtype):
+  if len(leaf) <= _UNROLL:
+    return _plus_terms(0, leaf, weights, 0, len(leaf), dtype)
+  weights = weights.reshape(-1, *[1] * (leaf.ndim - 1))
+  terms = jnp.where(weights != 0, scaled(leaf.astype(dtype), weights), 0)
+  return jnp.sum(terms, axis=0)
+
+
+def _weighted_sum_on_cpu(leaf, weights, *, dtype):
+  k = leaf.shape[0]
   if math.prod(leaf.shape[1:]) <= SMALL:
     rows = leaf.reshape(k, math.prod(leaf.shape[1:])).astype(dtype)
     rows = jnp.where(weights[:, None] != 0, rows, 0)
     total = jnp.matmul(weights.astype(dtype), rows, precision=lax.Precision.HIGHEST)
-    total = total.reshape(leaf.shape[1:])
-    return without_overflow(total).astype(result_dtype)
+    return total.reshape(leaf.shape[1:])
 
-  def term(i):
-    row = lax.dynamic_index_in_dim(leaf, i, 0, keepdims=False).astype(dtype)
-    weight = lax.dynamic_index_in_dim(weights, i, 0, keepdims=False)
-    return jnp.where(weight != 0, scaled(row, weight), 0)
-
-  def add_terms(start, number, total):
-    for i in range(number):
-      total += term(start + i)
-    return total
+  def add_block(b, total):
+    return _plus_terms(total, leaf, weights, b * _UNROLL, _UNROLL, dtype)
 
   total = _jax_types.typed_like(jnp.zeros(leaf.shape[1:], dtype), (leaf, weights))
-  whole = k // _UNROLL
+  whole, rest = divmod(k, _UNROLL)
   if whole > 1:
-    total = lax.fori_loop(
-      0, whole, lambda b, t: add_terms(b * _UNROLL, _UNROLL, t), total
-    )
+    total = lax.fori_loop(0, whole, add_block, total)
   elif whole:
-    total = add_terms(0, _UNROLL, total)
-  total = add_terms(whole * _UNROLL, k % _UNROLL, total)
-  return without_overflow(total).astype(result_dtype)
+    total = add_block(0, total)
+  return _plus_terms(total, leaf, weights, whole * _UNROLL, rest, dtype)
+
+
+def _plus_terms(total, leaf, weights, start, number, dtype):
+  """The total and the terms of `number` rows, written out."""
+  for i in range(number):
+    row = lax.dynamic_index_in_dim(leaf, start + i, 0, keepdims=False).astype(dtype)
+    weight = lax.dynamic_index_in_dim(weights, start + i, 0, keepdims=False)
+    total += jnp.where(weight != 0, scaled(row, weight), 0)
+  return total
 
 
 def scaled(x: jax.Array, factor: jax.Array) -> jax.Array:

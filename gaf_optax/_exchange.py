@@ -16,12 +16,18 @@ from jax import lax
 
 from gaf_optax import _combine, _jax_types, _mesh
 
-# Exchanges that a tree of one dtype is cut into. While one runs, its values are
-# there up to three times, so that more of them need less memory at a time.
+# Exchanges that a tree of one dtype is cut into, at most. While one runs, its values
+# are there up to three times, so that more of them need less memory at a time.
 _NUM_BUCKETS = 4
 
-# Values of an exchange, at least: smaller ones cost more time than they save memory.
-_MIN_BUCKET = 1 << 14
+# Bytes of an exchange, at least: time that a smaller one takes is mostly latency.
+_MIN_BUCKET = 4 << 20
+
+# Values that the slices of an exchange are padded to multiples of. XLA's TPU compiler
+# turns an all-gather of other widths into an all-reduce, which sends twice the bytes;
+# multiples of the first need no reshape either, and are taken where they add no more
+# than 1/200.
+_ALIGNMENTS = (1024, 128)
 
 # Values of a leaf on one device up to which it is joined with others, and of what it
 # is joined to: so many that `_combine` does not cut its loop into the parts again.
@@ -81,7 +87,7 @@ def scatter(
     index = lax.axis_index(axes.axis_names)
     flat = [_flat(x[None]) for x in leaves]
     return [
-      lax.dynamic_index_in_dim(_cut(flat, segment, n), index, 0, keepdims=False)[0]
+      _in_tiles(lax.dynamic_index_in_dim(_cut(flat, segment, n), index, 0, False)[0])
       for segment in segments
     ]
 
@@ -89,17 +95,21 @@ def scatter(
     slices = iter(slices)
     values: list[list[jax.Array]] = [[] for _ in rows]
     for bucket in buckets:
-      gathered = jnp.concatenate([next(slices) for _ in bucket])
+      own = [next(slices) for _ in bucket]
+      if any(x.ndim == 1 for x in own):
+        own = [x.reshape(-1) for x in own]
+      gathered = jnp.concatenate(own)
       if gathered.size:
         gathered = _jax_types.all_gather(gathered, axes.axis_names)
-      for segment, whole in zip(bucket, _by_segment(gathered.reshape(n, -1), bucket)):
+      whole_bucket = gathered.reshape(n, gathered.shape[0] // n, *gathered.shape[1:])
+      for segment, whole in zip(bucket, _by_segment(whole_bucket, bucket)):
         whole, start = whole.reshape(-1), 0
         for span in segment.spans:
           stop = start + span.stop - span.start
           values[span.leaf].append(whole[start:stop])
           start = stop
     return [
-      jnp.concatenate(of_leaf).reshape(x.shape[1:]) for of_leaf, x in zip(values, rows)
+      _unflat(jnp.concatenate(of_leaf), x.shape[1:]) for of_leaf, x in zip(values, rows)
     ]
 
   return Rows(
@@ -191,49 +201,93 @@ def _plan(sizes, kinds, labels, n) -> list[list[_Segment]]:
   number of exchanges does not depend on the number of leaves.
   """
   buckets = []
-  num_values = max(-(-sum(sizes) // _NUM_BUCKETS), _MIN_BUCKET)
-  limit = -(-num_values // n) * n
   for kind in dict.fromkeys(kinds):
-    bucket: list[_Segment] = []
-    room = limit
     of_kind = [i for i, other in enumerate(kinds) if other == kind]
+    num_values = sum(sizes[i] for i in of_kind)
+    num_buckets = num_values * kind[0].itemsize // _MIN_BUCKET
+    num_buckets = min(max(num_buckets, 1), _NUM_BUCKETS)
+    limit = max(-(-num_values // num_buckets), 1)
+    by_label: list[dict[Any, list[_Span]]] = [{} for _ in range(num_buckets)]
+    start = 0
     for label in dict.fromkeys(labels[i] for i in of_kind):
+      # Large leaves first: what lies before them is mostly whole tiles of a TPU, so
+      # that they are copied without shifting values within a tile.
       leaves = [i for i in of_kind if labels[i] == label]
-      end = sum(sizes[i] for i in leaves)
-      start = 0
-      while True:
-        stop = min(start + room, end)
-        width = -(-(stop - start) // n)
-        spans = _spans(leaves, sizes, start, stop)
-        bucket.append(_Segment(label[0], label[1], spans, width))
-        room -= width * n
-        start = stop
-        if not room:
-          buckets.append(bucket)
-          bucket, room = [], limit
-        if start == end:
-          break
-    if bucket:
-      buckets.append(bucket)
+      for leaf in sorted(leaves, key=lambda i: -sizes[i]):
+        for span in _pieces(leaf, sizes[leaf], limit):
+          stop = start + span.stop - span.start
+          bucket = by_label[min((start + stop) // (2 * limit), num_buckets - 1)]
+          bucket.setdefault(label, []).append(span)
+          start = stop
+    buckets += [_segments(bucket, n) for bucket in by_label if bucket]
   return buckets
 
 
-def _spans(leaves, sizes, start, stop) -> tuple[_Span, ...]:
-  """Where values `[start, stop)` of leaves that lie behind one another are."""
-  spans = []
-  first = 0
-  for leaf in leaves:
-    low, high = max(start - first, 0), min(stop - first, sizes[leaf])
-    if low < high:
-      spans.append(_Span(leaf, low, high))
-    elif not sizes[leaf] and not start:  # Once, so that it comes back.
-      spans.append(_Span(leaf, 0, 0))
-    first += sizes[leaf]
-  return tuple(spans)
+def _pieces(leaf, size, limit) -> list[_Span]:
+  """A leaf in equal pieces of no more than about `limit` values, mostly one."""
+  number = max(-(-size // limit), 1)
+  length = -(-size // number)
+  if number > 1:
+    length = -(-length // _ALIGNMENTS[0]) * _ALIGNMENTS[0]
+  starts = range(0, size, length) if size else [0]
+  return [_Span(leaf, start, min(start + length, size)) for start in starts]
+
+
+def _segments(by_label, n) -> list[_Segment]:
+  """A bucket: its segments, the last one so wide that the bucket is aligned."""
+  found: list[_Segment] = []
+  total = 0
+  for (group_id, replicated), spans in by_label.items():
+    width = -(-sum(span.stop - span.start for span in spans) // n)
+    width = _aligned(total + width, len(found) == len(by_label) - 1) - total
+    found.append(_Segment(group_id, replicated, tuple(spans), width))
+    total += width
+  return found
+
+
+def _aligned(width, always) -> int:
+  """The width with as much padding as is worth it; with `always` at least some."""
+  for unit in _ALIGNMENTS:
+    padded = -(-width // unit) * unit
+    if 200 * (padded - width) <= width:
+      return padded
+  return padded if always else width
 
 
 def _flat(x):
-  return x.reshape(x.shape[0], math.prod(x.shape[1:]))
+  """Rows `[k, *shape]` as `[k, size]`, in the order that costs least to make."""
+  flat = lambda x: x.reshape(x.shape[0], math.prod(x.shape[1:]))
+  if not _has_whole_tiles(x.shape[1:]):
+    return flat(x)
+  in_tiles = lambda x: flat(jnp.swapaxes(x.reshape(_tiled_shape(x.shape)), -3, -2))
+  return lax.platform_dependent(x, tpu=in_tiles, default=flat)
+
+
+def _unflat(flat, shape):
+  """The array `[*shape]` that `_flat` made a row of."""
+  plain = lambda flat: flat.reshape(shape)
+  if not _has_whole_tiles(shape):
+    return plain(flat)
+  *outer, rows, eight, columns, lanes = _tiled_shape(shape)
+
+  def from_tiles(flat):
+    tiles = flat.reshape(*outer, rows, columns, eight, lanes)
+    return plain(jnp.swapaxes(tiles, -3, -2))
+
+  return lax.platform_dependent(flat, tpu=from_tiles, default=plain)
+
+
+def _has_whole_tiles(shape):
+  """Whether a TPU keeps an array in whole tiles of 8 x 128 values.
+
+  In the order of its tiles it is flat without being copied.
+  """
+  return len(shape) > 1 and shape[-2] % 8 == 0 and shape[-1] % 128 == 0
+
+
+def _tiled_shape(shape):
+  *outer, rows, columns = shape
+  return (*outer, rows // 8, 8, columns // 128, 128)
 
 
 def _cut(flat, segment, n):
@@ -243,12 +297,15 @@ def _cut(flat, segment, n):
   padding = n * segment.width - sum(x.shape[1] for x in columns)
   if padding:
     columns.append(jnp.zeros((rows, padding), dtype))
+  if rows == 1:
+    whole = jnp.concatenate([x.reshape(-1) for x in columns])
+    return whole.reshape(n, 1, segment.width)
   whole = jnp.concatenate(columns, axis=1).reshape(rows, n, segment.width)
   return jnp.swapaxes(whole, 0, 1)
 
 
 def _exchanged(flat, buckets, n, names):
-  """This replica's slices of all segments, `[k, width]` each."""
+  """This replica's slices of all segments, `[k, width]` each, in tiles."""
   received: list[jax.Array] = []
   before = None
   for bucket in buckets:
@@ -262,21 +319,35 @@ def _exchanged(flat, buckets, n, names):
       # One bucket after the other, so that only one is there in several copies.
       sent, before = lax.optimization_barrier((sent, before))
     slices = jnp.concatenate([_cut(sent, segment, n) for segment in bucket], axis=2)
+    slices = _in_tiles(slices)
     if slices.size:
       slices = lax.optimization_barrier(_jax_types.all_to_all(slices, names))
-    before = slices.reshape(n * slices.shape[1], slices.shape[2])
+    before = slices.reshape(n * slices.shape[1], *slices.shape[2:])
     received += _by_segment(before, bucket)
   return received
 
 
+def _in_tiles(x):
+  """`[..., c]` as `[..., c / 128, 128]` if that is possible.
+
+  On TPU each row of such an array is by itself, while the rows of `[k, c]` are
+  interleaved.
+  """
+  return x if x.shape[-1] % 128 else x.reshape(*x.shape[:-1], x.shape[-1] // 128, 128)
+
+
 def _by_segment(columns, bucket):
-  """`[..., c]` to the columns of each segment of a bucket."""
-  ends = list(itertools.accumulate(segment.width for segment in bucket))
-  return jnp.split(columns, ends[:-1], axis=-1)
+  """The columns of each segment, in tiles, of `[r, c]` or `[r, c / 128, 128]`."""
+  tiles = 128 if all(segment.width % 128 == 0 for segment in bucket) else 1
+  ends = itertools.accumulate(segment.width // tiles for segment in bucket)
+  if tiles == 1:
+    columns = columns.reshape(columns.shape[0], math.prod(columns.shape[1:]))
+  split = jnp.split(columns, list(ends)[:-1], axis=1)
+  return split if tiles > 1 else [_in_tiles(x) for x in split]
 
 
 def _unpadded(segment, n, names):
   """Which columns of this replica's slice hold values, bool `[1, width]`."""
   length = sum(span.stop - span.start for span in segment.spans)
   position = lax.axis_index(names) * segment.width + jnp.arange(segment.width)
-  return (position < length)[None]
+  return _in_tiles((position < length)[None])

@@ -119,8 +119,10 @@ def filtered(
     )
     decision = decision._replace(weights=_combine.normalized(decision.weights))
     plain = _combine.normalized(finite.astype(decision.weights.dtype))
-    # Leaves of no group get the plain mean.
+    # Leaves of no group get the plain mean. Behind the barrier, or XLA would compute
+    # the weights again for every value of every leaf.
     weights = jnp.concatenate([decision.weights, plain[None]])
+    weights = lax.optimization_barrier(weights)
     means = [
       _combine.weighted_mean(x, weights[group])
       for x, group in zip(leaves, rows.group_ids)

@@ -4,6 +4,7 @@ On CPU accuracy does not depend on the width of its vectors: few terms are added
 after the other, the rest exactly or by halves.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -40,6 +41,10 @@ _MANY_ROWS = 32
 # compiling 8 takes half a second per leaf.
 _LONG_ROW = 1 << 14
 _FEW_ROWS, _LANES = (4, 128) if jax.__version_info__ >= (0, 12) else (3, 512)
+
+# Rows up to which sums of pairs of them are fast on an accelerator: 8 micro-gradients
+# and an anchor.
+_FEW_ROWS_IN_SUMS = 9
 
 # For each leaf its blocks of rows `[k_b, *shape]`, which together are the k rows.
 Blocks = Sequence[Sequence[jax.Array]]
@@ -142,8 +147,9 @@ class _Local:
     zero.
     """
     terms: list[list[jax.Array]] = [[] for _ in range(self.num_groups)]
-    for matrix, group, counts in self.rows:
-      x = _products(matrix, self.dtype, None if scale is None else scale[group])
+    scales = None if scale is None else [scale[group] for _, group, _ in self.rows]
+    found = _products([matrix for matrix, _, _ in self.rows], self.dtype, scales)
+    for x, (_, group, counts) in zip(found, self.rows):
       terms[group].append(x if counts is None else jnp.where(counts, x, 0))
     return jnp.stack([_pairwise_sum(of_group) for of_group in terms])
 
@@ -152,9 +158,7 @@ class _Local:
     found: list[list[jax.Array]] = [[] for _ in range(self.num_groups)]
     for matrix, group, _ in self.rows:
       found[group].append(_largest(matrix, self.dtype))
-    largest = jnp.stack([jnp.max(jnp.stack(x), axis=0) for x in found])
-    # What a maximum over devices makes of NaN is up to the network.
-    return self.shards.max(jnp.where(jnp.isfinite(largest), largest, jnp.inf))
+    return self.shards.max(jnp.stack([jnp.max(jnp.stack(x), axis=0) for x in found]))
 
   def unread_nonfinite(self):
     """Bool `[k]`: whether a row of what the products do not read is not finite."""
@@ -190,6 +194,7 @@ def squared_sum(leaves: Sequence[jax.Array], factors: jax.Array) -> jax.Array:
     return jnp.sum(jnp.sum(rows, axis=0) ** 2)
 
   def of_matrix(matrix):
+    matrix = matrix.reshape(matrix.shape[0], math.prod(matrix.shape[1:]))
     width = max(_BLOCK_VALUES // matrix.shape[0], _CHAIN)
     whole, rest = divmod(matrix.shape[1], width)
     total = _jax_types.typed_like(jnp.zeros((), dtype), (matrix, factors))
@@ -262,19 +267,19 @@ def cosine_distance(a: Any, b: Any) -> jax.Array:
 
 
 def _real_matrices(blocks, embed, dtype, columns=None):
-  """The rows of a leaf as real matrices, each a tuple of blocks `[k_b, size]`.
+  """The rows of a leaf as real matrices, each a tuple of blocks `[k_b, *shape]`.
 
   One for a real leaf, two (real and imaginary parts) for a complex one. Of what
-  `embed` made, `columns` (bool `[1, size]`) are kept; the others are padding.
+  `embed` made, `columns` (bool `[1, size]`) are kept; the others are padding. Blocks
+  keep their shape: on TPU another one would be a copy.
   """
   if embed is not None:
     blocks = [embedded(block, embed, dtype) for block in blocks]
     if columns is not None:
       blocks = [jnp.where(columns, block, 0) for block in blocks]
-  flat = [x.reshape(x.shape[0], math.prod(x.shape[1:])) for x in blocks]
-  if any(jnp.iscomplexobj(block) for block in flat):
-    return [tuple(x.real for x in flat), tuple(x.imag for x in flat)]
-  return [tuple(flat)]
+  if any(jnp.iscomplexobj(block) for block in blocks):
+    return [tuple(x.real for x in blocks), tuple(x.imag for x in blocks)]
+  return [tuple(blocks)]
 
 
 def embedded(block, embed, dtype):
@@ -291,37 +296,148 @@ def embedded(block, embed, dtype):
 
 
 def _largest(matrix, dtype):
-  """The largest absolute value in each row `[k]`; NaN where there is a NaN."""
-  # Not the maximum of abs(block), for which some versions of XLA copy the block.
-  extremes = [
-    jnp.maximum(jnp.max(block, axis=1, initial=0), -jnp.min(block, axis=1, initial=0))
-    for block in matrix
-  ]
-  return jnp.concatenate([x.astype(dtype) for x in extremes])
+  """The largest absolute value in each row `[k]`; Inf where one is not finite."""
+
+  def largest(block):
+    axes = _inner_axes(block)
+    # Not the maximum of abs(block), for which some versions of XLA copy the block.
+    high, low = (f(block, axis=axes, initial=0) for f in (jnp.max, jnp.min))
+    result = jnp.maximum(high, -low).astype(dtype)
+    # What a maximum makes of NaN is up to the compiler, and so a sum looks for it.
+    finite = jnp.sum(block.astype(dtype) * 0, axis=axes) == 0
+    return jnp.where(finite, result, jnp.inf)
+
+  return jnp.concatenate([largest(block) for block in matrix])
 
 
-def _products(matrix, dtype, scale):
-  """Inner products `[k, k]` of the rows that the blocks `[k_b, size]` hold.
+def _inner_axes(block):
+  return tuple(range(1, block.ndim))
 
-  `scale` is None, or the factor of each row `[k]`, NaN for rows that count as
-  zero.
+
+def _products(matrices, dtype, scales):
+  """Inner products `[k, k]` of the rows of each matrix.
+
+  `scales` is None, or for each matrix the factor of each row `[k]`, NaN for rows that
+  count as zero.
   """
-  if scale is not None:
-    return _blocked(matrix, dtype, scale)
-  # XLA's CPU products of long rows copy both operands and run far below the memory's
-  # speed; in blocks that fit in the cache they do neither.
+
+  def typed(products):
+    """Types that both branches can agree on."""
+
+    def run(matrices, scales):
+      found = products(matrices, scales, dtype=dtype)
+      return [_jax_types.typed_like(x, matrices + [scales]) for x in found]
+
+    return run
+
   return lax.platform_dependent(
-    *matrix,
-    cpu=lambda *matrix: _on_cpu(matrix, dtype),
-    default=lambda *matrix: _dots(matrix, dtype),
+    matrices, scales, cpu=typed(_on_cpu), default=typed(_on_accelerator)
   )
 
 
-def _on_cpu(matrix, dtype):
-  few = sum(block.shape[0] for block in matrix) <= _FEW_ROWS
-  if few and matrix[0].shape[1] >= _LONG_ROW:
-    return _by_pairs(matrix, dtype)
-  return _blocked(matrix, dtype, None)
+def _on_accelerator(matrices, scales, *, dtype):
+  if scales is not None:
+    return _row_by_row(matrices, scales, dtype)
+  return [
+    (_sums_of_pairs if _is_faster_by_sums(matrix) else _products_of_blocks)(
+      matrix, dtype
+    )
+    for matrix in matrices
+  ]
+
+
+def _is_faster_by_sums(matrix):
+  """Whether sums over products of two rows beat a matrix product on TPU.
+
+  One of full float32 precision takes XLA seconds to compile, and more time to run where
+  its rows are whole tiles. Where they are not (k is among the tile's own axes, or the
+  last axis is not half a tile), taking rows apart takes longer.
+  """
+  num_rows = sum(block.shape[0] for block in matrix)
+  if num_rows == 2:
+    return True
+  whole_tiles = matrix[0].ndim > 2 and matrix[0].shape[-1] % 64 == 0
+  exact = all(block.dtype.itemsize < 4 for block in matrix)
+  return num_rows <= _FEW_ROWS_IN_SUMS and whole_tiles and not exact
+
+
+def _sums_of_pairs(matrix, dtype):
+  """Inner products of few rows, for each pair a sum: XLA makes them in one pass."""
+  rows = [x[i].astype(dtype) for x in matrix for i in range(x.shape[0])]
+  found = {
+    (i, j): jnp.sum(rows[i] * rows[j])
+    for i in range(len(rows))
+    for j in range(i, len(rows))
+  }
+  return _symmetric(found, len(rows))
+
+
+def _symmetric(found, k):
+  """A matrix `[k, k]` from a scalar for each `(i, j)`, i <= j."""
+  return jnp.stack(
+    [jnp.stack([found[min(i, j), max(i, j)] for j in range(k)]) for i in range(k)]
+  )
+
+
+def _products_of_blocks(matrix, dtype):
+  def product(x, y):
+    if 1 not in (x.shape[0], y.shape[0]):
+      return _dot(x, y, dtype)
+    # A matrix product with a single row would copy both on TPU.
+    products = jnp.sum(x.astype(dtype) * y.astype(dtype), axis=_inner_axes(x))
+    return products.reshape(x.shape[0], y.shape[0])
+
+  return _of_all_pairs(matrix, product)
+
+
+def _row_by_row(matrices, scales, dtype):
+  """Products of rows times their factors, in one loop over the rows of all matrices.
+
+  It reads every matrix k times, but copies nothing and is compiled once.
+  """
+
+  def scaled(x, factors):
+    factors = factors.reshape(-1, *[1] * (x.ndim - 1))
+    return jnp.where(jnp.isnan(factors), 0, x.astype(dtype) * factors)
+
+  def with_all(block, i):
+    """Products `[k]` of row i of a block of each matrix with all of its rows."""
+    found = []
+    for matrix, scale in zip(matrices, scales):
+      factors = _by_block(scale, matrix)
+      one = lambda x: lax.dynamic_slice_in_dim(x, i, 1)
+      row = scaled(one(matrix[block]), one(factors[block]))
+      products = [
+        jnp.sum(scaled(x, f) * row, axis=_inner_axes(x))
+        for x, f in zip(matrix, factors)
+      ]
+      found.append(jnp.concatenate(products))
+    return found
+
+  blocks = [
+    lax.map(functools.partial(with_all, b), jnp.arange(x.shape[0]))
+    for b, x in enumerate(matrices[0])
+  ]
+  return [jnp.concatenate(of_matrix) for of_matrix in zip(*blocks)]
+
+
+def _by_block(scale, matrix):
+  ends = list(itertools.accumulate(x.shape[0] for x in matrix))
+  return jnp.split(scale, ends[:-1])
+
+
+def _on_cpu(matrices, scales, *, dtype):
+  # XLA's CPU products of long rows copy both operands and run far below the memory's
+  # speed; in blocks that fit in the cache they do neither.
+  found = []
+  for matrix, scale in zip(matrices, scales or [None] * len(matrices)):
+    matrix = [x.reshape(x.shape[0], math.prod(x.shape[1:])) for x in matrix]
+    few = sum(block.shape[0] for block in matrix) <= _FEW_ROWS
+    if few and scale is None and matrix[0].shape[1] >= _LONG_ROW:
+      found.append(_by_pairs(matrix, dtype))
+    else:
+      found.append(_blocked(matrix, dtype, scale))
+  return found
 
 
 def _by_pairs(matrix, dtype):
@@ -354,12 +470,7 @@ def _by_pairs(matrix, dtype):
     num_chains = -(-num_steps // _CHAIN)
     sums = lax.fori_loop(0, num_chains, add_chain, [(x, x) for x in zeros])
   found = dict(zip(pairs, [_halved(total + lost) for total, lost in sums]))
-  total = jnp.stack(
-    [
-      jnp.stack([found[min(i, j), max(i, j)] for j in range(len(places))])
-      for i in range(len(places))
-    ]
-  )
+  total = _symmetric(found, len(places))
   if size % lanes:
     total += _blocked([x[:, size // lanes * lanes :] for x in matrix], dtype, None)
   return total
@@ -379,8 +490,7 @@ def _blocked(matrix, dtype, scale):
       lax.dynamic_slice_in_dim(x, start, width, 1).astype(dtype) for x in matrix
     ]
     if scale is not None:
-      ends = list(itertools.accumulate(x.shape[0] for x in columns))
-      factors = jnp.split(scale[:, None], ends[:-1])
+      factors = [f[:, None] for f in _by_block(scale, columns)]
       columns = [jnp.where(jnp.isnan(f), 0, x * f) for x, f in zip(columns, factors)]
     if width <= _CHAIN:
       return _dots(columns, dtype)
@@ -391,7 +501,7 @@ def _blocked(matrix, dtype, scale):
       )
     padding = ((0, 0), (0, -width % _CHAIN))
     by_chain = [jnp.pad(x, padding).reshape(x.shape[0], -1, _CHAIN) for x in columns]
-    return jnp.sum(_dots(by_chain, dtype), axis=0)
+    return jnp.sum(_dots(by_chain, dtype, by_chain=True), axis=0)
 
   num_blocks, rest = divmod(size, width)
   zeros = _jax_types.typed_like(jnp.zeros((num_rows,) * 2, dtype), (matrix, scale))
@@ -430,30 +540,36 @@ def _pairwise_sum(terms):
   return terms[0]
 
 
-def _dots(matrix, dtype):
-  """Inner products of all rows of all blocks, by one matrix product a pair.
-
-  `[k, k]` for blocks `[k_b, size]`, `[n, k, k]` for `[k_b, n, size]`.
-  """
-  batch = tuple(range(1, matrix[0].ndim - 1))
-  last = (matrix[0].ndim - 1,)
-
-  def dot(x, y):
-    if x.dtype != y.dtype or x.dtype.itemsize < 2 or x.dtype == jnp.float64:
-      x, y = x.astype(dtype), y.astype(dtype)
-    return lax.dot_general(
-      x,
-      y,
-      ((last, last), (batch, batch)),
-      precision=lax.Precision.HIGHEST,
-      preferred_element_type=dtype,
-    )
-
+def _of_all_pairs(matrix, product):
+  """Inner products of all rows of all blocks, from a function of two blocks."""
   if len(matrix) == 1:
-    return dot(matrix[0], matrix[0])
+    return product(matrix[0], matrix[0])
   return jnp.block(
     [
-      [dot(x, y) if i <= j else dot(y, x).mT for j, y in enumerate(matrix)]
+      [product(x, y) if i <= j else product(y, x).mT for j, y in enumerate(matrix)]
       for i, x in enumerate(matrix)
     ]
+  )
+
+
+def _dots(matrix, dtype, by_chain=False):
+  """Inner products `[k, k]` of the rows of blocks `[k_b, *shape]`.
+
+  With `by_chain` of blocks `[k_b, n, size]` those of each of n parts, `[n, k, k]`.
+  """
+  dot = functools.partial(_dot, dtype=dtype, by_chain=by_chain)
+  return _of_all_pairs(matrix, dot)
+
+
+def _dot(x, y, dtype, by_chain=False):
+  if x.dtype != y.dtype or x.dtype.itemsize < 2 or x.dtype == jnp.float64:
+    x, y = x.astype(dtype), y.astype(dtype)
+  batch = (1,) if by_chain else ()
+  summed = (2,) if by_chain else _inner_axes(x)
+  return lax.dot_general(
+    x,
+    y,
+    ((summed, summed), (batch, batch)),
+    precision=lax.Precision.HIGHEST,
+    preferred_element_type=dtype,
   )
