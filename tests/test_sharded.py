@@ -1,0 +1,283 @@
+"""Sharded training: each form of docs/sharding.md decides as one device does."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import across
+import exchange
+import gaf_optax
+import oracle
+
+TAU = 0.41
+N, WIDTH, HIDDEN = 8, 128, 256
+SPECS = {"down": P(None, "data"), "scale": P(), "up": P("data"), "whole": P()}
+WHOLE = jax.tree.map(lambda _: P(), SPECS)
+STACK = jax.tree.map(lambda s: P(None, *s), SPECS)
+# Over the second of two mesh axes, and over both.
+HALVES = {"down": P(None, "fsdp"), "scale": P(), "up": P("fsdp"), "whole": P()}
+BOTH = ("replica", "fsdp")
+
+
+def loss(params, x, y):
+  hidden = jnp.tanh(x @ params["up"]) * params["scale"]
+  return jnp.mean((hidden @ params["down"] + params["whole"][None] - y) ** 2)
+
+
+def model():
+  rng = np.random.default_rng(0)
+  normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+  params = {
+    "down": normal(HIDDEN, WIDTH) / 16,
+    "scale": jnp.ones(()),
+    "up": normal(WIDTH, HIDDEN) / 16,
+    "whole": jnp.zeros(WIDTH),
+  }
+  x = normal(N, 4, WIDTH) + normal(1, 1, WIDTH)  # What is each row's, and all share.
+  y = normal(N, 4, WIDTH) + normal(1, 1, WIDTH)
+  return params, x, y.at[5].multiply(-1)
+
+
+def by_member(params, x, y):
+  return jax.vmap(jax.grad(loss), (None, 0, 0))(params, x, y)
+
+
+@functools.cache
+def wanted(k):
+  """What the filter makes of the micro-gradients of k members, by the oracle."""
+  params, x, y = model()
+  grads = jax.jit(by_member)(params, *(a.reshape(k, -1, WIDTH) for a in (x, y)))
+  result = oracle.gaf(list(grads.values()), TAU)
+  assert result.agreed and result.margin > 1e-3
+  return result
+
+
+def place(tree, mesh, specs):
+  put = lambda x, s: jax.device_put(x, NamedSharding(mesh, s))
+  return jax.tree.map(put, tree, specs)
+
+
+def reshard(tree, mesh, specs):
+  put = lambda x, s: jax.sharding.reshard(x, NamedSharding(mesh, s))
+  return jax.tree.map(put, tree, specs)
+
+
+def run(step, tx, params, batch, specs):
+  """The compiled step, its result held against the oracle's."""
+  x, y = batch
+  compiled = jax.jit(step).lower(params, tx.init(params), x, y).compile()
+  gradient, state = compiled(params, tx.init(params), x, y)
+  want = wanted(x.shape[0])
+  np.testing.assert_allclose(state.distances, want.distances, atol=1e-5)
+  np.testing.assert_array_equal(state.accepted, want.accepted)
+  for name, value in zip(sorted(gradient), want.gradient):
+    np.testing.assert_allclose(gradient[name], value, atol=2e-6)
+    local = NamedSharding(params[name].sharding.mesh, specs[name])
+    assert gradient[name].sharding.is_equivalent_to(local, gradient[name].ndim)
+  return compiled
+
+
+def sent(compiled):
+  """Bytes that a device sends, as shares of the gradient's."""
+  size = 4 * sum(x.size for x in jax.tree.leaves(model()[0]))
+  found = exchange.collectives(compiled.as_text(), N)
+  temporary = compiled.memory_analysis().temp_size_in_bytes
+  return sum(bytes for _, _, bytes in found) / size, temporary / size
+
+
+def on_shards(tx, mesh, specs, lead=(None,)):
+  """As docs/sharding.md has it."""
+  grad_specs = jax.tree.map(lambda s: P(*lead, *s), specs)
+
+  def update(grads, state, params):
+    state_specs = optax.tree_map_params(
+      tx, lambda _, s: s, state, specs, transform_non_params=lambda _: P()
+    )
+    return jax.shard_map(
+      tx.update,
+      mesh=mesh,
+      in_specs=(grad_specs, state_specs, specs),
+      out_specs=(specs, state_specs),
+    )(grads, state, params)
+
+  return optax.GradientTransformation(tx.init, update)
+
+
+def test_some_members_are_dropped():
+  """So that the tests below can fail."""
+  assert 2 <= wanted(N).accepted.sum() < N
+
+
+@pytest.mark.usefixtures("compiled_as_users_do")
+class TestFSDP:
+  # The parameters' gather sends 7/8, and so does each half of an all-reduce.
+  SHARE = (N - 1) / N
+
+  def batch(self, mesh):
+    params, x, y = model()
+    batch = place((x, y), mesh, (P("data"), P("data")))
+    return place(params, mesh, SPECS), batch
+
+  @pytest.mark.parametrize("moved", [True, False])
+  def test_explicit_axes(self, moved):
+    mesh = across.mesh(kind=AxisType.Explicit)
+    tx = gaf_optax.gaf(TAU, num_microbatches=N)
+    params, batch = self.batch(mesh)
+
+    def step(params, state, x, y):
+      grads = by_member(reshard(params, mesh, WHOLE), x, y)
+      if moved:
+        grads = reshard(grads, mesh, STACK)
+      gradient, state = tx.update(grads, state, params)
+      return reshard(gradient, mesh, SPECS), state
+
+    bytes, temporary = sent(run(step, tx, params, batch, SPECS))
+    # Moved, they cost what the plain step's reduce-scatter does.
+    assert bytes <= 1.03 * (2 if moved else 3) * self.SHARE
+    assert temporary <= (3 if moved else 4.5)
+
+  @pytest.mark.parametrize("anchor_decay", [None, 0.9])
+  def test_auto_axes(self, anchor_decay):
+    mesh = across.mesh()
+    options = dict(param_axes="data", num_microbatches=N)
+    tx = gaf_optax.gaf(TAU, anchor_decay=anchor_decay, **options)
+    tx = on_shards(tx, mesh, SPECS)
+    params, batch = self.batch(mesh)
+
+    def step(params, state, x, y):
+      return tx.update(by_member(params, x, y), state, params)
+
+    if anchor_decay is None:
+      bytes, temporary = sent(run(step, tx, params, batch, SPECS))
+      assert bytes <= 1.03 * 2 * self.SHARE
+      assert temporary <= 3
+      return
+    gradient, state = jax.jit(step)(params, tx.init(params), *batch)
+    alone = gaf_optax.gaf(TAU, anchor_decay=anchor_decay)
+    whole, x, y = model()
+    want, want_state = alone.update(by_member(whole, x, y), alone.init(whole), whole)
+    for found, expected in ((gradient, want), (state.anchor, want_state.anchor)):
+      for name in whole:
+        np.testing.assert_allclose(found[name], expected[name], atol=2e-6)
+
+  @pytest.mark.parametrize("moved", [True, False])
+  def test_shard_map(self, moved):
+    mesh = across.mesh()
+    params, batch = self.batch(mesh)
+    across_devices = dict(axis_name="data") if not moved else dict(param_axes=SPECS)
+    tx = gaf_optax.gaf(TAU, num_microbatches=N, **across_devices)
+    sharded_dim = lambda spec: [*spec].index("data") if "data" in [*spec] else None
+
+    def gather(shard, spec):
+      d = sharded_dim(spec)
+      if d is None:
+        return shard
+      return jax.lax.all_gather(shard, "data", axis=d, tiled=True)
+
+    def move(grad, spec):
+      d = sharded_dim(spec)
+      if d is None:
+        return jax.lax.all_gather(grad, "data")
+      return jax.lax.all_to_all(grad[None], "data", d + 1, 0, tiled=True)
+
+    def member(params, state, x, y):
+      if not moved:
+        local = jax.lax.pcast(params, "data", to="varying")
+        return tx.update(jax.grad(loss)(local, x[0], y[0]), state)
+      grads = jax.grad(loss)(jax.tree.map(gather, params, SPECS), x[0], y[0])
+      return tx.update(jax.tree.map(move, grads, SPECS), state)
+
+    # Whole parameters in and a whole gradient out, or shards.
+    specs = SPECS if moved else WHOLE
+    mapped = jax.shard_map(
+      member,
+      mesh=mesh,
+      in_specs=(specs, P(), P("data"), P("data")),
+      out_specs=(specs, P()),
+      check_vma=not moved,
+    )
+
+    def step(*args):
+      gradient, state = mapped(*args)
+      local = lambda x, s: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, s))
+      return jax.tree.map(local, gradient, SPECS), state
+
+    bytes, temporary = sent(run(step, tx, params, batch, SPECS))
+    assert bytes <= 1.03 * (2 if moved else 3) * self.SHARE
+    assert temporary <= (3 if moved else 4.5)
+
+  @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+  def test_one_microbatch_after_the_other(self, kind):
+    mesh = across.mesh(kind=kind)
+    params, x, y = model()
+    params = place(params, mesh, SPECS)
+    options = dict(num_microbatches=N)
+    inner = optax.sgd(1.0, momentum=0.9)
+    if kind == AxisType.Auto:
+      tx = gaf_optax.multi_steps(inner, N, TAU, param_axes="data", **options)
+      tx = on_shards(tx, mesh, SPECS, lead=())
+    else:
+      tx = gaf_optax.multi_steps(inner, N, TAU, **options)
+
+    @jax.jit
+    def step(params, state, x, y):
+      use = reshard if kind == AxisType.Explicit else lambda tree, *_: tree
+      local_loss = lambda p, x, y: loss(use(p, mesh, WHOLE), x, y)
+      return tx.update(jax.grad(local_loss)(params, x, y), state, params)
+
+    state = tx.init(params)
+    for i in range(N):
+      # The rows of a microbatch, twice each, so that they spread over the devices.
+      rows = (jnp.repeat(a[i], 2, axis=0) for a in (x, y))
+      microbatch = place(tuple(rows), mesh, (P("data"), P("data")))
+      updates, state = jax.block_until_ready(step(params, state, *microbatch))
+    want = wanted(N)
+    np.testing.assert_allclose(state.gaf_state.distances, want.distances, atol=1e-5)
+    for name, value in zip(sorted(updates), want.gradient):
+      np.testing.assert_allclose(updates[name], -value, atol=2e-6)
+
+
+class TestReplicasOfShards:
+  def batch(self, mesh, k, spec):
+    params, x, y = model()
+    x, y = (a.reshape(k, -1, WIDTH) for a in (x, y))
+    return place(params, mesh, HALVES), place((x, y), mesh, (spec, spec))
+
+  @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+  def test_each_replica_is_a_member(self, kind):
+    mesh = across.mesh((2, 4), BOTH, kind)
+    params, batch = self.batch(mesh, 2, P(*BOTH))
+    options = dict(num_microbatches=2)
+    if kind == AxisType.Auto:
+      options |= dict(axis_name="replica", stacked=True, param_axes="fsdp")
+      tx = on_shards(gaf_optax.gaf(TAU, **options), mesh, HALVES, ("replica",))
+    else:
+      tx = gaf_optax.gaf(TAU, **options)
+
+    def step(params, state, x, y):
+      use = reshard if kind == AxisType.Explicit else lambda tree, *_: tree
+      local_loss = lambda p, x, y: loss(use(p, mesh, WHOLE), x, y)
+      grads = jax.vmap(jax.grad(local_loss), (None, 0, 0))(params, x, y)
+      return tx.update(grads, state, params)
+
+    run(step, tx, params, batch, HALVES)
+
+  def test_each_device_is_a_member(self):
+    mesh = across.mesh((2, 4), BOTH, AxisType.Explicit)
+    params, batch = self.batch(mesh, N, P(BOTH))
+    tx = gaf_optax.gaf(TAU, num_microbatches=N)
+    eighths = lambda spec: [BOTH if name == "fsdp" else name for name in spec]
+    stack = jax.tree.map(lambda spec: P(None, *eighths(spec)), HALVES)
+
+    def step(params, state, x, y):
+      grads = reshard(by_member(reshard(params, mesh, WHOLE), x, y), mesh, stack)
+      gradient, state = tx.update(grads, state, params)
+      return reshard(gradient, mesh, HALVES), state
+
+    run(step, tx, params, batch, HALVES)
