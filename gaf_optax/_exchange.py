@@ -18,16 +18,17 @@ from gaf_optax import _combine, _jax_types, _mesh
 
 # Exchanges that a tree of one dtype is cut into, at most. While one runs, its values
 # are there up to three times, so that more of them need less memory at a time.
-_NUM_BUCKETS = 4
+_NUM_BUCKETS = 8
 
-# Bytes of an exchange, at least: time that a smaller one takes is mostly latency.
+# Bytes of an exchange, about, at least: a smaller one takes mostly latency.
 _MIN_BUCKET = 4 << 20
 
 # Values that the slices of an exchange are padded to multiples of. XLA's TPU compiler
 # turns an all-gather of other widths into an all-reduce, which sends twice the bytes;
 # multiples of the first need no reshape either, and are taken where they add no more
 # than 1/200.
-_ALIGNMENTS = (1024, 128)
+_LANES = 128
+_ALIGNMENTS = (8 * _LANES, _LANES)
 
 # Values of a leaf on one device up to which it is joined with others, and of what it
 # is joined to: so many that `_combine` does not cut its loop into the parts again.
@@ -95,10 +96,7 @@ def scatter(
     slices = iter(slices)
     values: list[list[jax.Array]] = [[] for _ in rows]
     for bucket in buckets:
-      own = [next(slices) for _ in bucket]
-      if any(x.ndim == 1 for x in own):
-        own = [x.reshape(-1) for x in own]
-      gathered = jnp.concatenate(own)
+      gathered = _one_behind_the_other([next(slices) for _ in bucket], 0)
       if gathered.size:
         gathered = _jax_types.all_gather(gathered, axes.axis_names)
       whole_bucket = gathered.reshape(n, gathered.shape[0] // n, *gathered.shape[1:])
@@ -204,7 +202,7 @@ def _plan(sizes, kinds, labels, n) -> list[list[_Segment]]:
   for kind in dict.fromkeys(kinds):
     of_kind = [i for i, other in enumerate(kinds) if other == kind]
     num_values = sum(sizes[i] for i in of_kind)
-    num_buckets = num_values * kind[0].itemsize // _MIN_BUCKET
+    num_buckets = round(num_values * kind[0].itemsize / _MIN_BUCKET)
     num_buckets = min(max(num_buckets, 1), _NUM_BUCKETS)
     limit = max(-(-num_values // num_buckets), 1)
     by_label: list[dict[Any, list[_Span]]] = [{} for _ in range(num_buckets)]
@@ -234,15 +232,18 @@ def _pieces(leaf, size, limit) -> list[_Span]:
 
 
 def _segments(by_label, n) -> list[_Segment]:
-  """A bucket: its segments, the last one so wide that the bucket is aligned."""
-  found: list[_Segment] = []
-  total = 0
+  """A bucket: its segments, the last one so wide that the bucket is aligned.
+
+  Those that are whole tiles come first.
+  """
+  found = []
   for (group_id, replicated), spans in by_label.items():
-    width = -(-sum(span.stop - span.start for span in spans) // n)
-    width = _aligned(total + width, len(found) == len(by_label) - 1) - total
+    width = _aligned(-(-sum(span.stop - span.start for span in spans) // n), False)
     found.append(_Segment(group_id, replicated, tuple(spans), width))
-    total += width
-  return found
+  *others, last = sorted(found, key=lambda segment: segment.width % _LANES > 0)
+  total = sum(segment.width for segment in others)
+  width = _aligned(total + last.width, True) - total
+  return [*others, last._replace(width=width)]
 
 
 def _aligned(width, always) -> int:
@@ -282,12 +283,12 @@ def _has_whole_tiles(shape):
 
   In the order of its tiles it is flat without being copied.
   """
-  return len(shape) > 1 and shape[-2] % 8 == 0 and shape[-1] % 128 == 0
+  return len(shape) > 1 and shape[-2] % 8 == 0 and shape[-1] % _LANES == 0
 
 
 def _tiled_shape(shape):
   *outer, rows, columns = shape
-  return (*outer, rows // 8, 8, columns // 128, 128)
+  return (*outer, rows // 8, 8, columns // _LANES, _LANES)
 
 
 def _cut(flat, segment, n):
@@ -318,8 +319,8 @@ def _exchanged(flat, buckets, n, names):
     ):
       # One bucket after the other, so that only one is there in several copies.
       sent, before = lax.optimization_barrier((sent, before))
-    slices = jnp.concatenate([_cut(sent, segment, n) for segment in bucket], axis=2)
-    slices = _in_tiles(slices)
+    cut = [_in_tiles(_cut(sent, segment, n)) for segment in bucket]
+    slices = _one_behind_the_other(cut, 2)
     if slices.size:
       slices = lax.optimization_barrier(_jax_types.all_to_all(slices, names))
     before = slices.reshape(n * slices.shape[1], *slices.shape[2:])
@@ -333,17 +334,33 @@ def _in_tiles(x):
   On TPU each row of such an array is by itself, while the rows of `[k, c]` are
   interleaved.
   """
-  return x if x.shape[-1] % 128 else x.reshape(*x.shape[:-1], x.shape[-1] // 128, 128)
+  if x.shape[-1] % _LANES:
+    return x
+  return x.reshape(*x.shape[:-1], x.shape[-1] // _LANES, _LANES)
+
+
+def _one_behind_the_other(slices, axis):
+  """Slices `[..., c / 128, 128]`, then those `[..., c]`, joined in tiles."""
+  in_tiles = [x for x in slices if x.ndim == axis + 2]
+  flat = [x for x in slices if x.ndim == axis + 1]
+  if flat:
+    in_tiles.append(_in_tiles(jnp.concatenate(flat, axis)))
+  return jnp.concatenate(in_tiles, axis)
 
 
 def _by_segment(columns, bucket):
-  """The columns of each segment, in tiles, of `[r, c]` or `[r, c / 128, 128]`."""
-  tiles = 128 if all(segment.width % 128 == 0 for segment in bucket) else 1
-  ends = itertools.accumulate(segment.width // tiles for segment in bucket)
-  if tiles == 1:
-    columns = columns.reshape(columns.shape[0], math.prod(columns.shape[1:]))
-  split = jnp.split(columns, list(ends)[:-1], axis=1)
-  return split if tiles > 1 else [_in_tiles(x) for x in split]
+  """The columns of each segment, in tiles, of `[r, c / 128, 128]`."""
+  found, start = [], 0
+  for segment in bucket:
+    stop = start + segment.width
+    first, last = start // _LANES, -(-stop // _LANES)
+    part = columns[:, first:last]
+    if segment.width != (last - first) * _LANES:
+      flat = part.reshape(part.shape[0], math.prod(part.shape[1:]))
+      part = flat[:, start - first * _LANES : stop - first * _LANES]
+    found.append(part)
+    start = stop
+  return found
 
 
 def _unpadded(segment, n, names):

@@ -322,11 +322,11 @@ def _products(matrices, dtype, scales):
   """
 
   def typed(products):
-    """Types that both branches can agree on."""
+    """With types that both branches agree on."""
 
     def run(matrices, scales):
       found = products(matrices, scales, dtype=dtype)
-      return [_jax_types.typed_like(x, matrices + [scales]) for x in found]
+      return _jax_types.typed_like(found, (matrices, scales))
 
     return run
 
@@ -349,18 +349,21 @@ def _on_accelerator(matrices, scales, *, dtype):
 def _is_faster_by_sums(matrix):
   """Whether sums over products of two rows beat a matrix product on TPU.
 
-  One of full float32 precision takes XLA seconds to compile, and more time to run where
-  its rows are whole tiles. Where they are not (k is among the tile's own axes, or the
-  last axis is not half a tile), taking rows apart takes longer.
+  One of many values in full float32 precision takes XLA seconds to compile, and more
+  time to run where its rows are whole tiles. Where they are not (k is among the tile's
+  own axes, or the last axis is not half a tile), taking rows apart takes longer.
   """
   num_rows = sum(block.shape[0] for block in matrix)
   if num_rows == 2:
     return True
-  whole_tiles = matrix[0].ndim > 2 and matrix[0].shape[-1] % 64 == 0
+  shape = matrix[0].shape[1:]
+  in_tiles = len(shape) > 1 and shape[-1] % 64 == 0
   exact = all(block.dtype.itemsize < 4 for block in matrix)
-  return num_rows <= _FEW_ROWS_IN_SUMS and whole_tiles and not exact
+  is_long = math.prod(shape) >= _LONG_ROW
+  return num_rows <= _FEW_ROWS_IN_SUMS and is_long and in_tiles and not exact
 
 
+@functools.partial(jax.jit, static_argnames="dtype")  # Traced once for each shape.
 def _sums_of_pairs(matrix, dtype):
   """Inner products of few rows, for each pair a sum: XLA makes them in one pass."""
   rows = [x[i].astype(dtype) for x in matrix for i in range(x.shape[0])]

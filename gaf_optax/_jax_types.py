@@ -70,17 +70,10 @@ def typed_like(tree: Any, like: Any) -> Any:
   """The tree, each leaf varying over whatever any leaf of `like` varies over.
 
   Under `jax.shard_map` the values that a loop or a branch starts from have to be
-  typed as varying over the mesh axes that the data varies over. Adding an empty sum of
-  the data makes them so, and compiles to nothing.
+  typed as varying over the mesh axes that the data varies over.
   """
-  empty = [
-    jnp.sum(jnp.ravel(leaf)[:0].real.astype(jnp.float32))
-    for leaf in jax.tree.leaves(like)
-  ]
-  zero = sum(empty, jnp.zeros((), jnp.float32))
-  return jax.tree.map(
-    lambda x: x | (zero != 0) if x.dtype == bool else x + zero.astype(x.dtype), tree
-  )
+  axes = frozenset().union(*(varying(leaf) for leaf in jax.tree.leaves(like)))
+  return jax.tree.map(lambda x: as_varying(x, axes), tree)
 
 
 def as_varying(x: jax.Array, axes: frozenset) -> jax.Array:

@@ -49,7 +49,7 @@ def test_temporary_memory(n):
 
   Of more than a few megabytes, that is: those are exchanged all at once.
   """
-  leaves = (*AWKWARD, *[(1_000_000,)] * 5)
+  leaves = (*AWKWARD, *[(250_000,)] * 20)
   assert cost(n, leaves=leaves).temporary <= 3 * (SIZE + 20_000_000)
 
 

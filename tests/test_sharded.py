@@ -88,7 +88,7 @@ def sent(compiled):
   size = 4 * sum(x.size for x in jax.tree.leaves(model()[0]))
   found = exchange.collectives(compiled.as_text(), N)
   temporary = compiled.memory_analysis().temp_size_in_bytes
-  return sum(bytes for _, _, bytes in found) / size, temporary / size
+  return sum(collective.sent for collective in found) / size, temporary / size
 
 
 def on_shards(tx, mesh, specs, lead=(None,)):
