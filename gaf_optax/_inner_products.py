@@ -331,36 +331,46 @@ def _products(matrices, dtype, scales):
     return run
 
   return lax.platform_dependent(
-    matrices, scales, cpu=typed(_on_cpu), default=typed(_on_accelerator)
+    matrices, scales, cpu=typed(_on_cpu), tpu=typed(_on_tpu), default=typed(_on_gpu)
   )
 
 
-def _on_accelerator(matrices, scales, *, dtype):
+def _on_tpu(matrices, scales, *, dtype):
+  return _on_accelerator(matrices, scales, dtype, _is_faster_by_sums_on_tpu)
+
+
+def _on_gpu(matrices, scales, *, dtype):
+  # Of rows of other lengths it would make padded copies.
+  by_sums = lambda matrix: math.prod(matrix[0].shape[1:]) % 8 > 0
+  return _on_accelerator(matrices, scales, dtype, by_sums)
+
+
+def _on_accelerator(matrices, scales, dtype, are_few_faster_by_sums):
   if scales is not None:
     return _row_by_row(matrices, scales, dtype)
+
+  def by_sums(matrix):
+    num_rows = sum(block.shape[0] for block in matrix)
+    few = num_rows <= _FEW_ROWS_IN_SUMS
+    return num_rows == 2 or (few and are_few_faster_by_sums(matrix))
+
   return [
-    (_sums_of_pairs if _is_faster_by_sums(matrix) else _products_of_blocks)(
-      matrix, dtype
-    )
+    (_sums_of_pairs if by_sums(matrix) else _products_of_blocks)(matrix, dtype)
     for matrix in matrices
   ]
 
 
-def _is_faster_by_sums(matrix):
-  """Whether sums over products of two rows beat a matrix product on TPU.
+def _is_faster_by_sums_on_tpu(matrix):
+  """Whether sums over products of two rows beat a matrix product.
 
   One of many values in full float32 precision takes XLA seconds to compile, and more
   time to run where its rows are whole tiles. Where they are not (k is among the tile's
   own axes, or the last axis is not half a tile), taking rows apart takes longer.
   """
-  num_rows = sum(block.shape[0] for block in matrix)
-  if num_rows == 2:
-    return True
   shape = matrix[0].shape[1:]
   in_tiles = len(shape) > 1 and shape[-1] % 64 == 0
   exact = all(block.dtype.itemsize < 4 for block in matrix)
-  is_long = math.prod(shape) >= _LONG_ROW
-  return num_rows <= _FEW_ROWS_IN_SUMS and is_long and in_tiles and not exact
+  return math.prod(shape) >= _LONG_ROW and in_tiles and not exact
 
 
 @functools.partial(jax.jit, static_argnames="dtype")  # Traced once for each shape.

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -49,8 +50,9 @@ def test_temporary_memory(n):
 
   Of more than a few megabytes, that is: those are exchanged all at once.
   """
-  leaves = (*AWKWARD, *[(250_000,)] * 20)
-  assert cost(n, leaves=leaves).temporary <= 3 * (SIZE + 20_000_000)
+  leaves = tuple(exchange.shapes("resnet18"))
+  size = 4 * sum(math.prod(shape) for shape in leaves)
+  assert cost(n, leaves=leaves).temporary <= 3 * size
 
 
 @pytest.mark.long
