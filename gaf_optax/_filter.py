@@ -172,9 +172,12 @@ def _one_by_one_on_cpu(all_at_once, rows, inputs, plan):
   """On CPU the rows pushed into a stream one after the other; elsewhere at once."""
 
   def one_by_one(leaves, inputs):
+    shapes = [x.shape[1:] for x in leaves]
+    leaves = [_inner_products.flat_rows(x) for x in leaves]
     means, decision, pushed = _stream.filter_rows(
       leaves, rows.group_ids, inputs.threshold, plan
     )
+    means = [x.reshape(shape) for x, shape in zip(means, shapes)]
     compared = [x for x, g in zip(leaves, rows.group_ids) if g < plan.layout.num_groups]
     noise_scale = _gram.noise_scale_of_sum(
       _gram.Gram(pushed.squares.T, pushed.exponents.T),

@@ -194,7 +194,7 @@ def squared_sum(leaves: Sequence[jax.Array], factors: jax.Array) -> jax.Array:
     return jnp.sum(jnp.sum(rows, axis=0) ** 2)
 
   def of_matrix(matrix):
-    matrix = matrix.reshape(matrix.shape[0], math.prod(matrix.shape[1:]))
+    matrix = flat_rows(matrix)
     width = max(_BLOCK_VALUES // matrix.shape[0], _CHAIN)
     whole, rest = divmod(matrix.shape[1], width)
     total = _jax_types.typed_like(jnp.zeros((), dtype), (matrix, factors))
@@ -304,10 +304,17 @@ def _largest(matrix, dtype):
     high, low = (f(block, axis=axes, initial=0) for f in (jnp.max, jnp.min))
     result = jnp.maximum(high, -low).astype(dtype)
     # What a maximum makes of NaN is up to the compiler, and so a sum looks for it.
-    finite = jnp.sum(block.astype(dtype) * 0, axis=axes) == 0
+    # XLA's CPU compiler would materialize the zeros of `0 * wide`.
+    wide = block.astype(dtype)
+    finite = jnp.sum(wide - wide, axis=axes) == 0
     return jnp.where(finite, result, jnp.inf)
 
   return jnp.concatenate([largest(block) for block in matrix])
+
+
+def flat_rows(x: jax.Array) -> jax.Array:
+  """`[k, *shape]` as `[k, size]`."""
+  return x.reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
 def _inner_axes(block):
@@ -444,7 +451,7 @@ def _on_cpu(matrices, scales, *, dtype):
   # speed; in blocks that fit in the cache they do neither.
   found = []
   for matrix, scale in zip(matrices, scales or [None] * len(matrices)):
-    matrix = [x.reshape(x.shape[0], math.prod(x.shape[1:])) for x in matrix]
+    matrix = [flat_rows(x) for x in matrix]
     few = sum(block.shape[0] for block in matrix) <= _FEW_ROWS
     if few and scale is None and matrix[0].shape[1] >= _LONG_ROW:
       found.append(_by_pairs(matrix, dtype))
