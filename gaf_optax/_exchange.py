@@ -26,7 +26,7 @@ _MIN_BUCKET = 4 << 20
 # Values that the slices of an exchange are padded to multiples of. XLA's TPU compiler
 # turns an all-gather of other widths into an all-reduce, which sends twice the bytes;
 # multiples of the first need no reshape either, and are taken where they add no more
-# than 1/200.
+# than 1/400.
 _LANES = 128
 _ALIGNMENTS = (8 * _LANES, _LANES)
 
@@ -250,7 +250,7 @@ def _aligned(width, always) -> int:
   """The width with as much padding as is worth it; with `always` at least some."""
   for unit in _ALIGNMENTS:
     padded = -(-width // unit) * unit
-    if 200 * (padded - width) <= width:
+    if 400 * (padded - width) <= width:
       return padded
   return padded if always else width
 
