@@ -20,8 +20,11 @@ from gaf_optax import _combine, _jax_types, _mesh
 # are there up to three times, so that more of them need less memory at a time.
 _NUM_BUCKETS = 8
 
-# Bytes of an exchange, about, at least: a smaller one takes mostly latency.
+# Bytes of an exchange, about, at least: a smaller one takes mostly latency. Among many
+# devices XLA's TPU compiler turns an all-gather to no more than 16 MiB into an
+# all-reduce, which sends twice the bytes.
 _MIN_BUCKET = 4 << 20
+_MANY_DEVICES, _MIN_BUCKET_OF_MANY = 32, 32 << 20
 
 # Values that the slices of an exchange are padded to multiples of. XLA's TPU compiler
 # turns an all-gather of other widths into an all-reduce, which sends twice the bytes;
@@ -202,7 +205,8 @@ def _plan(sizes, kinds, labels, n) -> list[list[_Segment]]:
   for kind in dict.fromkeys(kinds):
     of_kind = [i for i, other in enumerate(kinds) if other == kind]
     num_values = sum(sizes[i] for i in of_kind)
-    num_buckets = round(num_values * kind[0].itemsize / _MIN_BUCKET)
+    min_bucket = _MIN_BUCKET if n < _MANY_DEVICES else _MIN_BUCKET_OF_MANY
+    num_buckets = round(num_values * kind[0].itemsize / min_bucket)
     num_buckets = min(max(num_buckets, 1), _NUM_BUCKETS)
     limit = max(-(-num_values // num_buckets), 1)
     by_label: list[dict[Any, list[_Span]]] = [{} for _ in range(num_buckets)]
