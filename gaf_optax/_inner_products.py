@@ -101,7 +101,7 @@ def gram(
   largest = _jax_types.cond(
     ordinary, lambda: jnp.ones((num_groups, k), dtype), local.largest_values
   )
-  valid = unread_finite & jnp.all(jnp.isfinite(largest), axis=0)
+  valid = unread_finite & jnp.all(jnp.isfinite(largest) & ~jnp.isnan(squares), axis=0)
 
   def as_computed():
     return _gram.Gram(products, jnp.zeros((num_groups, k), jnp.int32))
@@ -303,13 +303,24 @@ def _largest(matrix, dtype):
     # Not the maximum of abs(block), for which some versions of XLA copy the block.
     high, low = (f(block, axis=axes, initial=0) for f in (jnp.max, jnp.min))
     result = jnp.maximum(high, -low).astype(dtype)
-    # What a maximum makes of NaN is up to the compiler, and so a sum looks for it.
-    # XLA's CPU compiler would materialize the zeros of `0 * wide`.
-    wide = block.astype(dtype)
-    finite = jnp.sum(wide - wide, axis=axes) == 0
-    return jnp.where(finite, result, jnp.inf)
+    return jnp.where(jnp.isfinite(result), result, jnp.inf)
 
-  return jnp.concatenate([largest(block) for block in matrix])
+  def with_nan(block):
+    # What a maximum makes of NaN is up to the compiler, and so a sum looks for it.
+    wide = block.astype(dtype)
+    finite = jnp.sum(wide - wide, axis=_inner_axes(block)) == 0
+    return jnp.where(finite, largest(block), jnp.inf)
+
+  # On CPU the maximum over one axis keeps NaN (over several it has lost it), and the
+  # differences of `with_nan` would be a copy.
+  return jnp.concatenate(
+    [
+      lax.platform_dependent(
+        block, cpu=lambda block: largest(flat_rows(block)), default=with_nan
+      )
+      for block in matrix
+    ]
+  )
 
 
 def flat_rows(x: jax.Array) -> jax.Array:
