@@ -28,6 +28,7 @@ from importlib.metadata import version
 from typing import Any
 
 import exchange
+import measure
 
 TARGETS = ("v5e:2x4", "v5p:2x2x2", "h100:8", "v5e:1x1", "h100:1")
 
@@ -273,8 +274,6 @@ def measured(
 
 
 def _table(rows) -> str:
-  import measure
-
   across = rows[0].get("devices", 1) > 1
   header = ["form", "sent, P", "over the mean", "collectives", "in branches"]
   header = [*header, "asynchronous"] if across else header[:1]
@@ -333,9 +332,7 @@ def main(argv: list[str] | None = None) -> None:
       part = f"Left out: {reason}."
     parts.append(f"## {target}\n\n{part}")
     print(f"\n{parts[-1]}", flush=True)
-  args.out.parent.mkdir(parents=True, exist_ok=True)
-  args.out.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-  print(f"\nWritten to {args.out}.")
+  measure.write(parts, args.out)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import datetime as dt
 import os
+import pathlib
 import platform
 import statistics
 import time
@@ -107,6 +108,13 @@ def environment() -> str:
     f" Python {platform.python_version()}, {versions};"
     f" {dt.datetime.now(dt.UTC):%Y-%m-%d}"
   )
+
+
+def write(parts: list[str], path: pathlib.Path) -> None:
+  """Writes the parts of a report that have been printed."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+  print(f"\nWritten to {path}.")
 
 
 def table(header: list[str], rows: list[list[Any]]) -> str:

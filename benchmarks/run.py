@@ -496,9 +496,7 @@ def main(argv: list[str] | None = None) -> None:
     heading = (section.__doc__ or "").rstrip(".")
     parts.append(f"## {heading}\n\n{section(args.quick)}")
     print(f"\n{parts[-1]}", flush=True)
-  args.out.parent.mkdir(parents=True, exist_ok=True)
-  args.out.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-  print(f"\nWritten to {args.out}.")
+  measure.write(parts, args.out)
 
 
 if __name__ == "__main__":

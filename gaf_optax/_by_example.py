@@ -322,7 +322,7 @@ def _compared(losses, stacks, options):
   stacked = dataclasses.replace(options, stacked=True)
   # Flat where they are made, since XLA's CPU compiler would make them once for the
   # products, which are of flat rows, and once for the branches.
-  stacks = jax.tree.map(_inner_products.flat_rows, stacks)
+  stacks = jax.tree.map(_tree.flat_rows, stacks)
   leaves = _tree.flatten(stacks, None, None, stacked=True)
   plan = stacked.plan(leaves)
   # The losses belong to no group: they have to be finite, and no more.

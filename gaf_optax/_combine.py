@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gaf_optax import _jax_types
+from gaf_optax import _jax_types, _tree
 
 # Micro-gradients that one pass over the result adds up. XLA fuses a written-out sum
 # into one loop that streams them; its reduction over a leading axis is slower.
@@ -40,11 +40,11 @@ def weighted_mean(leaf: jax.Array, weights: jax.Array, dtype=None) -> jax.Array:
   result_dtype = dtype or leaf.dtype
   dtype = _jax_types.accumulator_dtype(leaf.dtype)
   weights = weights.astype(jnp.finfo(dtype).dtype)
-  by_platform = dict(cpu=_weighted_sum_on_cpu, default=_weighted_sum)
   total = lax.platform_dependent(
     leaf,
     weights,
-    **{name: functools.partial(f, dtype=dtype) for name, f in by_platform.items()},
+    cpu=functools.partial(_weighted_sum_on_cpu, dtype=dtype),
+    default=functools.partial(_weighted_sum, dtype=dtype),
   )
   return without_overflow(total).astype(result_dtype)
 
@@ -60,7 +60,7 @@ def _weighted_sum(leaf, weights, *, dtype):
 def _weighted_sum_on_cpu(leaf, weights, *, dtype):
   k = leaf.shape[0]
   if math.prod(leaf.shape[1:]) <= SMALL:
-    rows = leaf.reshape(k, math.prod(leaf.shape[1:])).astype(dtype)
+    rows = _tree.flat_rows(leaf).astype(dtype)
     rows = jnp.where(weights[:, None] != 0, rows, 0)
     total = jnp.matmul(weights.astype(dtype), rows, precision=lax.Precision.HIGHEST)
     return total.reshape(leaf.shape[1:])

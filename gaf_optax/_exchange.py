@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gaf_optax import _combine, _jax_types, _mesh
+from gaf_optax import _combine, _jax_types, _mesh, _tree
 
 # Exchanges that a tree of one dtype is cut into, at most. While one runs, its values
 # are there up to three times, so that more of them need less memory at a time.
@@ -261,7 +261,7 @@ def _aligned(width, always) -> int:
 
 def _flat(x):
   """Rows `[k, *shape]` as `[k, size]`, in the order that costs least to make."""
-  flat = lambda x: x.reshape(x.shape[0], math.prod(x.shape[1:]))
+  flat = _tree.flat_rows
   if not _has_whole_tiles(x.shape[1:]):
     return flat(x)
   in_tiles = lambda x: flat(jnp.swapaxes(x.reshape(_tiled_shape(x.shape)), -3, -2))
@@ -360,7 +360,7 @@ def _by_segment(columns, bucket):
     first, last = start // _LANES, -(-stop // _LANES)
     part = columns[:, first:last]
     if segment.width != (last - first) * _LANES:
-      flat = part.reshape(part.shape[0], math.prod(part.shape[1:]))
+      flat = _tree.flat_rows(part)
       part = flat[:, start - first * _LANES : stop - first * _LANES]
     found.append(part)
     start = stop

@@ -173,7 +173,7 @@ def _one_by_one_on_cpu(all_at_once, rows, inputs, plan):
 
   def one_by_one(leaves, inputs):
     shapes = [x.shape[1:] for x in leaves]
-    leaves = [_inner_products.flat_rows(x) for x in leaves]
+    leaves = [_tree.flat_rows(x) for x in leaves]
     means, decision, pushed = _stream.filter_rows(
       leaves, rows.group_ids, inputs.threshold, plan
     )

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gaf_optax import _gram, _jax_types, _mesh
+from gaf_optax import _gram, _jax_types, _mesh, _tree
 
 # Squared norms in this range are taken as computed: products of two of them, and
 # sums of a few thousand, stay far from both ends of float32.
@@ -194,7 +194,7 @@ def squared_sum(leaves: Sequence[jax.Array], factors: jax.Array) -> jax.Array:
     return jnp.sum(jnp.sum(rows, axis=0) ** 2)
 
   def of_matrix(matrix):
-    matrix = flat_rows(matrix)
+    matrix = _tree.flat_rows(matrix)
     width = max(_BLOCK_VALUES // matrix.shape[0], _CHAIN)
     whole, rest = divmod(matrix.shape[1], width)
     total = _jax_types.typed_like(jnp.zeros((), dtype), (matrix, factors))
@@ -316,16 +316,11 @@ def _largest(matrix, dtype):
   return jnp.concatenate(
     [
       lax.platform_dependent(
-        block, cpu=lambda block: largest(flat_rows(block)), default=with_nan
+        block, cpu=lambda block: largest(_tree.flat_rows(block)), default=with_nan
       )
       for block in matrix
     ]
   )
-
-
-def flat_rows(x: jax.Array) -> jax.Array:
-  """`[k, *shape]` as `[k, size]`."""
-  return x.reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
 def _inner_axes(block):
@@ -462,7 +457,7 @@ def _on_cpu(matrices, scales, *, dtype):
   # speed; in blocks that fit in the cache they do neither.
   found = []
   for matrix, scale in zip(matrices, scales or [None] * len(matrices)):
-    matrix = [flat_rows(x) for x in matrix]
+    matrix = [_tree.flat_rows(x) for x in matrix]
     few = sum(block.shape[0] for block in matrix) <= _FEW_ROWS
     if few and scale is None and matrix[0].shape[1] >= _LONG_ROW:
       found.append(_by_pairs(matrix, dtype))

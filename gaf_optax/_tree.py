@@ -1,5 +1,6 @@
 """Tree: takes a tree of micro-gradients apart, checks shapes, sorts into groups."""
 
+import math
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
@@ -150,6 +151,11 @@ def put(tree: Any, layout: Layout, values: list[jax.Array]) -> Any:
 
 def leaf_shape(leaf: Any) -> tuple[int, ...]:
   return tuple(leaf.shape) if hasattr(leaf, "shape") else jnp.shape(leaf)
+
+
+def flat_rows(x: jax.Array) -> jax.Array:
+  """`[k, *shape]` as `[k, size]`."""
+  return x.reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
 def name(path) -> str:
