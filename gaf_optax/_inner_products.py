@@ -101,7 +101,8 @@ def gram(
   largest = _jax_types.cond(
     ordinary, lambda: jnp.ones((num_groups, k), dtype), local.largest_values
   )
-  valid = unread_finite & jnp.all(jnp.isfinite(largest) & ~jnp.isnan(squares), axis=0)
+  # Not from the squares: one that overflows is NaN where the lost parts are added up.
+  valid = unread_finite & jnp.all(jnp.isfinite(largest), axis=0)
 
   def as_computed():
     return _gram.Gram(products, jnp.zeros((num_groups, k), jnp.int32))
