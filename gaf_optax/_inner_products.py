@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from gaf_optax import _gram, _jax_types, _mesh, _tree
@@ -298,30 +299,37 @@ def embedded(block, embed, dtype):
 
 def _largest(matrix, dtype):
   """The largest absolute value in each row `[k]`; Inf where one is not finite."""
-
-  def largest(block):
-    axes = _inner_axes(block)
-    # Not the maximum of abs(block), for which some versions of XLA copy the block.
-    high, low = (f(block, axis=axes, initial=0) for f in (jnp.max, jnp.min))
-    result = jnp.maximum(high, -low).astype(dtype)
-    return jnp.where(jnp.isfinite(result), result, jnp.inf)
-
-  def with_nan(block):
-    # What a maximum makes of NaN is up to the compiler, and so a sum looks for it.
-    wide = block.astype(dtype)
-    finite = jnp.sum(wide - wide, axis=_inner_axes(block)) == 0
-    return jnp.where(finite, largest(block), jnp.inf)
-
-  # On CPU the maximum over one axis keeps NaN (over several it has lost it), and the
-  # differences of `with_nan` would be a copy.
-  return jnp.concatenate(
-    [
-      lax.platform_dependent(
-        block, cpu=lambda block: largest(_tree.flat_rows(block)), default=with_nan
-      )
-      for block in matrix
-    ]
+  of_block = functools.partial(
+    lax.platform_dependent,
+    cpu=functools.partial(_largest_on_cpu, dtype=dtype),
+    default=functools.partial(_largest_or_inf, dtype=dtype),
   )
+  return jnp.concatenate([of_block(block) for block in matrix])
+
+
+def _largest_or_inf(block, *, dtype):
+  axes = _inner_axes(block)
+  # Not the maximum of abs(block), for which some versions of XLA copy the block.
+  high, low = (f(block, axis=axes, initial=0) for f in (jnp.max, jnp.min))
+  # What a maximum makes of NaN is up to the compiler, and so a sum looks for it.
+  wide = block.astype(dtype)
+  finite = jnp.sum(wide - wide, axis=axes) == 0
+  return jnp.where(finite, jnp.maximum(high, -low).astype(dtype), jnp.inf)
+
+
+def _largest_on_cpu(block, *, dtype):
+  if block.dtype.itemsize < 4:
+    return _largest_or_inf(block, dtype=dtype)
+  # Older XLA for CPU would copy the block for a sum of anything but its values. The
+  # bits of absolute values are in their order, with Inf and NaN above all others.
+  bits_dtype = jnp.dtype(f"int{8 * block.dtype.itemsize}")
+  no_sign = np.array(jnp.iinfo(bits_dtype).max, bits_dtype)
+  bits = lambda x: lax.bitcast_convert_type(x, bits_dtype) & no_sign
+  larger = lambda x, y: lax.bitcast_convert_type(lax.max(bits(x), bits(y)), block.dtype)
+  zero = np.zeros((), block.dtype)
+  # Of an axis of length one XLA leaves the value as it is.
+  result = jnp.abs(lax.reduce(block, zero, larger, _inner_axes(block))).astype(dtype)
+  return jnp.where(jnp.isnan(result), jnp.inf, result)
 
 
 def _inner_axes(block):

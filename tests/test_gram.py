@@ -109,6 +109,30 @@ def test_groups_and_leaves_outside_them():
     np.testing.assert_allclose(dense(gram, group), v @ v.T, atol=1e-5)
 
 
+@pytest.mark.parametrize("mapped", [False, True], ids=["alone", "vmap"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
+@pytest.mark.parametrize("shape", [(), (1,), (17,), (5, 7), (1000,), (3, 4, 1500)])
+def test_one_value_that_is_not_finite(shape, dtype, mapped):
+  """Is found in a row of any length; XLA's maximum on CPU loses NaN in long ones."""
+  values = [np.nan, -np.inf, np.inf, 1e19, -1e19]  # The square of the last overflows.
+  place = np.random.default_rng(11).integers(max(1, np.prod(shape, dtype=int)))
+  x = jnp.asarray(draw(10, len(values), *shape)).astype(dtype).reshape(len(values), -1)
+  x = x.at[:, place].set(jnp.asarray(values, dtype)).reshape(-1, *shape)
+  clean = jnp.ones_like(x)
+
+  def finite(x, clean):
+    compared = _inner_products.gram([(x,), (clean,)], [0, 0], 1)[1]
+    beside = _inner_products.gram([(x,), (clean,)], [1, 0], 1)[1]
+    return compared, beside
+
+  if mapped:
+    x, clean = jax.tree.map(lambda x: jnp.stack([x] * 8), (x, clean))
+    finite = jax.vmap(finite)
+  for found in jax.jit(finite)(x, clean):
+    want = np.broadcast_to([False, False, False, True, True], found.shape)
+    np.testing.assert_array_equal(found, want)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float8_e4m3fn"])
 def test_both_forms_are_the_same(dtype):
   """The rescaled form, which one bad row calls for, keeps all other products."""
