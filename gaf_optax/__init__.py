@@ -2,7 +2,13 @@
 
 from gaf_optax import rules
 from gaf_optax._by_example import example_weights
-from gaf_optax._gaf import ApplyIfAgreedState, apply_if_agreed, gaf
+from gaf_optax._gaf import (
+  ApplyIfAgreedState,
+  ApplyIfNonzeroState,
+  apply_if_agreed,
+  apply_if_nonzero,
+  gaf,
+)
 from gaf_optax._inner_products import cosine_distance
 from gaf_optax._multi_steps import MultiStepsState, multi_steps
 from gaf_optax._state import Agreement, GafState, metrics, sources
@@ -23,6 +29,7 @@ __all__ = [
   "AdaptiveTau",
   "Agreement",
   "ApplyIfAgreedState",
+  "ApplyIfNonzeroState",
   "Decision",
   "GafState",
   "MultiStepsState",
@@ -30,6 +37,7 @@ __all__ = [
   "TauQuantile",
   "adaptive_tau",
   "apply_if_agreed",
+  "apply_if_nonzero",
   "cosine_distance",
   "example_weights",
   "gaf",

@@ -1,6 +1,7 @@
 """By example: microbatches compared by a part of their gradients, in two passes."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from gaf_optax import (
   _gram,
   _inner_products,
   _jax_types,
+  _mesh,
   _options,
   _state,
   _threshold,
@@ -81,13 +83,24 @@ def example_weights(
       tau=tau,
     )
   options = _options.checked(tau, rule=rule)
-  gram, finite = _sum_of_layers([_layer_gram(a, d) for a, d in layers])
-  threshold = options.threshold(0, None)
   step_tau: Any = tau if _threshold.is_step_tau(tau) else None
-  decision, _, _ = rules.decide_groups(options.rule, gram, finite, threshold, step_tau)
+  return _of_layers(
+    layers, options.threshold(0, None), rule=options.rule, step_tau=step_tau
+  )
+
+
+@functools.partial(jax.jit, static_argnames=("rule", "step_tau"))
+def _of_layers(layers, threshold, *, rule, step_tau):
+  gram, finite = _sum_of_layers([_layer_gram(a, d) for a, d in layers])
+  return _decided(gram, finite, threshold, rule, step_tau)[1]
+
+
+def _decided(gram, finite, threshold, rule, step_tau):
+  """The weights `[k]` and the `Agreement`."""
+  decision, _, _ = rules.decide_groups(rule, gram, finite, threshold, step_tau)
   decision = decision._replace(weights=_combine.normalized(decision.weights))
-  noise_scale = _gram.noise_scale(gram, finite)
-  return _state.agreement(_state.outcome(decision, finite, noise_scale))
+  outcome = _state.outcome(decision, finite, _gram.noise_scale(gram, finite))
+  return decision.weights[0], _state.agreement(outcome)
 
 
 def _layers(activations, cotangents):
@@ -219,42 +232,57 @@ def two_pass(
   own = [leaves[i] for i in selected]
   copied = selected if sum(jnp.size(x) for x in own) <= _COPIED else []
 
+  # JAX maps no parameters over a mesh axis that they are sharded over.
+  beside_batch = functools.partial(_mesh.beside, batch=jax.tree.leaves(batch))
+
   def one(shared, own, positions, microbatch):
     merged = _replaced(shared, positions, own)
     return loss(jax.tree.unflatten(treedef, merged), microbatch)
 
   def each(shared, copies):
+    shared = beside_batch(shared)
     run = lambda copies, microbatch: one(shared, copies, copied, microbatch)
     return jax.vmap(run)(copies, batch)
 
-  copies = [jnp.broadcast_to(leaves[i][None], (k, *leaves[i].shape)) for i in copied]
+  copies = [_mesh.copies(leaves[i], k, jax.tree.leaves(batch)) for i in copied]
   losses, backward, aux = jax.vjp(each, leaves, copies, has_aux=True)
   _check_losses(losses, k)
+  typed = lambda x: _jax_types.typed_like(x, losses)
+  cotangent = lambda x: _mesh.placed_like(typed(x), losses)
   if copied:
-    _, stacks = backward(_jax_types.typed_like(jnp.ones_like(losses), losses))
+    _, stacks = backward(cotangent(jnp.ones_like(losses)))
   else:
-    alone = lambda own, microbatch: one(leaves, own, selected, microbatch)[0]
-    stacks = jax.vmap(jax.grad(alone), (None, 0))(own, batch)
+    whole = beside_batch(leaves)
+    alone = lambda own, microbatch: one(whole, own, selected, microbatch)[0]
+    stacks = jax.vmap(jax.grad(alone), (None, 0))(beside_batch(own), batch)
   weights, finite, agreement = _compared(losses, stacks, options)
   if names:
     start = lax.axis_index(names) * k
     mine = lambda x: lax.dynamic_slice_in_dim(x, start, k)
     weights, finite = mine(weights), mine(finite)
-    rows = {n: mine(getattr(agreement, n)) for n in rules.Decision._fields}
-    agreement = agreement._replace(**rows)
+    agreement = agreement._replace(
+      accepted=mine(agreement.accepted),
+      weights=mine(agreement.weights),
+      raw_distances=mine(agreement.raw_distances),
+    )
   # Before the branch, since XLA's CPU convolutions are slow within one.
-  shared, _ = backward(_jax_types.typed_like(weights.astype(losses.dtype), losses))
-  means = [_combine.weighted_mean(x, weights) for x in stacks] if copied else []
+  shared, _ = backward(cotangent(weights.astype(losses.dtype)))
+  means = []
+  if copied:
+    found = [_combine.weighted_mean(_mesh.gathered(x), weights) for x in stacks]
+    means = [_mesh.placed_like(x, leaf) for x, leaf in zip(found, own)]
   grads = jax.tree.unflatten(treedef, _replaced(shared, copied, means))
 
   def without_bad():
     # A NaN times a weight of 0 is NaN in the backward pass: good ones stand in.
     rows = jnp.where(finite, jnp.arange(k), jnp.argmax(finite))
-    good = jax.tree.map(lambda x: x[rows], batch)
+    good = jax.tree.map(lambda x: _mesh.placed_like(_mesh.gathered(x)[rows], x), batch)
 
     def total(params):
-      losses, _ = jax.vmap(loss, (None, 0))(params, good)
-      return jnp.sum(jnp.where(weights != 0, weights.astype(losses.dtype) * losses, 0))
+      whole = jax.tree.unflatten(treedef, beside_batch(jax.tree.leaves(params)))
+      losses, _ = jax.vmap(loss, (None, 0))(whole, good)
+      factors = cotangent(weights.astype(losses.dtype))
+      return jnp.sum(jnp.where(factors != 0, factors * losses, 0))
 
     grads = jax.grad(total)(params)
     return jax.tree.map(lambda x: jnp.where(jnp.any(finite), x, 0), grads)
@@ -322,21 +350,22 @@ def _compared(losses, stacks, options):
   stacked = dataclasses.replace(options, stacked=True)
   # Flat where they are made, since XLA's CPU compiler would make them once for the
   # products, which are of flat rows, and once for the branches.
-  stacks = jax.tree.map(_tree.flat_rows, stacks)
+  stacks = [_tree.flat_rows(_mesh.gathered(x)) for x in stacks]
+  losses = _mesh.gathered(losses)
   leaves = _tree.flatten(stacks, None, None, stacked=True)
   plan = stacked.plan(leaves)
+  return _by_rows(leaves.arrays, losses, options.threshold(0, None), plan=plan)
+
+
+@functools.partial(jax.jit, static_argnames="plan")
+def _by_rows(arrays, losses, threshold, *, plan):
   # The losses belong to no group: they have to be finite, and no more.
   group_ids = (*plan.layout.group_ids, plan.layout.num_groups)
   rows = _exchange.scatter(
-    [*leaves.arrays, losses], group_ids, plan.axes, plan.embed is not None
+    [*arrays, losses], group_ids, plan.axes, plan.embed is not None
   )
   gram, finite = _inner_products.gram(
     [(x,) for x in rows.leaves], rows.group_ids, 1, plan.embed, rows.shards
   )
-  threshold = options.threshold(0, None)
-  decision, _, _ = rules.decide_groups(
-    plan.rule, gram, finite, threshold, plan.step_tau
-  )
-  decision = decision._replace(weights=_combine.normalized(decision.weights))
-  outcome = _state.outcome(decision, finite, _gram.noise_scale(gram, finite))
-  return decision.weights[0], finite, _state.agreement(outcome)
+  weights, agreement = _decided(gram, finite, threshold, plan.rule, plan.step_tau)
+  return weights, finite, agreement

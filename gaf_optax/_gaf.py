@@ -1,9 +1,11 @@
 """GAF: the public face: one aggregator, and one that skips steps without agreement."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from gaf_optax import _filter, _jax_types, _options, _state, _tree, rules
@@ -179,6 +181,8 @@ def gaf(
 
   def update_fn(micro_grads, state, params=None, **extra_args):
     del extra_args
+    _state.check(state, options)
+    _state.warn_if_identical(state, stacklevel=3)
     _tree.check_not_empty(micro_grads)
     leaves = _tree.flatten(
       micro_grads,
@@ -191,6 +195,8 @@ def gaf(
       return leaves.unflatten([]), state
     plan = options.plan(leaves)
     _check_number((leaves.k or 1) * plan.axes.num_replicas(), options)
+    if state.anchor is not None:
+      _tree.check_kept(state.anchor, leaves)
     if state.memory is not None:
       _tree.check_num_groups(plan.layout, state.memory.mean.shape[0])
     means, state = _filter.step(
@@ -267,9 +273,10 @@ def apply_if_agreed(
   inner = optax.with_extra_args_support(inner)
 
   def init_fn(params):
-    return ApplyIfAgreedState(outer.init(params), inner.init(params))
+    return ApplyIfAgreedState(outer.init(params), init_inner(inner, params))
 
   def update_fn(micro_grads, state, params=None, **extra_args):
+    _state.check_type(state, ApplyIfAgreedState)
     grads, gaf_state = outer.update(micro_grads, state.gaf_state, params)
     updates, inner_state = run_if(
       gaf_state.ready, inner, grads, state.inner_state, params, extra_args
@@ -277,6 +284,95 @@ def apply_if_agreed(
     return updates, ApplyIfAgreedState(gaf_state, inner_state)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class ApplyIfNonzeroState(NamedTuple):
+  """State of `apply_if_nonzero`.
+
+  Attributes:
+    skipped_steps: int32 scalar, steps with a gradient of zeros since `init`.
+    inner_state: the state of the inner transformation.
+  """
+
+  skipped_steps: jax.Array
+  inner_state: Any
+
+
+def apply_if_nonzero(
+  inner: optax.GradientTransformation, *, param_axes: Any = ()
+) -> optax.GradientTransformationExtraArgs:
+  """`inner`, which is left out on steps whose gradient is all zeros.
+
+  For what :func:`value_and_grad` returns, whose gradient is exactly zero where no two
+  micro-gradients agreed. `inner` then is not run, as with :func:`apply_if_agreed`: the
+  update is zero and its state stays as it was. Nothing but the gradient has to be
+  passed on, so that it fits any trainer: `TrainState.apply_gradients(grads=grads)`,
+  `nnx.Optimizer.update(model, grads)`, `tx.update(grads, state, params)`.
+
+  Args:
+    inner: the transformation that takes the filtered gradient.
+    param_axes: under `jax.shard_map` the name of the mesh axis, or a tuple of names,
+      over which the parameters are sharded: `inner` is run where any device's part of
+      the gradient is not zero.
+
+  Returns:
+    A transformation whose state is an :class:`ApplyIfNonzeroState`. Extra arguments go
+    to `inner`.
+
+  Raises:
+    ValueError: if `inner` has a filter in it, whose place is in front.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax
+    >>> from gaf_optax import apply_if_nonzero, value_and_grad
+    >>> loss = lambda w, x: jnp.mean(x @ w)
+    >>> tx = apply_if_nonzero(optax.adam(0.1))
+    >>> w = jnp.zeros(2)
+    >>> state = tx.init(w)
+    >>> opposed = jnp.array([[1.0, 0.0], [-1.0, 0.0]])
+    >>> _, grads, agreement = value_and_grad(loss, num_microbatches=2)(w, opposed)
+    >>> updates, state = tx.update(grads, state, w)
+    >>> print(agreement.agreed, updates, state.skipped_steps)
+    False [0. 0.] 1
+  """
+  inner = optax.with_extra_args_support(inner)
+  names = _options.as_names("param_axes", param_axes)
+
+  def init_fn(params):
+    inner_state = init_inner(inner, params)
+    return ApplyIfNonzeroState(jnp.zeros((), jnp.int32), inner_state)
+
+  def update_fn(grads, state, params=None, **extra_args):
+    _state.check_type(state, ApplyIfNonzeroState)
+    leaves = [x for x in jax.tree.leaves(grads) if x.dtype != jax.dtypes.float0]
+    nonzero = functools.reduce(
+      jnp.logical_or, [jnp.any(x != 0) for x in leaves], jnp.zeros((), bool)
+    )
+    if names:
+      nonzero = jax.lax.psum(nonzero.astype(jnp.int32), names) > 0
+    updates, inner_state = run_if(
+      nonzero, inner, grads, state.inner_state, params, extra_args
+    )
+    skipped = optax.safe_increment(state.skipped_steps)
+    skipped = jnp.where(nonzero, state.skipped_steps, skipped)
+    return updates, ApplyIfNonzeroState(skipped, inner_state)
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def init_inner(inner, params):
+  """The state of a transformation that gets filtered gradients.
+
+  Raises:
+    ValueError: if it filters, too.
+  """
+  state = inner.init(params)
+  if _state.find(state):
+    raise ValueError(
+      "inner has a gaf in it, but what it gets is filtered already. Leave the gaf out:"
+      " apply_if_agreed(optax.sgd(0.1), tau), for instance."
+    )
+  return state
 
 
 def run_if(condition, inner, grads, inner_state, params, extra_args):

@@ -144,7 +144,7 @@ def noise_scale(gram: Gram, valid: jax.Array) -> jax.Array:
 
   Returns:
     float32 scalar: `(mean_i G_ii - m) / m`, with m the mean of the off-diagonal
-    entries. Inf where m <= 0, NaN where fewer than two are valid.
+    entries. Inf where m <= 0, -1 where fewer than two are valid.
   """
   dtype = gram.products.dtype
   top = jnp.max(jnp.where(valid, gram.exponents, ZERO_EXPONENT))
@@ -178,5 +178,6 @@ def _noise_scale(trace, total, num_valid):
   diagonal = trace / jnp.maximum(num_valid, 1)
   agreement = (total - trace) / jnp.maximum(num_valid * (num_valid - 1), 1)
   scale = (diagonal - agreement) / jnp.where(agreement > 0, agreement, 1)
-  scale = jnp.where(agreement > 0, scale, jnp.inf)
-  return jnp.where(num_valid > 1, scale, jnp.nan).astype(jnp.float32)
+  # Below 0 by rounding alone.
+  scale = jnp.where(agreement > 0, jnp.maximum(scale, 0), jnp.inf)
+  return jnp.where(num_valid > 1, scale, -1).astype(jnp.float32)

@@ -51,6 +51,12 @@ def explicit_spec(x: jax.Array) -> tuple[tuple[str, ...], ...]:
   return tuple(entries + [()] * (jnp.ndim(x) - len(entries)))
 
 
+def is_unreduced(x: Any) -> bool:
+  """Whether an array is a part of a sum that has yet to be made over the devices."""
+  sharding = getattr(jax.typeof(x), "sharding", None)
+  return bool(getattr(getattr(sharding, "spec", None), "unreduced", None))
+
+
 def zeros_like(x: jax.Array, dtype: Any) -> jax.Array:
   """Zeros shaped like an array, and sharded like it on an Explicit mesh."""
   zeros = functools.partial(jnp.zeros, jnp.shape(x), dtype)

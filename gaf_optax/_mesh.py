@@ -270,6 +270,73 @@ def reshard(leaves: Sequence[jax.Array], specs: Sequence[P], mesh) -> list[jax.A
   ]
 
 
+def split_rows(x: jax.Array, k: int, at_once: bool) -> jax.Array:
+  """Rows `[batch, ...]` as `[k, batch // k, ...]`, k microbatches.
+
+  Of an array that is sharded over an Explicit mesh each microbatch is sharded as the
+  rows were; with `at_once` the k of them are, if the devices divide k.
+
+  Raises:
+    ValueError: if the devices divide neither.
+  """
+  shape = (k, x.shape[0] // k, *x.shape[1:])
+  spec = _jax_types.explicit_spec(x)
+  if not any(spec):
+    return jnp.reshape(x, shape)
+  mesh = _mesh([x])
+  number = math.prod(mesh.shape[name] for name in spec[0])
+  if at_once and k % number == 0:
+    leading: _Spec = (spec[0], ())
+  elif shape[1] % number == 0:
+    leading = ((), spec[0])
+  else:
+    raise ValueError(
+      f"a batch of {x.shape[0]} rows is sharded over {number} devices (mesh axes"
+      f" {spec[0]}), which do not divide its {k} microbatches of {shape[1]} rows each."
+    )
+  sharding = NamedSharding(mesh, _partition((*leading, *spec[1:])))
+  return jnp.reshape(x, shape, out_sharding=sharding)
+
+
+def copies(x: jax.Array, k: int, batch: Sequence[jax.Array]) -> jax.Array:
+  """The array k times, `[k, *shape]`, sharded as the k microbatches of a batch."""
+  result = jnp.broadcast_to(gathered(x)[None], (k, *x.shape))
+  leading = [_jax_types.explicit_spec(leaf)[0] for leaf in batch]
+  if not any(leading):
+    return result
+  spec = _partition((max(leading), *[()] * x.ndim))
+  return jax.sharding.reshard(result, NamedSharding(_mesh(batch), spec))
+
+
+def beside(leaves: Sequence[Any], batch: Sequence[jax.Array]) -> list[Any]:
+  """The leaves, gathered over the mesh axes that the microbatches are sharded over."""
+  taken = {name for x in batch for name in _jax_types.explicit_spec(x)[0]}
+
+  def free(x):
+    spec = _jax_types.explicit_spec(x)
+    if not taken & {*sum(spec, ())}:
+      return x
+    rest = _partition(tuple(tuple(n for n in e if n not in taken) for e in spec))
+    return jax.sharding.reshard(x, NamedSharding(_mesh([x]), rest))
+
+  return [free(x) for x in leaves]
+
+
+def placed_like(x: jax.Array, like: jax.Array) -> jax.Array:
+  """An array of the same shape, sharded over an Explicit mesh as the other one is."""
+  if not is_sharded([x, like]):
+    return x
+  spec = explicit_partition(like)
+  return jax.sharding.reshard(x, NamedSharding(_mesh([x, like]), spec))
+
+
+def gathered(x: jax.Array) -> jax.Array:
+  """The array, whole on every device of an Explicit mesh."""
+  if not is_sharded([x]):
+    return x
+  return jax.sharding.reshard(x, NamedSharding(_mesh([x]), P()))
+
+
 def explicit_partition(x: jax.Array) -> P:
   """The `PartitionSpec` of an array on an Explicit mesh."""
   return _partition(_jax_types.explicit_spec(x))

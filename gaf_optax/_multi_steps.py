@@ -19,21 +19,42 @@ from gaf_optax import (
 
 
 class MultiStepsState(NamedTuple):
-  """State of `multi_steps`.
+  """State of `multi_steps`; what `optax.MultiStepsState` has is there by its name.
 
   Attributes:
     mini_step: int32 scalar, micro-gradients seen in this cycle, in
       [0, every_k_schedule).
     gaf_state: a `GafState` of the last finished cycle, whose `ready` is False
       within a cycle.
-    inner_state: the state of the inner transformation.
+    inner_opt_state: the state of the inner transformation.
     stream: what is kept of this cycle's micro-gradients.
   """
 
   mini_step: jax.Array
   gaf_state: _state.GafState
-  inner_state: Any
+  inner_opt_state: Any
   stream: _stream.Stream
+
+  @property
+  def gradient_step(self) -> jax.Array:
+    """int32 scalar, finished cycles, those without agreement too."""
+    return self.gaf_state.num_updates
+
+  @property
+  def acc_grads(self) -> Any:
+    """The weighted mean of what this cycle has accepted, like the parameters."""
+    return self.stream.means
+
+
+class MultiSteps(optax.GradientTransformationExtraArgs):
+  """What `multi_steps` returns: with the methods of `optax.MultiSteps`."""
+
+  def has_updated(self, state: MultiStepsState) -> jax.Array:
+    """Whether the last call ended a cycle that agreed, and so ran `inner`."""
+    return jnp.asarray(state.gaf_state.ready)
+
+  def gradient_transformation(self) -> optax.GradientTransformationExtraArgs:
+    return self
 
 
 @_options.shown(_gaf.gaf, *_stream.OPTIONS)
@@ -42,7 +63,7 @@ def multi_steps(
   every_k_schedule: int | Callable[[jax.Array], jax.Array],
   tau: _options.Tau = 0.97,
   **options: Any,
-) -> optax.GradientTransformationExtraArgs:
+) -> MultiSteps:
   """Takes one micro-gradient per call and runs `inner` on every k-th, if they agree.
 
   The drop-in for `optax.MultiSteps`: calls before the k-th of a cycle emit zero
@@ -64,7 +85,10 @@ def multi_steps(
   Returns:
     A transformation whose `update(micro_grad, state, params=None)` takes and
     returns leaves shaped like the parameters. Extra arguments go to `inner`.
-    :func:`metrics` reads its state and speaks of the last finished cycle.
+    :func:`metrics` reads its state and speaks of the last finished cycle. As with
+    `optax.MultiSteps`, `has_updated(state)` tells whether the last call ran `inner`,
+    and the state has `mini_step`, `gradient_step` (finished cycles),
+    `inner_opt_state` and `acc_grads`.
 
   Raises:
     ValueError: for arguments outside their ranges, and for a rule that has to see
@@ -105,18 +129,22 @@ def multi_steps(
     return MultiStepsState(
       mini_step=jnp.zeros((), jnp.int32),
       gaf_state=_state.init(params, checked),
-      inner_state=inner.init(params),
+      inner_opt_state=_gaf.init_inner(inner, params),
       stream=_stream.start(params, checked, k),
     )
 
   def update_fn(micro_grad, state, params=None, **extra_args):
+    _state.check_type(state, MultiStepsState)
     gaf_state = state.gaf_state
+    _state.check(gaf_state, checked)
+    _state.warn_if_identical(gaf_state, stacklevel=3)
     _tree.check_not_empty(micro_grad)
     like = state.stream.means if params is None else params
     leaves = _tree.flatten(micro_grad, like, checked.groups, stacked=False)
     if not leaves.arrays:
       return leaves.unflatten([]), state
     layout = leaves.layout
+    _tree.check_kept(state.stream.means, leaves)
     _tree.check_num_groups(layout, state.stream.num_in_mean.shape[0])
     plan = checked.plan(leaves)
     threshold = checked.threshold(gaf_state.num_updates, gaf_state.steered)
@@ -140,7 +168,7 @@ def multi_steps(
       new_state = _state.advance(new_state, plan.steering, threshold, step)
       grads = leaves.unflatten(means)
       updates, inner_state = _gaf.run_if(
-        step.agreed, inner, grads, state.inner_state, params, extra_args
+        step.agreed, inner, grads, state.inner_opt_state, params, extra_args
       )
       empty = jax.tree.map(jnp.zeros_like, state.stream)
       zero = jnp.zeros((), jnp.int32)
@@ -151,7 +179,7 @@ def multi_steps(
       # Nothing is ready for what may follow, until the end of the cycle.
       waiting = gaf_state._replace(ready=jnp.zeros((), bool))
       return updates, MultiStepsState(
-        state.mini_step + 1, waiting, state.inner_state, stream
+        state.mini_step + 1, waiting, state.inner_opt_state, stream
       )
 
     every_k: Any = every_k_schedule
@@ -159,4 +187,4 @@ def multi_steps(
       every_k = every_k(gaf_state.num_updates)
     return _jax_types.cond(state.mini_step + 1 >= every_k, end_of_cycle, within_cycle)
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return MultiSteps(init_fn, update_fn)

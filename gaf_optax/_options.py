@@ -119,13 +119,13 @@ def checked(
     ValueError: naming the argument, what was found and what was expected.
   """
   _threshold.check(tau)
-  axis_names = () if axis_name is None else _as_names("axis_name", axis_name)
+  axis_names = () if axis_name is None else as_names("axis_name", axis_name)
   if axis_name is not None and not axis_names:
     raise ValueError("axis_name must name at least one axis, got ().")
   param_specs = None
   if _holds_specs(param_axes):
     param_specs, param_axes = param_axes, _mesh.spec_axes(param_axes)
-  param_axes = _as_names("param_axes", param_axes)
+  param_axes = as_names("param_axes", param_axes)
   both = set(axis_names) & set(param_axes)
   if both:
     raise ValueError(
@@ -244,7 +244,7 @@ def _check_memory(memory_decay, anchor_decay, num_microbatches):
     )
 
 
-def _as_names(argument, value):
+def as_names(argument, value):
   """One name, or several, as a tuple."""
   names = tuple(value) if isinstance(value, (tuple, list)) else (value,)
   for name in names:

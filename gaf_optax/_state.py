@@ -1,12 +1,23 @@
 """State: what a step did, kept in the optimizer state, and read as metrics."""
 
+import warnings
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from gaf_optax import _options, _threshold, _tree, rules
+from gaf_optax import _options, _threshold, _tree, _validate, rules
+
+# Stands for a distance or a noise scale where there was nothing to compare. Not NaN,
+# since JAX_DEBUG_NANS reports any that compiled code returns; users read NaN.
+NOTHING = -1.0
+
+# A mean distance or a noise scale up to which micro-gradients are copies of one, but
+# for rounding; and how many such steps in a row are worth a warning.
+_ROUNDING = 1e-5
+_MANY_STEPS = 10
 
 
 class GafState(NamedTuple):
@@ -22,22 +33,25 @@ class GafState(NamedTuple):
     num_accepted: float32 scalar, how many micro-gradients the last step
       accepted (the mean over the groups).
     num_seen: int32 scalar, of how many.
-    mean_distance: float32 scalar, the mean of the last step's finite distances;
-      NaN if there was none.
+    raw_mean_distance: float32 scalar, the mean of the last step's finite distances;
+      -1 if there was none. `mean_distance` is the same with NaN.
     accept_rate: float32 scalar in [0, 1], the accepted share of all
       micro-gradients since `init`.
     num_seen_total: float32 scalar, their number.
     skipped_steps: int32 scalar, steps without agreement since `init`.
     nonfinite: int32 scalar, micro-gradients with a NaN or an infinity since
       `init`.
-    noise_scale: float32 scalar, the gradient noise scale in microbatches of the
-      last step; NaN where it cannot be known.
+    identical: int32 scalar, steps in a row, up to the last one, whose micro-gradients
+      were all copies of one, but for rounding.
+    raw_noise_scale: float32 scalar, the gradient noise scale in microbatches of the
+      last step; -1 where it cannot be known. `noise_scale` is the same with NaN.
     anchor: with `anchor_decay` the moving average, shaped like the parameters;
       else None.
     anchored: bool scalar, whether the moving average holds a step yet, or None.
     memory: with `memory_decay` a `rules.Memory`, else None.
-    distances: float32 `[k]` with `num_microbatches`, else None. NaN where there
-      was nothing to compare. The mean over the groups.
+    raw_distances: float32 `[k]` with `num_microbatches`, else None. -1 where there
+      was nothing to compare. The mean over the groups. `distances` is the same with
+      NaN.
     accepted: bool `[k]` with `num_microbatches`, else None. Accepted in any
       group.
     weights: float32 `[k]` with `num_microbatches`, else None: the weight of each in
@@ -53,19 +67,32 @@ class GafState(NamedTuple):
   steered: jax.Array | None
   num_accepted: jax.Array
   num_seen: jax.Array
-  mean_distance: jax.Array
+  raw_mean_distance: jax.Array
   accept_rate: jax.Array
   num_seen_total: jax.Array
   skipped_steps: jax.Array
   nonfinite: jax.Array
-  noise_scale: jax.Array
+  identical: jax.Array
+  raw_noise_scale: jax.Array
   anchor: Any
   anchored: jax.Array | None
   memory: Any
-  distances: jax.Array | None
+  raw_distances: jax.Array | None
   accepted: jax.Array | None
   weights: jax.Array | None
   accept_rates: jax.Array | None
+
+  @property
+  def mean_distance(self) -> jax.Array:
+    return _or_nan(self.raw_mean_distance)
+
+  @property
+  def noise_scale(self) -> jax.Array:
+    return _or_nan(self.raw_noise_scale)
+
+  @property
+  def distances(self) -> jax.Array | None:
+    return None if self.raw_distances is None else _or_nan(self.raw_distances)
 
 
 class Outcome(NamedTuple):
@@ -74,10 +101,11 @@ class Outcome(NamedTuple):
   Attributes:
     agreed: bool scalar.
     num_accepted: float32 scalar, the mean over the groups of how many they accepted.
-    mean_distance: float32 scalar, NaN where nothing was compared.
+    mean_distance: float32 scalar, `NOTHING` where nothing was compared.
     num_seen: int32 scalar.
     nonfinite: int32 scalar.
-    noise_scale: float32 scalar.
+    identical: bool scalar, whether all are copies of one.
+    noise_scale: float32 scalar, or `NOTHING`.
     each: for each micro-gradient a `rules.Decision` `[k]`, or None where not kept.
   """
 
@@ -86,6 +114,7 @@ class Outcome(NamedTuple):
   mean_distance: jax.Array
   num_seen: jax.Array
   nonfinite: jax.Array
+  identical: jax.Array
   noise_scale: jax.Array
   each: rules.Decision | None
 
@@ -99,7 +128,8 @@ class Agreement(NamedTuple):
     accepted: bool `[k]`, accepted in any group.
     weights: float32 `[k]`, the weight of each in the gradient: of sum 1, or all 0
       without agreement (the mean over the groups).
-    distances: float32 `[k]`, in [0, 2], NaN where there was nothing to compare.
+    raw_distances: float32 `[k]`, in [0, 2], -1 where there was nothing to compare.
+      `distances` is the same with NaN.
     nonfinite: int32 scalar, how many had a NaN or an infinity.
   """
 
@@ -107,8 +137,12 @@ class Agreement(NamedTuple):
   num_accepted: jax.Array
   accepted: jax.Array
   weights: jax.Array
-  distances: jax.Array
+  raw_distances: jax.Array
   nonfinite: jax.Array
+
+  @property
+  def distances(self) -> jax.Array:
+    return _or_nan(self.raw_distances)
 
 
 def agreement(step: Outcome) -> Agreement:
@@ -118,41 +152,64 @@ def agreement(step: Outcome) -> Agreement:
     agreed=step.agreed,
     num_accepted=step.num_accepted,
     nonfinite=step.nonfinite,
-    **step.each._asdict(),
+    **_kept(step.each),
   )
+
+
+def _kept(each: rules.Decision) -> dict[str, jax.Array]:
+  return dict(
+    accepted=each.accepted, weights=each.weights, raw_distances=each.distances
+  )
+
+
+def _or_nan(values: jax.Array) -> jax.Array:
+  """What users read of distances and noise scales."""
+  with jax.debug_nans(False):
+    return jnp.where(jnp.asarray(values) == NOTHING, jnp.nan, values)
+
+
+def or_nothing(values: jax.Array) -> jax.Array:
+  return jnp.where(jnp.isfinite(values), values, NOTHING).astype(jnp.float32)
 
 
 def outcome(
   decision: rules.Decision, finite: jax.Array, noise_scale: jax.Array
 ) -> Outcome:
   """The outcome of a step, from the decision `[m, k]` by group."""
+  distances = or_nothing(decision.distances)
   return Outcome(
     agreed=jnp.any(decision.accepted),
     num_accepted=jnp.mean(jnp.sum(decision.accepted, axis=1, dtype=jnp.float32)),
-    mean_distance=nanmean(nanmean(decision.distances, axis=1)),
+    mean_distance=mean_known(mean_known(distances, axis=1)),
     num_seen=jnp.full((), finite.shape[0], jnp.int32),
     nonfinite=jnp.sum(~finite, dtype=jnp.int32),
+    identical=(noise_scale != NOTHING) & (noise_scale <= _ROUNDING),
     noise_scale=noise_scale,
-    each=over_groups(decision),
+    each=over_groups(decision._replace(distances=distances)),
   )
 
 
 def over_groups(decision: rules.Decision) -> rules.Decision:
-  """For each micro-gradient `[k]`, from `[m, k]` by group."""
+  """For each micro-gradient `[k]`, from `[m, k]` by group without NaN."""
   return rules.Decision(
     weights=jnp.mean(decision.weights, axis=0, dtype=jnp.float32),
     accepted=jnp.any(decision.accepted, axis=0),
-    distances=nanmean(decision.distances, axis=0),
+    distances=mean_known(decision.distances, axis=0),
   )
 
 
-def nanmean(values: jax.Array, axis: int | None = None) -> jax.Array:
-  """Mean of the finite values, float32; NaN where there is none."""
-  finite = jnp.isfinite(values)
-  number = jnp.sum(finite, axis=axis)
-  total = jnp.sum(jnp.where(finite, values, 0), axis=axis)
+def mean_known(values: jax.Array, axis: int | None = None) -> jax.Array:
+  """Mean of the values that are not `NOTHING`, float32; `NOTHING` without any."""
+  known = values != NOTHING
+  number = jnp.sum(known, axis=axis)
+  total = jnp.sum(jnp.where(known, values, 0), axis=axis)
   mean = total / jnp.maximum(number, 1).astype(total.dtype)
-  return jnp.where(number > 0, mean, jnp.nan).astype(jnp.float32)
+  return jnp.where(number > 0, mean, NOTHING).astype(jnp.float32)
+
+
+def are_copies(mean_distance: jax.Array) -> jax.Array:
+  """Whether streamed micro-gradients are copies of one."""
+  return (mean_distance != NOTHING) & (mean_distance <= _ROUNDING)
 
 
 def init(params: Any, options: _options.Options) -> GafState:
@@ -161,7 +218,7 @@ def init(params: Any, options: _options.Options) -> GafState:
   k = options.num_microbatches
   # A function each, since a donated state must not hold a buffer twice.
   zero = lambda dtype=jnp.int32: jnp.zeros((), dtype)
-  nan = lambda *shape: jnp.full(shape, jnp.nan, jnp.float32)
+  nothing = lambda *shape: jnp.full(shape, NOTHING, jnp.float32)
   initial = lambda: jnp.array(options.threshold(zero(), None), jnp.float32)
   memory = None
   if options.memory_decay is not None:
@@ -175,20 +232,60 @@ def init(params: Any, options: _options.Options) -> GafState:
     steered=initial() if steered else None,
     num_accepted=zero(jnp.float32),
     num_seen=zero(),
-    mean_distance=nan(),
+    raw_mean_distance=nothing(),
     accept_rate=zero(jnp.float32),
     num_seen_total=zero(jnp.float32),
     skipped_steps=zero(),
     nonfinite=zero(),
-    noise_scale=nan(),
+    identical=zero(),
+    raw_noise_scale=nothing(),
     anchor=_tree.accumulators(params) if has_anchor else None,
     anchored=zero(bool) if has_anchor else None,
     memory=memory,
-    distances=None if k is None else nan(k),
+    raw_distances=None if k is None else nothing(k),
     accepted=None if k is None else jnp.zeros((k,), bool),
     weights=None if k is None else jnp.zeros((k,), jnp.float32),
     accept_rates=None if k is None else jnp.zeros((k,), jnp.float32),
   )
+
+
+def check_type(state: Any, expected: type) -> None:
+  """Raises unless a state is of the type that `init` made."""
+  if not isinstance(state, expected):
+    hint = ""
+    if find(state):
+      hint = " Is it the state of a chain that this transformation is a part of?"
+    raise ValueError(
+      f"update takes the {expected.__name__} that init of the same transformation"
+      f" made, got {type(state).__name__}.{hint}"
+    )
+
+
+def check(state: Any, options: _options.Options) -> None:
+  """Raises unless `init` of a transformation with these options made the state.
+
+  Raises:
+    ValueError: naming what was found and the likely mistake.
+  """
+  check_type(state, GafState)
+  steered = isinstance(options.tau, _threshold.TargetAcceptRate)
+  kept = {
+    "tau": (options.tau if steered else None, "steered", state.steered),
+    "anchor_decay": (options.anchor_decay, "anchor", state.anchor),
+    "memory_decay": (options.memory_decay, "memory", state.memory),
+    "num_microbatches": (
+      options.num_microbatches,
+      "raw_distances",
+      state.raw_distances,
+    ),
+  }
+  for name, (option, field, value) in kept.items():
+    if (option is None) != (value is None):
+      raise ValueError(
+        f"{name} is {'not given' if option is None else option}, but the state"
+        f" {'has' if option is None else 'lacks'} what it needs ({field}): init of a"
+        " transformation with other options made it. Is it a restored one?"
+      )
 
 
 def advance(
@@ -215,7 +312,7 @@ def advance(
   if state.accept_rates is not None and step.each is not None:
     now = step.each.accepted.astype(jnp.float32)
     moved = (now - state.accept_rates) / num_updates.astype(jnp.float32)
-    each = step.each._asdict()
+    each = _kept(step.each)
     each["accept_rates"] = jnp.clip(state.accept_rates + moved, 0, 1)
   return state._replace(
     num_updates=num_updates,
@@ -226,7 +323,7 @@ def advance(
     ),
     num_accepted=step.num_accepted,
     num_seen=step.num_seen,
-    mean_distance=step.mean_distance,
+    raw_mean_distance=step.mean_distance,
     accept_rate=jnp.clip(rate, 0, 1),
     num_seen_total=total,
     skipped_steps=jnp.where(
@@ -236,7 +333,8 @@ def advance(
     ),
     # A count that would overflow stays where it is.
     nonfinite=jnp.maximum(state.nonfinite + step.nonfinite, state.nonfinite),
-    noise_scale=step.noise_scale,
+    identical=jnp.where(step.identical, optax.safe_increment(state.identical), 0),
+    raw_noise_scale=step.noise_scale,
     **each,
   )
 
@@ -279,11 +377,17 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
     * `skipped_steps`: steps without agreement since `init` (int32);
     * `nonfinite`: micro-gradients with a NaN or an infinity since `init`
       (int32);
+    * `identical`: steps in a row, up to the last one, in which all micro-gradients
+      were copies of one (int32): they were averaged before, and the filter does
+      nothing. From ten on, reading them outside `jit` warns as well;
     * `noise_scale`: the simple gradient noise scale of the last step (float32): the
       number of microbatches whose mean is as much noise as gradient. It comes from
       the inner products of all finite micro-gradients, accepted or not. Inf where
       they have nothing in common, NaN where it cannot be known: in streamed forms,
       and with fewer than two finite ones.
+
+    With `JAX_DEBUG_NANS` call it outside `jit`, since JAX reports every NaN that
+    compiled code returns. The state itself holds none.
 
   Raises:
     ValueError: if there is no `GafState` in it, or more than one.
@@ -301,7 +405,8 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
     McCandlish et al., `An Empirical Model of Large-Batch Training
     <https://arxiv.org/abs/1812.06162>`_, 2018, for the noise scale.
   """
-  state = _find(opt_state)
+  state = _the_one(opt_state)
+  warn_if_identical(state, stacklevel=3)
   values = {
     "num_accepted": state.num_accepted,
     "num_microbatches": state.num_seen,
@@ -312,6 +417,7 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
     "agreed": jnp.asarray(state.num_accepted) > 0,
     "skipped_steps": state.skipped_steps,
     "nonfinite": state.nonfinite,
+    "identical": state.identical,
     "noise_scale": state.noise_scale,
   }
   return {name: jnp.asarray(value) for name, value in values.items()}
@@ -361,7 +467,7 @@ def sources(opt_state: Any) -> dict[str, jax.Array]:
     accept_rate [1. 1. 0.]
     num_steps [1. 1. 1.]
   """
-  state = _find(opt_state)
+  state = _the_one(opt_state)
   if state.memory is None:
     raise ValueError(
       "this GafState remembers nothing of its sources. Make it with"
@@ -374,19 +480,45 @@ def sources(opt_state: Any) -> dict[str, jax.Array]:
       f" {jnp.shape(state.memory.mean)}. Is it that of all devices of a jax.pmap? They"
       " hold the same: jax.tree.map(lambda x: x[0], opt_state)."
     )
-  agreement, num_steps = rules.majority(state.memory)
+  with jax.debug_nans(False):
+    agreement, num_steps = rules.majority(state.memory)
+    agreement = jnp.nanmean(agreement, axis=0)
   return {
-    "agreement": nanmean(agreement, axis=0),
+    "agreement": agreement,
     "accept_rate": jnp.asarray(state.accept_rates),
     "num_steps": jnp.mean(num_steps, axis=0),
   }
 
 
-def _find(opt_state: Any) -> GafState:
-  """The one `GafState` in an optimizer state."""
+def warn_if_identical(state: GafState, stacklevel: int) -> None:
+  """Warns of micro-gradients that are copies of one, if that is known by now."""
+  number: Any = state.identical
+  if not _validate.is_concrete(number):
+    return
+  if isinstance(number, jax.Array):
+    if not getattr(number, "is_ready", lambda: True)():
+      return  # Nothing is waited for.
+    number = number.addressable_data(0)
+  largest = np.asarray(number).max()
+  if largest >= _MANY_STEPS:
+    warnings.warn(
+      f"in the last {largest} steps all micro-gradients were copies of one, so"
+      " that the filter did nothing. Were they averaged before it, by jax.lax.pmean or"
+      " by flax's DynamicScale(axis_name), or are the microbatches the same?",
+      stacklevel=stacklevel,
+    )
+
+
+def find(opt_state: Any) -> list[tuple[Any, GafState]]:
+  """Path and state of every `GafState` in an optimizer state."""
   is_state = lambda node: isinstance(node, GafState)
   flat, _ = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=is_state)
-  found = [(path, node) for path, node in flat if is_state(node)]
+  return [(path, node) for path, node in flat if is_state(node)]
+
+
+def _the_one(opt_state: Any) -> GafState:
+  """The one `GafState` in an optimizer state."""
+  found = find(opt_state)
   if not found:
     raise ValueError(
       "there is no GafState in this optimizer state. Pass the whole state of a"

@@ -106,7 +106,7 @@ def _empty(params, arrays, layout, k, with_embed=False, with_anchor=False):
   numbers = lambda *shape: jnp.zeros(shape, jnp.float32)
   each = None
   if k is not None:
-    nothing = jnp.full((m, k), jnp.nan, jnp.float32)
+    nothing = jnp.full((m, k), _state.NOTHING, jnp.float32)
     each = numbers(m, k), jnp.zeros((m, k), bool), nothing
   return Stream(
     means=zeros(),
@@ -254,7 +254,7 @@ def _recorded(stream, step):
   return (
     weights.at[:, i].set(step.add.astype(jnp.float32)),
     accepted.at[:, i].set(step.accepted),
-    distances.at[:, i].set(step.distance.astype(jnp.float32)),
+    distances.at[:, i].set(_state.or_nothing(step.distance)),
   )
 
 
@@ -320,14 +320,16 @@ def outcome(
   mean = jnp.where(
     stream.num_compared > 0,
     stream.distance_sum / jnp.maximum(stream.num_compared, 1).astype(jnp.float32),
-    jnp.nan,
+    _state.NOTHING,
   )
+  mean_distance = _state.mean_known(mean)
   return _state.Outcome(
     agreed=jnp.any(agreed),
     num_accepted=jnp.mean(jnp.where(agreed, stream.num_in_mean, 0).astype(jnp.float32)),
-    mean_distance=_state.nanmean(mean),
+    mean_distance=mean_distance,
     num_seen=stream.num_pushed,
     nonfinite=stream.num_pushed - stream.num_finite,
-    noise_scale=jnp.full((), jnp.nan, jnp.float32),
+    identical=_state.are_copies(mean_distance),
+    noise_scale=jnp.full((), _state.NOTHING, jnp.float32),
     each=None if decision is None else _state.over_groups(decision),
   )

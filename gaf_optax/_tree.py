@@ -86,6 +86,12 @@ def flatten(
     if label is not _EXCLUDED:
       labels.setdefault(label, len(labels))
     leaf_labels.append(label)
+    if _jax_types.is_unreduced(leaf):
+      raise ValueError(
+        f"micro-gradient leaf {name(path)} is unreduced, a sum over devices that has"
+        " yet to be made. Give gaf one gradient for each microbatch, stacked or by"
+        " axis_name; jax.sharding.reshard(grads, out_sharding) makes the sum."
+      )
     results.append(len(arrays))
     paths.append(path)
     arrays.append(jnp.asarray(leaf))
@@ -133,6 +139,19 @@ def accumulators(tree: Any) -> Any:
     return _jax_types.zeros_like(leaf, _jax_types.accumulator_dtype(dtype))
 
   return jax.tree.map(zeros, tree)
+
+
+def check_kept(tree: Any, leaves: Leaves) -> None:
+  """Raises where a tree that the state keeps is not like the parameters."""
+  kept = dict(jax.tree_util.tree_flatten_with_path(tree)[0])
+  for path, array in zip(leaves.layout.paths, leaves.arrays):
+    expected = array.shape if leaves.k is None else array.shape[1:]
+    if path not in kept or kept[path].shape != expected:
+      found = "nothing" if path not in kept else f"one of shape {kept[path].shape}"
+      raise ValueError(
+        f"the state keeps an average of shape {expected} for leaf {name(path)}, but"
+        f" {found} was found. Did init get other parameters?"
+      )
 
 
 def pick(tree: Any, layout: Layout) -> list[jax.Array]:

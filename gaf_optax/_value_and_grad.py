@@ -1,5 +1,6 @@
 """Value and grad: the filter on microbatches, while a batch is differentiated."""
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from gaf_optax import (
   _by_example,
   _gaf,
   _jax_types,
+  _mesh,
   _options,
   _state,
   _stream,
@@ -134,7 +136,7 @@ def value_and_grad(
     positions = batch_args
     if positions is None:
       positions = _others(wanted_args, len(args))
-    batch = [_split(args, i, k) for i in positions]
+    batch = _split(args, positions, k, at_once=compare is not None)
 
     def loss(params, microbatch):
       own = list(args)
@@ -209,27 +211,47 @@ def _positions(argnums, name):
     ) from None
 
 
-def _split(args, position, k):
-  """The batch argument with its leading axis split in `[k, batch // k]`."""
-  if not -len(args) <= position < len(args):
-    raise ValueError(
-      f"batch_argnums names argument {position}, but there are {len(args)}"
-      " positional arguments. Batch arguments are passed by position."
-    )
+def _split(args, positions, k, at_once):
+  """The batch arguments, leaves `[k, batch // k, ...]`, a key for each microbatch.
 
-  def split(path, leaf):
+  On an Explicit mesh the microbatches are sharded over the devices that the batch is
+  sharded over: each of them, or `at_once` the k of them, where n devices divide k.
+  """
+  first = None
+
+  def split(path, leaf, argument):
+    nonlocal first
     if _is_key(leaf) and not leaf.shape:
       return jax.random.split(leaf, k)
     shape = _tree.leaf_shape(leaf)
+    name = f"batch argument {argument}{jax.tree_util.keystr(path)} has shape {shape}"
     if not shape or shape[0] % k or not shape[0]:
+      hint = ""
+      if shape == (2,) and leaf.dtype == jnp.uint32:
+        hint = " Is it a PRNG key? One of jax.random.key is split, not of PRNGKey."
       raise ValueError(
-        f"batch argument {position}{jax.tree_util.keystr(path)} has shape"
-        f" {shape}: its leading axis does not split into {k} microbatches of"
-        " equal size."
+        f"{name}: its leading axis does not split into {k} microbatches of equal"
+        f" size.{hint}"
       )
-    return jnp.reshape(leaf, (k, shape[0] // k, *shape[1:]))
+    first = first or (shape[0], argument, path)
+    if shape[0] != first[0]:
+      raise ValueError(
+        f"{name}, but batch argument {first[1]}{jax.tree_util.keystr(first[2])} has"
+        f" {first[0]} rows. All of batch_argnums are split alike; name there only what"
+        " has a row for each example."
+      )
+    return _mesh.split_rows(leaf, k, at_once)
 
-  return jax.tree_util.tree_map_with_path(split, args[position])
+  batch = []
+  for i in positions:
+    if not -len(args) <= i < len(args):
+      raise ValueError(
+        f"batch_argnums names argument {i}, but there are {len(args)} positional"
+        " arguments. Batch arguments are passed by position."
+      )
+    of_argument = functools.partial(split, argument=i)
+    batch.append(jax.tree_util.tree_map_with_path(of_argument, args[i]))
+  return batch
 
 
 def _is_key(leaf):

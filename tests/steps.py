@@ -118,7 +118,9 @@ def gaf_state(state):
 
 
 def inner_state(name, state):
-  return state[1] if name == "chain" else state.inner_state
+  if name == "chain":
+    return state[1]
+  return state.inner_opt_state if name == "multi_steps" else state.inner_state
 
 
 def describe(tree):

@@ -46,11 +46,11 @@ class TestMultiSteps:
       np.testing.assert_allclose(emitted[-1], updates, rtol=1e-5, atol=1e-7)
       assert not np.any(emitted[:-1])
       agreed.append(bool(b.gaf_state.ready))
-      chex.assert_trees_all_close(a.inner_state, b.inner_state, rtol=1e-5)
+      chex.assert_trees_all_close(a.inner_opt_state, b.inner_state, rtol=1e-5)
       chex.assert_trees_all_equal_shapes_and_dtypes(a.gaf_state, b.gaf_state)
       # A stream knows no noise scale: it sees no pairs.
       assert np.isnan(a.gaf_state.noise_scale) and b.gaf_state.noise_scale > 0
-      known = b.gaf_state._replace(noise_scale=a.gaf_state.noise_scale)
+      known = b.gaf_state._replace(raw_noise_scale=a.gaf_state.raw_noise_scale)
       chex.assert_trees_all_close(a.gaf_state, known, atol=1e-5)
     assert 0 < sum(agreed) < 8, "the cases decide nothing"
 
