@@ -281,3 +281,46 @@ class TestReplicasOfShards:
       return reshard(gradient, mesh, HALVES), state
 
     run(step, tx, params, batch, HALVES)
+
+
+@pytest.mark.parametrize("where", ["replicated", "fsdp", "tensor"])
+@pytest.mark.parametrize("k, compared", [(2, None), (4, None), (2, "up"), (32, "up")])
+def test_a_batch_on_an_explicit_mesh(k, compared, where):
+  """`value_and_grad` of a batch sharded over its rows, as on one device."""
+  params, x, y = model()
+  x, y = (a.reshape(N * 4, WIDTH) for a in (x, y))
+  x = x.at[3].set(jnp.nan)  # One microbatch is lost.
+  shape, names = ((2, 4), ("data", "model")) if where == "tensor" else ((N,), ("data",))
+  specs = {
+    "replicated": WHOLE,
+    "fsdp": SPECS,
+    "tensor": jax.tree.map(lambda s: P(*("model" if n else n for n in s)), SPECS),
+  }[where]
+  mesh = across.mesh(shape, names, AxisType.Explicit)
+
+  def filtered(loss):
+    options = dict(tau=TAU)
+    if compared is not None:
+      near = gaf_optax.rules.nearest_neighbors(k // 2)
+      select = lambda path, leaf: path[0].key == compared
+      options = dict(tau=gaf_optax.tau_quantile(0.5), rule=near, compare=select)
+    return jax.jit(gaf_optax.value_and_grad(loss, k, **options))
+
+  gathered = lambda params, x, y: loss(reshard(params, mesh, WHOLE), x, y)
+  _, want, expected = filtered(loss)(params, x, y)
+  batch = place((x, y), mesh, (P("data"), P("data")))
+  _, grads, found = filtered(gathered)(place(params, mesh, specs), *batch)
+  np.testing.assert_array_equal(found.accepted, expected.accepted)
+  assert int(found.nonfinite) == 1 and (k == 2 or found.agreed)
+  for name, leaf in grads.items():
+    wanted_sharding = NamedSharding(mesh, specs[name])
+    assert leaf.sharding.is_equivalent_to(wanted_sharding, leaf.ndim)
+    np.testing.assert_allclose(leaf, want[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_that_devices_do_not_divide():
+  params, x, y = model()
+  mesh = across.mesh(kind=AxisType.Explicit)
+  batch = place((x.reshape(-1, WIDTH), y.reshape(-1, WIDTH)), mesh, (P("data"),) * 2)
+  with pytest.raises(ValueError, match="8 devices .*16 microbatches of 2 rows"):
+    gaf_optax.value_and_grad(loss, 16)(place(params, mesh, WHOLE), *batch)

@@ -207,6 +207,13 @@ class TestValueAndGrad:
     filtered = gaf_optax.value_and_grad(self.loss, 5, batch_argnums=(1, 2))
     with pytest.raises(ValueError, match=r"argument 1 has shape \(12, 3\).* 5 micro"):
       filtered(params, x, y)
+    filtered = gaf_optax.value_and_grad(self.loss, 2)
+    with pytest.raises(
+      ValueError, match="argument 2 has shape .*argument 1 has 12 rows"
+    ):
+      filtered(params, x, y[:6])
+    with pytest.raises(ValueError, match="Is it a PRNG key"):
+      gaf_optax.value_and_grad(self.loss, 4)(params, jax.random.PRNGKey(0), y)
     with pytest.raises(ValueError, match="argument 1 is named in argnums and"):
       gaf_optax.value_and_grad(self.loss, 2, argnums=1, batch_argnums=1)
     with pytest.raises(ValueError, match="batch_argnums names argument 3"):
