@@ -13,11 +13,9 @@ LINK = re.compile(r"(!?)\[[^\]]*\]\(([^)\s]+)\)")
 
 @pytest.fixture
 def sdist(monkeypatch):
-  reason = "is not installed; it is in the extra 'dev'"
-  pytest.importorskip("hatch_fancy_pypi_readme", reason=f"the plugin {reason}")
-  builders = pytest.importorskip(
-    "hatchling.builders.sdist", reason=f"the build backend {reason}"
-  )
+  reason = "what builds the package is not installed; it is in the extra 'dev'"
+  pytest.importorskip("hatch_fancy_pypi_readme", reason=reason)
+  builders = pytest.importorskip("hatchling.builders.sdist", reason=reason)
   monkeypatch.chdir(ROOT)  # As a build.
   return builders.SdistBuilder(str(ROOT))
 
