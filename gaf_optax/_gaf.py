@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -224,9 +224,11 @@ class ApplyIfAgreedState(NamedTuple):
   inner_state: Any
 
 
-@_options.shown(gaf)
+@_options.shown(gaf, _options.StackOptions)
 def apply_if_agreed(
-  inner: optax.GradientTransformation, tau: _options.Tau = 0.97, **gaf_options: Any
+  inner: optax.GradientTransformation,
+  tau: _options.Tau = 0.97,
+  **gaf_options: Unpack[_options.StackOptions],
 ) -> optax.GradientTransformationExtraArgs:
   """`gaf` followed by `inner`, which is left out on steps without agreement.
 

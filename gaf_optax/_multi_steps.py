@@ -1,7 +1,6 @@
 """Multi steps: the filter on one micro-gradient per call, as Optax accumulates."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -57,12 +56,12 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
     return self
 
 
-@_options.shown(_gaf.gaf, *_stream.OPTIONS)
+@_options.shown(_gaf.gaf, _options.StreamOptions)
 def multi_steps(
   inner: optax.GradientTransformation,
-  every_k_schedule: int | Callable[[jax.Array], jax.Array],
+  every_k_schedule: int | _options.Schedule,
   tau: _options.Tau = 0.97,
-  **options: Any,
+  **options: Unpack[_options.StreamOptions],
 ) -> MultiSteps:
   """Takes one micro-gradient per call and runs `inner` on every k-th, if they agree.
 

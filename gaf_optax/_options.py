@@ -3,22 +3,64 @@
 import dataclasses
 import inspect
 from collections.abc import Callable, Hashable
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import (
+  Any,
+  Literal,
+  NamedTuple,
+  TypeAlias,
+  TypedDict,
+  TypeVar,
+  get_type_hints,
+)
 
 import jax
-import optax
 
 from gaf_optax import _mesh, _threshold, _tree, _validate, rules
 
-# A float, an array of one, an `optax.Schedule`, a `target_accept_rate`, or a tau that
-# is read off each step's distances.
+# An `optax.Schedule`, spelt out: where Optax has no types, as for mypy, its name would
+# let everything pass.
+Schedule: TypeAlias = Callable[[jax.Array], jax.typing.ArrayLike]
+# A float, an array of one, a schedule, a `target_accept_rate`, or a tau that is read
+# off each step's distances.
 Tau: TypeAlias = (
-  float | jax.Array | optax.Schedule | _threshold.TargetAcceptRate | rules.StepTau
+  float | jax.Array | Schedule | _threshold.TargetAcceptRate | rules.StepTau
 )
 AxisNames: TypeAlias = Hashable | tuple[Hashable, ...]
 # Names of axes, or a tree of `PartitionSpec`.
 ParamAxes: TypeAlias = Any
 Groups: TypeAlias = Literal["leaf"] | _tree.GroupsFn
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class SharedOptions(TypedDict, total=False):
+  """Options of `gaf` that every form takes."""
+
+  rule: rules.RuleFn | None
+  embed: Callable[[jax.Array], jax.Array] | None
+  param_axes: ParamAxes
+  groups: Groups | None
+
+
+class BatchOptions(SharedOptions, total=False):
+  """Those of `value_and_grad`, which keeps no state."""
+
+  axis_name: AxisNames | None
+
+
+class StreamOptions(SharedOptions, total=False):
+  """Those of `multi_steps`, which sees one micro-gradient after the other."""
+
+  anchor_decay: float | None
+  num_microbatches: int | None
+
+
+class StackOptions(StreamOptions, total=False):
+  """Those of `apply_if_agreed`: all."""
+
+  axis_name: AxisNames | None
+  stacked: bool | None
+  memory_decay: float | None
 
 
 class Plan(NamedTuple):
@@ -193,27 +235,29 @@ def checked(
   )
 
 
-def shown(like, *names):
+def shown(
+  like: Callable[..., Any], options: type[SharedOptions]
+) -> Callable[[_Function], _Function]:
   """A decorator: `**options` becomes options of `like` in the signature.
 
   For `help`, and for `optax.inject_hyperparams`, which binds by the signature.
 
   Args:
     like: a function.
-    *names: of its keyword arguments; all of them if there is none.
+    options: which of its keyword arguments.
   """
+  names = get_type_hints(options)
 
-  def decorate(function):
+  def decorate(function: _Function) -> _Function:
     own = inspect.signature(function)
     parameters = [p for p in own.parameters.values() if p.kind != p.VAR_KEYWORD]
     parameters += [
       p
       for name, p in inspect.signature(like).parameters.items()
-      if p.kind == p.KEYWORD_ONLY
-      and name not in own.parameters
-      and (name in names or not names)
+      if name in names and name not in own.parameters
     ]
-    function.__signature__ = own.replace(parameters=parameters)
+    decorated: Any = function
+    decorated.__signature__ = own.replace(parameters=parameters)
     return function
 
   return decorate

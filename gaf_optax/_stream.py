@@ -19,9 +19,6 @@ from gaf_optax import (
   rules,
 )
 
-# The options of `gaf` that the streamed forms take.
-OPTIONS = ("rule", "embed", "param_axes", "groups", "anchor_decay", "num_microbatches")
-
 
 def check_options(tau, **options) -> _options.Options:
   """Checked options, without what needs all micro-gradients at once."""

@@ -3,7 +3,7 @@
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -19,24 +19,22 @@ from gaf_optax import (
   _threshold,
   _tree,
   _validate,
+  rules,
 )
 
-# The options of `gaf` that it takes: those that need no state.
-_OPTIONS = ("rule", "embed", "axis_name", "param_axes", "groups")
 
-
-@_options.shown(_gaf.gaf, *_OPTIONS)
+@_options.shown(_gaf.gaf, _options.BatchOptions)
 def value_and_grad(
   fun: Callable[..., Any],
   num_microbatches: int,
-  tau: float | jax.Array = 0.97,
+  tau: float | jax.Array | rules.StepTau = 0.97,
   *,
   argnums: int | Sequence[int] = 0,
   batch_argnums: int | Sequence[int] | None = None,
   has_aux: bool = False,
   compare: _by_example.Compare | None = None,
-  **options: Any,
-) -> Callable[..., Any]:
+  **options: Unpack[_options.BatchOptions],
+) -> Callable[..., tuple[Any, Any, _state.Agreement]]:
   """`jax.value_and_grad` over microbatches, filtered while it goes.
 
   Splits the batch into k microbatches of consecutive rows, visits one after the
@@ -107,8 +105,6 @@ def value_and_grad(
     " One micro-gradient alone has nothing to compare with.",
     num_microbatches=num_microbatches,
   )
-  if options.get("num_microbatches") is not None:
-    raise ValueError("num_microbatches is given twice.")
   if compare is not None:
     checked = _by_example.check_compared_options(tau, compare, **options)
   else:

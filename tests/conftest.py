@@ -8,6 +8,9 @@ import jax
 import pytest
 from hypothesis import Phase, settings
 
+# Scripts that test_typing.py has checked, one of them full of mistakes.
+collect_ignore = ["typing"]
+
 # Most of a test's time goes into compiling, and programs this small gain nothing from
 # being optimized. Options of XLA that save time, with the values that they have
 # where nobody sets them. GAF_TESTS_COMPILE=full leaves them so, as users compile.

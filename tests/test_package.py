@@ -1,0 +1,66 @@
+"""The package: the README that PyPI shows, the sdist, and the project's addresses."""
+
+import pathlib
+import re
+
+import pytest
+
+import gaf_optax
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+LINK = re.compile(r"(!?)\[[^\]]*\]\(([^)\s]+)\)")
+
+
+@pytest.fixture
+def sdist(monkeypatch):
+  reason = "what builds the package is not installed; it is in the extra 'dev'"
+  pytest.importorskip("hatch_fancy_pypi_readme", reason=reason)
+  builders = pytest.importorskip("hatchling.builders.sdist", reason=reason)
+  monkeypatch.chdir(ROOT)  # As a build.
+  return builders.SdistBuilder(str(ROOT))
+
+
+def read(name):
+  return (ROOT / name).read_text(encoding="utf-8")
+
+
+def repository():
+  """Owner and name, the same in every address that pyproject.toml has."""
+  address = r"github(?:usercontent)?\.com/([\w.-]+/[\w.-]+)"
+  (found,) = set(re.findall(address, read("pyproject.toml")))
+  return found
+
+
+def test_page_on_pypi_is_the_readme_with_absolute_links(sdist):
+  ours, page = read("README.md"), sdist.metadata.core.readme
+  tag = f"v{gaf_optax.__version__}"
+  images = f"https://raw.githubusercontent.com/{repository()}/{tag}"
+  files = f"https://github.com/{repository()}/blob/{tag}"
+
+  def expected(bang, target):
+    if target.startswith(("https://", "#")):
+      return bang, target
+    return bang, f"{images if bang else files}/{target}"
+
+  links = LINK.findall(ours)
+  assert len(links) == ours.count("](") > 20
+  assert LINK.findall(page) == [expected(*link) for link in links]
+  assert LINK.sub("", page) == LINK.sub("", ours)
+  assert "<img" not in page and "href=" not in page
+
+
+def test_sdist_has_what_the_readme_links_to(sdist):
+  targets = {target.partition("#")[0] for _, target in LINK.findall(read("README.md"))}
+  files = {target for target in targets if target and "://" not in target}
+  assert len(files) > 10
+  assert files <= {file.relative_path for file in sdist.recurse_included_files()}
+
+
+def test_addresses_of_the_project_are_of_one_repository(sdist):
+  urls = sdist.metadata.core.urls
+  home = f"https://github.com/{repository()}"
+  assert urls["Repository"] == home
+  assert all(url == home or url.startswith(f"{home}/") for url in urls.values())
+  for url in urls.values():
+    if path := re.sub(r"^/(blob|tree)/main/", "", url.removeprefix(home)).strip("/"):
+      assert path == "issues" or (ROOT / path).exists()
