@@ -43,22 +43,22 @@ class OwnGradient(nn.Module):
 
   @nn.compact
   def __call__(self, x):  # noqa: D102
-    size = x.shape[-1]
-    mean = self.variable("batch_stats", "mean", jnp.zeros, size)
-    var = self.variable("batch_stats", "var", jnp.ones, size)
+    shape = (1,) * (x.ndim - 1) + x.shape[-1:]
+    mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
+    var = self.variable("batch_stats", "var", jnp.ones, shape)
+    center, variance = mean.value, var.value
     if self.train:
-      own = jnp.mean(x, axis=0), jnp.mean(x**2, axis=0)
-      first, second = jax.tree.map(
-        lambda s: s + jax.lax.stop_gradient(jax.lax.pmean(s, "data") - s), own
+      axes = tuple(range(x.ndim - 1))
+      own = [jnp.mean(power, axes, keepdims=True) for power in (x, x**2)]
+      center, square = jax.tree.map(
+        lambda m: m + jax.lax.stop_gradient(jax.lax.pmean(m, "data") - m), own
       )
-      moments = first, jnp.maximum(second - first**2, 0)
-      mean.value = 0.9 * mean.value + 0.1 * moments[0]
-      var.value = 0.9 * var.value + 0.1 * moments[1]
-    else:
-      moments = mean.value, var.value
-    scale = self.param("scale", nn.initializers.ones, size)
-    bias = self.param("bias", nn.initializers.zeros, size)
-    return (x - moments[0]) * jax.lax.rsqrt(moments[1] + 1e-5) * scale + bias
+      variance = jnp.maximum(square - center**2, 0)
+      mean.value = 0.9 * mean.value + 0.1 * center
+      var.value = 0.9 * var.value + 0.1 * variance
+    scale = self.param("scale", nn.initializers.ones, shape)
+    bias = self.param("bias", nn.initializers.zeros, shape)
+    return (x - center) * jax.lax.rsqrt(variance + 1e-5) * scale + bias
 
 
 NORMS = {
