@@ -1,0 +1,103 @@
+"""pmap with Flax's TrainState and BatchNorm, as Flax's ImageNet example has it.
+
+Statistics stay local in training and are averaged over the devices at the end.
+"""
+
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import gaf_optax
+from clients import task
+
+with warnings.catch_warnings():
+  # The oldest Flax that is admitted reads a name that the oldest JAX has deprecated.
+  warnings.simplefilter("ignore", DeprecationWarning)
+  from flax import linen as nn
+  from flax.training import train_state
+
+SGD = optax.sgd(0.02, momentum=0.9)
+
+
+class TrainState(train_state.TrainState):
+  batch_stats: Any
+
+
+class Network(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    x = nn.Dense(task.HIDDEN)(x)
+    x = nn.tanh(nn.BatchNorm(use_running_average=False, momentum=0.9)(x))
+    return nn.Dense(1)(x)
+
+
+network = Network()
+
+
+def variables():
+  return network.init(jax.random.key(0), jnp.zeros((1, task.FEATURES)))
+
+
+def loss(params, batch_stats, x, y):
+  inputs = {"params": params, "batch_stats": batch_stats}
+  prediction, new = network.apply(inputs, x, mutable=["batch_stats"])
+  return jnp.mean((prediction - y) ** 2), new["batch_stats"]
+
+
+def train(tau):
+  tx = SGD
+  if tau is not None:
+    tx = optax.chain(gaf_optax.gaf(tau, axis_name="data"), SGD)
+  state = TrainState.create(apply_fn=network.apply, tx=tx, **variables())
+  state = jax.tree.map(lambda leaf: jnp.stack([jnp.asarray(leaf)] * task.K), state)
+
+  def train_step(state, x, y):
+    of_params = jax.value_and_grad(loss, has_aux=True)
+    (value, batch_stats), grads = of_params(state.params, state.batch_stats, x, y)
+    if tau is None:
+      grads = jax.lax.pmean(grads, "data")
+    state = state.apply_gradients(grads=grads, batch_stats=batch_stats)
+    return state, jax.lax.pmean(value, "data")
+
+  train_step = jax.pmap(train_step, axis_name="data")
+  losses, accepted = [], []
+  for x, y in task.batches():
+    state, value = train_step(state, x, y)
+    losses.append(value[0])
+    if tau is not None:
+      first = jax.tree.map(lambda leaf: leaf[0], state.opt_state)
+      accepted.append(gaf_optax.metrics(first)["num_accepted"])
+  mean_over_devices = jax.pmap(lambda s: jax.lax.pmean(s, "data"), axis_name="data")
+  batch_stats = mean_over_devices(state.batch_stats)
+  for leaf in jax.tree.leaves((state.params, state.opt_state, batch_stats)):
+    np.testing.assert_array_equal(leaf, jnp.stack([leaf[0]] * task.K))
+  first = jax.tree.map(lambda leaf: leaf[0], (state.params, batch_stats))
+  return task.Run(losses, first, accepted)
+
+
+def stacked():
+  """With statistics of each microbatch, which are not read while training."""
+  run = task.stacked(
+    lambda p, x, y: loss(p, variables()["batch_stats"], x, y)[0],
+    variables()["params"],
+    SGD,
+  )
+  return run
+
+
+def test_accepting_all_is_the_mean():
+  task.assert_trains_as_the_mean(train)
+
+
+def test_as_stacked_on_one_device():
+  run = train(task.TAU)
+  params, batch_stats = run.params
+  task.assert_same(run._replace(params=params), stacked())
+  # Those of all devices, the rejected ones too: the first layer's inputs are as usual.
+  mean = batch_stats["BatchNorm_0"]["mean"]
+  _, (_, plain) = train(None)[:2]
+  assert np.max(np.abs(mean - plain["BatchNorm_0"]["mean"])) < 0.2
