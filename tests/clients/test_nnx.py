@@ -58,7 +58,7 @@ def train(tau, form):
     if tau is None:
       x, y = (a.reshape(task.K * task.ROWS, -1) for a in (x, y))
       value, grads = nnx.value_and_grad(loss_fn)(model, x, y)
-      number = 0
+      number = None
     elif form == "value_and_grad":
       x, y = (a.reshape(task.K * task.ROWS, -1) for a in (x, y))
       filtered = gaf_optax.value_and_grad(loss, task.K, tau)
@@ -67,15 +67,16 @@ def train(tau, form):
     else:
       each = jax.vmap(jax.value_and_grad(loss), (None, 0, 0))
       value, grads = each(params, x, y)
+      number = None
     optimizer.update(model, grads)
-    if tau is not None and form == "stacked":
-      number = gaf_optax.metrics(optimizer.opt_state)["num_accepted"]
     return jnp.mean(value), number
 
   losses, accepted = [], []
   for batch in task.batches():
     value, number = train_step(model, optimizer, *batch)
     losses.append(value)
+    if tau is not None and form == "stacked":
+      number = gaf_optax.metrics(optimizer.opt_state)["num_accepted"]
     accepted += [] if tau is None else [number]
   return task.Run(losses, nnx.state(model, nnx.Param), accepted)
 
@@ -92,3 +93,19 @@ def test_accepting_all_is_the_mean(form):
 def test_as_stacked_on_one_device(form):
   wanted = task.stacked(*functional(Network(nnx.Rngs(0))), ADAM)
   task.assert_same(train(task.TAU, form), wanted)
+
+
+def test_metrics_are_read_inside_jit():
+  """Where the leaves of the optimizer's state are variables that hold tracers."""
+  model = Network(nnx.Rngs(0))
+  optimizer = nnx.Optimizer(model, gaf_optax.apply_if_agreed(ADAM), wrt=nnx.Param)
+  x, y = task.batches()[0]
+
+  @nnx.jit
+  def train_step(model, optimizer):
+    loss, params = functional(model)
+    grads = jax.vmap(jax.grad(loss), (None, 0, 0))(params, x, y)
+    optimizer.update(model, grads)
+    return gaf_optax.metrics(optimizer.opt_state)["num_accepted"]
+
+  assert float(train_step(model, optimizer)) == task.K - len(task.WRONG)
