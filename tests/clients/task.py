@@ -1,7 +1,7 @@
 """What every trainer here trains: a small task, its model, and what should come out.
 
-A script is a function `train(tau)`: None is the plain form, which averages gradients. It
-returns a `Run`.
+A script is a function `train(tau)` that returns a `Run`. With None it is the plain
+form, which averages gradients.
 """
 
 import functools
@@ -17,6 +17,8 @@ import gaf_optax
 K, ROWS, FEATURES, HIDDEN, STEPS = 8, 8, 8, 16, 4
 TAU = 0.97  # Rejects the wrong ones and no others, as `stacked` asserts.
 ALL = 2.0  # accepts everything
+SGD = optax.sgd(0.02, momentum=0.9)
+ADAM = optax.adam(1e-2)
 WRONG = (2, 5)  # microbatches whose targets have the other sign
 
 
@@ -43,11 +45,12 @@ def whole(batch):
 
 def params():
   rng = np.random.default_rng(1)
-  normal = lambda *shape: jnp.asarray(rng.normal(size=shape) / 4, jnp.float32)
-  return {
-    "hidden": {"kernel": normal(FEATURES, HIDDEN), "bias": jnp.zeros(HIDDEN)},
-    "out": {"kernel": normal(HIDDEN, 1), "bias": jnp.zeros(1)},
+  normal = lambda *shape: rng.normal(size=shape) / 4
+  tree = {
+    "hidden": {"kernel": normal(FEATURES, HIDDEN), "bias": np.zeros(HIDDEN)},
+    "out": {"kernel": normal(HIDDEN, 1), "bias": np.zeros(1)},
   }
+  return jax.device_put(jax.tree.map(np.float32, tree))
 
 
 def loss(params, x, y):
@@ -56,9 +59,9 @@ def loss(params, x, y):
   return jnp.mean((prediction - y) ** 2)
 
 
-def stacked(loss, params, inner, tau=TAU, data=None, wrong=WRONG):
+def stacked(loss, params, inner):
   """The stacked form on one device, `inner` after the filter: a `Run`."""
-  tx = optax.chain(gaf_optax.gaf(tau, num_microbatches=K), inner)
+  tx = optax.chain(gaf_optax.gaf(TAU, num_microbatches=K), inner)
 
   @jax.jit
   def step(params, state, x, y):
@@ -67,14 +70,30 @@ def stacked(loss, params, inner, tau=TAU, data=None, wrong=WRONG):
     return optax.apply_updates(params, updates), state, jnp.mean(values)
 
   state, losses, accepted = tx.init(params), [], []
-  for x, y in data or batches():
+  for x, y in batches():
     params, state, value = step(params, state, x, y)
     # Far from tau, so that rounding decides nothing; some rejected, and not all.
-    assert np.nanmin(np.abs(state[0].distances - tau)) > 1e-3
-    assert set(np.flatnonzero(~state[0].accepted)) == set(wrong)
+    assert np.nanmin(np.abs(state[0].distances - TAU)) > 1e-3
+    assert set(np.flatnonzero(~state[0].accepted)) == set(WRONG)
     losses.append(value)
     accepted.append(state[0].num_accepted)
   return Run(losses, params, accepted)
+
+
+@functools.cache
+def wanted(inner):
+  """What the trainers of this model should come to."""
+  return stacked(loss, params(), inner)
+
+
+def first(tree):
+  """Of what each device has a copy, one."""
+  return jax.tree.map(lambda leaf: leaf[0], jax.device_get(tree))
+
+
+def copies(tree):
+  """A copy for each device."""
+  return jax.tree.map(lambda leaf: np.stack([leaf] * K), jax.device_get(tree))
 
 
 def assert_same(run, wanted):

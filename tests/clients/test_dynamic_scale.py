@@ -16,7 +16,6 @@ with warnings.catch_warnings():
   warnings.simplefilter("ignore", DeprecationWarning)
   from flax.training import dynamic_scale, train_state
 
-SGD = optax.sgd(0.02, momentum=0.9)
 LOUD = 1, 3  # the step and the microbatch that overflow
 
 
@@ -32,17 +31,16 @@ def overflowing(value):
 
 def train(tau, how="pmap", data=None, averaged=False):
   """With `averaged` by the scaler, too; the plain form always is."""
-  tx = SGD
+  tx = task.SGD
   if tau is not None:
-    tx = optax.chain(gaf_optax.gaf(tau, axis_name="data"), SGD)
+    tx = optax.chain(gaf_optax.gaf(tau, axis_name="data"), task.SGD)
   scale = dynamic_scale.DynamicScale(
     fin_steps=jnp.int32(0), scale=jnp.float32(2.0**16), growth_interval=3
   )
   state = TrainState.create(
     apply_fn=None, params=task.params(), tx=tx, dynamic_scale=scale
   )
-  copies = lambda leaf: jnp.stack([jnp.asarray(leaf)] * task.K)
-  state = jax.tree.map(copies, state)
+  state = task.copies(state)
 
   def train_step(state, x, y):
     loss = lambda params: task.loss(params, x, y)
@@ -68,26 +66,23 @@ def train(tau, how="pmap", data=None, averaged=False):
   losses, accepted, scales = [], [], []
   for x, y in data or task.batches():
     state, value = train_step(state, x, y)
-    losses.append(value[0])
+    losses.append(task.first(value))
     scales.append(np.unique(state.dynamic_scale.scale).tolist())
     if tau is not None:
-      first = jax.tree.map(lambda leaf: leaf[0], state.opt_state)
-      found = gaf_optax.metrics(first)
+      found = gaf_optax.metrics(task.first(state.opt_state))
       accepted.append(found["num_accepted"])
       if averaged:
         assert int(found["identical"]) == len(losses)
       else:
         assert int(found["identical"]) == 0
-  params = jax.tree.map(lambda leaf: leaf[0], state.params)
-  return task.Run(losses, params, accepted), scales
+  return task.Run(losses, task.first(state.params), accepted), scales
 
 
-@pytest.mark.parametrize("how", ["pmap", "vmap"])
-def test_accepting_all_is_the_mean(how):
+def test_accepting_all_is_the_mean():
   scales = []
 
   def run(tau):
-    result, found = train(tau, how)
+    result, found = train(tau)
     scales.append(found)
     return result
 
@@ -98,21 +93,26 @@ def test_accepting_all_is_the_mean(how):
 
 @pytest.mark.parametrize("how", ["pmap", "vmap"])
 def test_as_stacked_on_one_device(how):
-  wanted = task.stacked(task.loss, task.params(), SGD)
+  wanted = task.wanted(task.SGD)
   task.assert_same(train(task.TAU, how)[0], wanted)
 
 
 def test_a_microbatch_that_overflows_is_dropped_and_lowers_the_scale():
-  """Its gradient overflows by the scale; without a scale it is infinite to begin with."""
+  """It overflows by the scale; without one it is infinite to begin with."""
   run, scales = train(task.TAU, data=overflowing(1e36))
   assert scales == [[2.0**16], [2.0**15], [2.0**15], [2.0**15]]
-  tx = optax.chain(gaf_optax.gaf(task.TAU), SGD)
+  tx = optax.chain(gaf_optax.gaf(task.TAU), task.SGD)
   params = task.params()
   state = tx.init(params)
-  for x, y in overflowing(np.inf):
+
+  @jax.jit
+  def step(params, state, x, y):
     grads = jax.vmap(jax.grad(task.loss), (None, 0, 0))(params, x, y)
     updates, state = tx.update(grads, state, params)
-    params = optax.apply_updates(params, updates)
+    return optax.apply_updates(params, updates), state
+
+  for x, y in overflowing(np.inf):
+    params, state = step(params, state, x, y)
   assert int(gaf_optax.metrics(state)["nonfinite"]) == 1
   task.assert_same(run._replace(losses=[]), task.Run([], params))
   np.testing.assert_array_equal(run.accepted, [6, 5, 6, 6])

@@ -1,9 +1,7 @@
-"""In Equinox's way: the model is a pytree, and what is no array is None in gradients."""
+"""In Equinox's way: a model is a pytree, and what is no array is None in gradients."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +11,6 @@ import pytest
 
 import gaf_optax
 from clients import task
-
-ADAM = optax.adam(1e-2)
 
 
 def module(*static):
@@ -81,7 +77,7 @@ def loss(model, x, y):
 
 def train(tau):
   model = network()
-  tx = ADAM if tau is None else optax.chain(gaf_optax.gaf(tau), ADAM)
+  tx = task.ADAM if tau is None else optax.chain(gaf_optax.gaf(tau), task.ADAM)
 
   # What eqx.filter_jit, filter_vmap, filter_value_and_grad and apply_updates do.
   params, static = partition(model)
@@ -116,7 +112,7 @@ def wanted():
   params, static = partition(network())
   leaves, treedef = jax.tree.flatten(params)
   of_leaves = lambda p, x, y: loss(combine(treedef.unflatten(p), static), x, y)
-  run = task.stacked(of_leaves, leaves, ADAM)
+  run = task.stacked(of_leaves, leaves, task.ADAM)
   return run._replace(params=treedef.unflatten(run.params))
 
 
@@ -135,7 +131,7 @@ def test_equinox_itself():
     model = eqx.nn.MLP(
       task.FEATURES, 1, task.HIDDEN, 1, activation=jnp.tanh, key=jax.random.key(0)
     )
-    tx = ADAM if tau is None else optax.chain(gaf_optax.gaf(tau), ADAM)
+    tx = task.ADAM if tau is None else optax.chain(gaf_optax.gaf(tau), task.ADAM)
     loss = lambda model, x, y: jnp.mean((jax.vmap(model)(x) - y) ** 2)
 
     @eqx.filter_jit

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -10,7 +9,6 @@ from jax.sharding import PartitionSpec as P
 import gaf_optax
 from clients import task
 
-ADAM = optax.adam(1e-2)
 SPECS = {
   "hidden": {"kernel": P(None, "data"), "bias": P("data")},
   "out": {"kernel": P("data"), "bias": P()},
@@ -22,7 +20,7 @@ def train(tau):
   place = lambda tree, specs: jax.device_put(
     tree, jax.tree.map(lambda s: NamedSharding(mesh, s), specs)
   )
-  tx = ADAM
+  tx = task.ADAM
   if tau is not None:
     gaf = gaf_optax.gaf(tau, param_axes="data")
     update = jax.shard_map(
@@ -32,7 +30,7 @@ def train(tau):
       out_specs=(SPECS, P()),
     )
     on_shards = optax.GradientTransformation(gaf.init, lambda g, s, p: update(g, s))
-    tx = optax.chain(on_shards, ADAM)
+    tx = optax.chain(on_shards, task.ADAM)
 
   @jax.jit
   def step(params, state, x, y):
@@ -65,4 +63,4 @@ def test_accepting_all_is_the_mean():
 
 
 def test_as_stacked_on_one_device():
-  task.assert_same(train(task.TAU), task.stacked(task.loss, task.params(), ADAM))
+  task.assert_same(train(task.TAU), task.wanted(task.ADAM))

@@ -9,7 +9,6 @@ from jax.sharding import PartitionSpec as P
 import gaf_optax
 from clients import task
 
-ADAM = optax.adam(1e-2)
 SPECS = {
   "hidden": {"kernel": P(None, "fsdp"), "bias": P("fsdp")},
   "out": {"kernel": P("fsdp"), "bias": P()},
@@ -19,7 +18,7 @@ SPECS = {
 def train(tau):
   mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Explicit,) * 2)
   sharding = lambda spec: NamedSharding(mesh, spec)
-  tx = ADAM if tau is None else optax.chain(gaf_optax.gaf(tau), ADAM)
+  tx = task.ADAM if tau is None else optax.chain(gaf_optax.gaf(tau), task.ADAM)
 
   def loss(params, x, y):
     gather = lambda leaf: jax.sharding.reshard(leaf, sharding(P()))
@@ -54,4 +53,4 @@ def test_accepting_all_is_the_mean():
 
 
 def test_as_stacked_on_one_device():
-  task.assert_same(train(task.TAU), task.stacked(task.loss, task.params(), ADAM))
+  task.assert_same(train(task.TAU), task.wanted(task.ADAM))

@@ -5,7 +5,6 @@ import warnings
 
 import jax
 import jax.numpy as jnp
-import optax
 import pytest
 
 import gaf_optax
@@ -15,8 +14,6 @@ with warnings.catch_warnings():
   # The oldest Flax that is admitted reads a name that the oldest JAX has deprecated.
   warnings.simplefilter("ignore", DeprecationWarning)
   from flax import nnx
-
-ADAM = optax.adam(1e-2)
 
 
 class Network(nnx.Module):
@@ -45,11 +42,11 @@ def functional(model):
 
 def train(tau, form):
   model = Network(nnx.Rngs(0))
-  tx = ADAM
+  tx = task.ADAM
   if tau is not None and form == "value_and_grad":
-    tx = gaf_optax.apply_if_nonzero(ADAM)
+    tx = gaf_optax.apply_if_nonzero(task.ADAM)
   elif tau is not None:
-    tx = gaf_optax.apply_if_agreed(ADAM, tau)
+    tx = gaf_optax.apply_if_agreed(task.ADAM, tau)
   optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
   @nnx.jit
@@ -91,14 +88,14 @@ def test_accepting_all_is_the_mean(form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_as_stacked_on_one_device(form):
-  wanted = task.stacked(*functional(Network(nnx.Rngs(0))), ADAM)
+  wanted = task.stacked(*functional(Network(nnx.Rngs(0))), task.ADAM)
   task.assert_same(train(task.TAU, form), wanted)
 
 
 def test_metrics_are_read_inside_jit():
   """Where the leaves of the optimizer's state are variables that hold tracers."""
   model = Network(nnx.Rngs(0))
-  optimizer = nnx.Optimizer(model, gaf_optax.apply_if_agreed(ADAM), wrt=nnx.Param)
+  optimizer = nnx.Optimizer(model, gaf_optax.apply_if_agreed(task.ADAM), wrt=nnx.Param)
   x, y = task.batches()[0]
 
   @nnx.jit

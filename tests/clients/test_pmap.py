@@ -20,8 +20,6 @@ with warnings.catch_warnings():
   from flax import linen as nn
   from flax.training import train_state
 
-SGD = optax.sgd(0.02, momentum=0.9)
-
 
 class TrainState(train_state.TrainState):
   batch_stats: Any
@@ -49,11 +47,11 @@ def loss(params, batch_stats, x, y):
 
 
 def train(tau):
-  tx = SGD
+  tx = task.SGD
   if tau is not None:
-    tx = optax.chain(gaf_optax.gaf(tau, axis_name="data"), SGD)
+    tx = optax.chain(gaf_optax.gaf(tau, axis_name="data"), task.SGD)
   state = TrainState.create(apply_fn=network.apply, tx=tx, **variables())
-  state = jax.tree.map(lambda leaf: jnp.stack([jnp.asarray(leaf)] * task.K), state)
+  state = task.copies(state)
 
   def train_step(state, x, y):
     of_params = jax.value_and_grad(loss, has_aux=True)
@@ -67,31 +65,35 @@ def train(tau):
   losses, accepted = [], []
   for x, y in task.batches():
     state, value = train_step(state, x, y)
-    losses.append(value[0])
+    losses.append(task.first(value))
     if tau is not None:
-      first = jax.tree.map(lambda leaf: leaf[0], state.opt_state)
-      accepted.append(gaf_optax.metrics(first)["num_accepted"])
+      found = gaf_optax.metrics(task.first(state.opt_state))
+      accepted.append(found["num_accepted"])
   mean_over_devices = jax.pmap(lambda s: jax.lax.pmean(s, "data"), axis_name="data")
   batch_stats = mean_over_devices(state.batch_stats)
-  for leaf in jax.tree.leaves((state.params, state.opt_state, batch_stats)):
-    np.testing.assert_array_equal(leaf, jnp.stack([leaf[0]] * task.K))
-  first = jax.tree.map(lambda leaf: leaf[0], (state.params, batch_stats))
-  return task.Run(losses, first, accepted)
+  same = jax.device_get((state.params, state.opt_state, batch_stats))
+  jax.tree.map(np.testing.assert_array_equal, same, task.copies(task.first(same)))
+  return task.Run(losses, task.first((state.params, batch_stats)), accepted)
 
 
 def stacked():
   """The same on one device, the statistics of each microbatch kept for themselves."""
-  tx = optax.chain(gaf_optax.gaf(task.TAU), SGD)
+  tx = optax.chain(gaf_optax.gaf(task.TAU), task.SGD)
   start = variables()
   params, state = start["params"], tx.init(start["params"])
-  stats = jax.tree.map(lambda s: jnp.stack([s] * task.K), start["batch_stats"])
-  each = jax.jit(jax.vmap(jax.value_and_grad(loss, has_aux=True), (None, 0, 0, 0)))
+  stats = task.copies(start["batch_stats"])
+
+  @jax.jit
+  def step(params, stats, state, x, y):
+    each = jax.vmap(jax.value_and_grad(loss, has_aux=True), (None, 0, 0, 0))
+    (values, stats), grads = each(params, stats, x, y)
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), stats, state, jnp.mean(values)
+
   losses, accepted = [], []
   for batch in task.batches():
-    (values, stats), grads = each(params, stats, *batch)
-    updates, state = tx.update(grads, state, params)
-    params = optax.apply_updates(params, updates)
-    losses.append(jnp.mean(values))
+    params, stats, state, value = step(params, stats, state, *batch)
+    losses.append(value)
     accepted.append(gaf_optax.metrics(state)["num_accepted"])
   assert {float(number) for number in accepted} == {task.K - len(task.WRONG)}
   mean = jax.tree.map(lambda s: jnp.mean(s, axis=0), stats)

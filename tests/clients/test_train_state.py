@@ -15,11 +15,9 @@ with warnings.catch_warnings():
   warnings.simplefilter("ignore", DeprecationWarning)
   from flax.training import train_state
 
-ADAM = optax.adam(1e-2)
-
 
 def create(tau):
-  tx = ADAM if tau is None else gaf_optax.apply_if_nonzero(ADAM)
+  tx = task.ADAM if tau is None else gaf_optax.apply_if_nonzero(task.ADAM)
   return train_state.TrainState.create(apply_fn=None, params=task.params(), tx=tx)
 
 
@@ -53,7 +51,7 @@ def test_accepting_all_is_the_mean():
 
 
 def test_as_stacked_on_one_device():
-  task.assert_same(train(task.TAU), task.stacked(task.loss, task.params(), ADAM))
+  task.assert_same(train(task.TAU), task.wanted(task.ADAM))
 
 
 def test_a_step_without_agreement_leaves_everything_as_it_was():
