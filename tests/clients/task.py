@@ -18,7 +18,7 @@ K, ROWS, FEATURES, HIDDEN, STEPS = 8, 8, 8, 16, 4
 TAU = 0.97  # Rejects the wrong ones and no others, as `stacked` asserts.
 ALL = 2.0  # accepts everything
 SGD = optax.sgd(0.02, momentum=0.9)
-ADAM = optax.adam(1e-2)
+ADAM = optax.adam(0.03, eps=1.0)  # Large, so that the length of a gradient matters.
 WRONG = (2, 5)  # microbatches whose targets have the other sign
 
 
