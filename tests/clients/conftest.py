@@ -1,0 +1,10 @@
+"""Training scripts run under the settings of JAX that users have."""
+
+import jax
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def usual_settings():
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    yield

@@ -1,0 +1,118 @@
+"""What every trainer here trains: a small task, its model, and what should come out.
+
+A script is a function `train(tau)` that returns a `Run`. With None it is the plain
+form, which averages gradients.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import gaf_optax
+
+K, ROWS, FEATURES, HIDDEN, STEPS = 8, 8, 8, 16, 4
+TAU = 0.97  # Rejects the wrong ones and no others, as `stacked` asserts.
+ALL = 2.0  # accepts everything
+SGD = optax.sgd(0.02, momentum=0.9)
+ADAM = optax.adam(0.03, eps=1.0)  # Large, so that the length of a gradient matters.
+WRONG = (2, 5)  # microbatches whose targets have the other sign
+
+
+class Run(NamedTuple):
+  losses: Any  # of each step, the mean over the microbatches
+  params: Any
+  accepted: Any = ()  # of each step, where there is a filter
+
+
+@functools.cache
+def batches():
+  """For each step inputs `[K, ROWS, FEATURES]` and targets `[K, ROWS, 1]`."""
+  rng = np.random.default_rng(0)
+  x = 1 + rng.normal(size=(STEPS, K, ROWS, FEATURES))
+  y = 1 + x @ np.linspace(0.1, 0.2, FEATURES)[:, None]
+  y[:, WRONG] *= -1
+  return [*zip(x.astype(np.float32), y.astype(np.float32))]
+
+
+def whole(batch):
+  """The microbatches one after the other, as a loader gives them."""
+  return tuple(a.reshape(K * ROWS, a.shape[-1]) for a in batch)
+
+
+def params():
+  rng = np.random.default_rng(1)
+  normal = lambda *shape: rng.normal(size=shape) / 4
+  tree = {
+    "hidden": {"kernel": normal(FEATURES, HIDDEN), "bias": np.zeros(HIDDEN)},
+    "out": {"kernel": normal(HIDDEN, 1), "bias": np.zeros(1)},
+  }
+  return jax.device_put(jax.tree.map(np.float32, tree))
+
+
+def loss(params, x, y):
+  hidden = jnp.tanh(x @ params["hidden"]["kernel"] + params["hidden"]["bias"])
+  prediction = hidden @ params["out"]["kernel"] + params["out"]["bias"]
+  return jnp.mean((prediction - y) ** 2)
+
+
+def stacked(loss, params, inner):
+  """The stacked form on one device, `inner` after the filter: a `Run`."""
+  tx = optax.chain(gaf_optax.gaf(TAU, num_microbatches=K), inner)
+
+  @jax.jit
+  def step(params, state, x, y):
+    values, grads = jax.vmap(jax.value_and_grad(loss), (None, 0, 0))(params, x, y)
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state, jnp.mean(values)
+
+  state, losses, accepted = tx.init(params), [], []
+  for x, y in batches():
+    params, state, value = step(params, state, x, y)
+    # Far from tau, so that rounding decides nothing; some rejected, and not all.
+    assert np.nanmin(np.abs(state[0].distances - TAU)) > 1e-3
+    assert set(np.flatnonzero(~state[0].accepted)) == set(WRONG)
+    losses.append(value)
+    accepted.append(state[0].num_accepted)
+  return Run(losses, params, accepted)
+
+
+@functools.cache
+def wanted(inner):
+  """What the trainers of this model should come to."""
+  return stacked(loss, params(), inner)
+
+
+def first(tree):
+  """Of what each device has a copy, one."""
+  return jax.tree.map(lambda leaf: leaf[0], jax.device_get(tree))
+
+
+def copies(tree):
+  """A copy for each device."""
+  return jax.tree.map(lambda leaf: np.stack([leaf] * K), jax.device_get(tree))
+
+
+def assert_same(run, wanted):
+  """Two runs are one to rounding."""
+  np.testing.assert_allclose(run.losses, wanted.losses, rtol=1e-4)
+  assert jax.tree.structure(run.params) == jax.tree.structure(wanted.params)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+    run.params,
+    wanted.params,
+  )
+  if run.accepted and wanted.accepted:
+    np.testing.assert_array_equal(run.accepted, wanted.accepted)
+
+
+def assert_trains_as_the_mean(train):
+  """With a tau that accepts everything a script does what its plain form does."""
+  plain, filtered = train(None), train(ALL)
+  assert_same(filtered, plain)
+  np.testing.assert_array_equal(filtered.accepted, [K] * STEPS)
+  assert plain.losses[-1] != plain.losses[0]
+  return plain, filtered

@@ -1,0 +1,66 @@
+"""jit on a mesh of Auto axes, parameters sharded over the axis of the batch."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import gaf_optax
+from clients import task
+
+SPECS = {
+  "hidden": {"kernel": P(None, "data"), "bias": P("data")},
+  "out": {"kernel": P("data"), "bias": P()},
+}
+
+
+def train(tau):
+  mesh = jax.make_mesh((task.K,), ("data",), axis_types=(AxisType.Auto,))
+  place = lambda tree, specs: jax.device_put(
+    tree, jax.tree.map(lambda s: NamedSharding(mesh, s), specs)
+  )
+  tx = task.ADAM
+  if tau is not None:
+    gaf = gaf_optax.gaf(tau, param_axes="data")
+    update = jax.shard_map(
+      lambda grads, state: gaf.update(grads, state),
+      mesh=mesh,
+      in_specs=(jax.tree.map(lambda s: P(None, *s), SPECS), P()),
+      out_specs=(SPECS, P()),
+    )
+    on_shards = optax.GradientTransformation(gaf.init, lambda g, s, p: update(g, s))
+    tx = optax.chain(on_shards, task.ADAM)
+
+  @jax.jit
+  def step(params, state, x, y):
+    each = jax.vmap(jax.value_and_grad(task.loss), (None, 0, 0))
+    if tau is None:
+      mean_loss = lambda p: jnp.mean(jax.vmap(task.loss, (None, 0, 0))(p, x, y))
+      value, grads = jax.value_and_grad(mean_loss)(params)
+    else:
+      value, grads = each(params, x, y)  # [k, *shape]
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state, jnp.mean(value)
+
+  params = place(task.params(), SPECS)
+  state, losses, accepted = tx.init(params), [], []
+  for batch in task.batches():
+    batch = place(batch, (P("data"), P("data")))
+    params, state, value = jax.block_until_ready(step(params, state, *batch))
+    losses.append(value)
+    if tau is not None:
+      accepted.append(gaf_optax.metrics(state)["num_accepted"])
+  # An eighth of each matrix, and of Adam's moments, is on each device.
+  for tree in (params, optax.tree.get(state, "mu")):
+    kernel = tree["hidden"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // task.K
+  return task.Run(losses, params, accepted)
+
+
+def test_accepting_all_is_the_mean():
+  task.assert_trains_as_the_mean(train)
+
+
+def test_as_stacked_on_one_device():
+  task.assert_same(train(task.TAU), task.wanted(task.ADAM))

@@ -1,0 +1,108 @@
+"""Flax NNX: nnx.Optimizer over the model's parameters, streamed and stacked."""
+
+import functools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import gaf_optax
+from clients import task
+
+with warnings.catch_warnings():
+  # The oldest Flax that is admitted reads a name that the oldest JAX has deprecated.
+  warnings.simplefilter("ignore", DeprecationWarning)
+  from flax import nnx
+
+
+class Network(nnx.Module):
+  def __init__(self, rngs):
+    self.hidden = nnx.Linear(task.FEATURES, task.HIDDEN, rngs=rngs)
+    self.out = nnx.Linear(task.HIDDEN, 1, rngs=rngs)
+
+  def __call__(self, x):
+    return self.out(nnx.tanh(self.hidden(x)))
+
+
+def loss_fn(model, x, y):
+  return jnp.mean((model(x) - y) ** 2)
+
+
+def functional(model):
+  """The loss of the parameters of a model, and these."""
+  graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+  def loss(params, x, y):
+    # A copy: the model's own variables belong to the trace outside of vmap or scan.
+    return loss_fn(nnx.merge(graph, params, rest, copy=True), x, y)
+
+  return loss, params
+
+
+def train(tau, form):
+  model = Network(nnx.Rngs(0))
+  tx = task.ADAM
+  if tau is not None and form == "value_and_grad":
+    tx = gaf_optax.apply_if_nonzero(task.ADAM)
+  elif tau is not None:
+    tx = gaf_optax.apply_if_agreed(task.ADAM, tau)
+  optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+  @nnx.jit
+  def train_step(model, optimizer, x, y):
+    loss, params = functional(model)
+    if tau is None:
+      x, y = (a.reshape(task.K * task.ROWS, -1) for a in (x, y))
+      value, grads = nnx.value_and_grad(loss_fn)(model, x, y)
+      number = None
+    elif form == "value_and_grad":
+      x, y = (a.reshape(task.K * task.ROWS, -1) for a in (x, y))
+      filtered = gaf_optax.value_and_grad(loss, task.K, tau)
+      value, grads, agreement = filtered(params, x, y)
+      number = agreement.num_accepted
+    else:
+      each = jax.vmap(jax.value_and_grad(loss), (None, 0, 0))
+      value, grads = each(params, x, y)
+      number = None
+    optimizer.update(model, grads)
+    return jnp.mean(value), number
+
+  losses, accepted = [], []
+  for batch in task.batches():
+    value, number = train_step(model, optimizer, *batch)
+    losses.append(value)
+    if tau is not None and form == "stacked":
+      number = gaf_optax.metrics(optimizer.opt_state)["num_accepted"]
+    accepted += [] if tau is None else [number]
+  return task.Run(losses, nnx.state(model, nnx.Param), accepted)
+
+
+FORMS = ["value_and_grad", "stacked"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_accepting_all_is_the_mean(form):
+  task.assert_trains_as_the_mean(functools.partial(train, form=form))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_as_stacked_on_one_device(form):
+  wanted = task.stacked(*functional(Network(nnx.Rngs(0))), task.ADAM)
+  task.assert_same(train(task.TAU, form), wanted)
+
+
+def test_metrics_are_read_inside_jit():
+  """Where the leaves of the optimizer's state are variables that hold tracers."""
+  model = Network(nnx.Rngs(0))
+  optimizer = nnx.Optimizer(model, gaf_optax.apply_if_agreed(task.ADAM), wrt=nnx.Param)
+  x, y = task.batches()[0]
+
+  @nnx.jit
+  def train_step(model, optimizer):
+    loss, params = functional(model)
+    grads = jax.vmap(jax.grad(loss), (None, 0, 0))(params, x, y)
+    optimizer.update(model, grads)
+    return gaf_optax.metrics(optimizer.opt_state)["num_accepted"]
+
+  assert float(train_step(model, optimizer)) == task.K - len(task.WRONG)
