@@ -262,12 +262,9 @@ def cosine_distance(a: Any, b: Any) -> jax.Array:
     raise ValueError(
       "cosine_distance found no floating-point or complex leaf to compare."
     )
-  return _distance_of_pair(pairs)
-
-
-@jax.jit
-def _distance_of_pair(pairs):
-  both, valid = gram(pairs, [0] * len(pairs), num_groups=1)
+  # Products that overflow are NaN until they are computed again, rescaled.
+  with jax.debug_nans(False):
+    both, valid = gram(pairs, [0] * len(pairs), num_groups=1)
   n = both.products[0]
   result = _gram.distance("cosine", n[0, 1], n[0, 0], n[1, 1])
   return jnp.where(jnp.all(valid), result, jnp.nan).astype(jnp.float32)

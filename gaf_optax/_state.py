@@ -493,6 +493,8 @@ def sources(opt_state: Any) -> dict[str, jax.Array]:
 def warn_if_identical(state: GafState, stacklevel: int) -> None:
   """Warns of micro-gradients that are copies of one, if that is known by now."""
   number: Any = state.identical
+  if callable(getattr(number, "__jax_array__", None)):  # A variable of Flax NNX.
+    number = number.__jax_array__()
   if not _validate.is_concrete(number):
     return
   if isinstance(number, jax.Array):

@@ -172,7 +172,7 @@ class TestAnchor:
       updates, b = stacked.update(stack, b)
       np.testing.assert_allclose(emitted, updates, atol=1e-6)
       # A stream knows no noise scale: it sees no pairs.
-      known = b.gaf_state._replace(noise_scale=a.gaf_state.noise_scale)
+      known = b.gaf_state._replace(raw_noise_scale=a.gaf_state.raw_noise_scale)
       chex.assert_trees_all_close(a.gaf_state, known, atol=1e-6)
 
   def test_is_kept_in_float32_for_bfloat16(self):
@@ -254,7 +254,7 @@ class TestMetrics:
     big = jnp.float32(3e9)
     state = state._replace(num_seen_total=big, accept_rate=jnp.float32(0.5))
     for _ in range(20):
-      _, state = tx.update(jnp.ones((4, 1)), state)
+      _, state = tx.update(jnp.arange(1.0, 5.0)[:, None], state)
     assert float(state.accept_rate) == pytest.approx(0.5, abs=1e-6)
     counts = state._replace(
       nonfinite=jnp.int32(2**31 - 1), skipped_steps=jnp.int32(2**31 - 1)
