@@ -286,6 +286,12 @@ def check(state: Any, options: _options.Options) -> None:
         f" {'has' if option is None else 'lacks'} what it needs ({field}): init of a"
         " transformation with other options made it. Is it a restored one?"
       )
+  k = options.num_microbatches
+  if k is not None and state.raw_distances.shape != (k,):
+    raise ValueError(
+      f"num_microbatches is {k}, but the state is of {state.raw_distances.shape[-1]}"
+      " micro-gradients: init of a transformation with another number made it."
+    )
 
 
 def advance(

@@ -185,6 +185,11 @@ OTHER = {"v": jnp.zeros((2, 2))}
       "num_microbatches is 4, but the state lacks",
     ),
     (
+      gaf_optax.gaf(num_microbatches=K),
+      gaf_optax.gaf(num_microbatches=8).init(PARAMS),
+      "num_microbatches is 4, but the state is of 8",
+    ),
+    (
       gaf_optax.gaf(),
       gaf_optax.gaf(anchor_decay=0.5).init(PARAMS),
       "anchor_decay is not given, but the state has",
@@ -205,7 +210,17 @@ OTHER = {"v": jnp.zeros((2, 2))}
       r"\(3,\) for leaf \['w'\], but one of shape \(5,\)",
     ),
   ],
-  ids=["chain", "adam", "agreed", "members", "anchor", "steered", "tree", "shape"],
+  ids=[
+    "chain",
+    "adam",
+    "agreed",
+    "members",
+    "number",
+    "anchor",
+    "steered",
+    "tree",
+    "shape",
+  ],
 )
 def test_a_state_of_another_transformation(tx, state, message):
   with pytest.raises(ValueError, match=message):
