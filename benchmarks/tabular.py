@@ -173,7 +173,6 @@ class Arm(NamedTuple):
     mixup: whether pairs of examples are mixed.
     huber: whether the loss of a regression is Huber's.
     ema: whether an average of the weights is tested.
-    clean: whether nothing is wrong.
   """
 
   weights: Any
@@ -181,7 +180,6 @@ class Arm(NamedTuple):
   mixup: bool = False
   huber: bool = False
   ema: bool = False
-  clean: bool = False
 
 
 QUANTILE = by_agreement(gaf_optax.tau_quantile(1 - SHARE))

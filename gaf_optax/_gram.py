@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from gaf_optax._jax_types import typed_like
 
 __all__ = [
+  "NOTHING",
   "ZERO_EXPONENT",
   "Gram",
   "balanced",
@@ -23,6 +24,10 @@ __all__ = [
 ]
 
 ZERO_EXPONENT = -100_000  # The exponent of a zero vector: below every other.
+
+# Stands for a distance or a noise scale where there was nothing to compare. Not NaN,
+# since JAX_DEBUG_NANS reports any that compiled code returns; users read NaN.
+NOTHING = -1.0
 
 
 class Gram(NamedTuple):
@@ -144,7 +149,7 @@ def noise_scale(gram: Gram, valid: jax.Array) -> jax.Array:
 
   Returns:
     float32 scalar: `(mean_i G_ii - m) / m`, with m the mean of the off-diagonal
-    entries. Inf where m <= 0, -1 where fewer than two are valid.
+    entries. Inf where m <= 0, `NOTHING` where fewer than two are valid.
   """
   dtype = gram.products.dtype
   top = jnp.max(jnp.where(valid, gram.exponents, ZERO_EXPONENT))
@@ -180,4 +185,4 @@ def _noise_scale(trace, total, num_valid):
   scale = (diagonal - agreement) / jnp.where(agreement > 0, agreement, 1)
   # Below 0 by rounding alone.
   scale = jnp.where(agreement > 0, jnp.maximum(scale, 0), jnp.inf)
-  return jnp.where(num_valid > 1, scale, -1).astype(jnp.float32)
+  return jnp.where(num_valid > 1, scale, NOTHING).astype(jnp.float32)

@@ -8,11 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gaf_optax import _options, _threshold, _tree, _validate, rules
-
-# Stands for a distance or a noise scale where there was nothing to compare. Not NaN,
-# since JAX_DEBUG_NANS reports any that compiled code returns; users read NaN.
-NOTHING = -1.0
+from gaf_optax import _gram, _options, _threshold, _tree, _validate, rules
 
 # A mean distance or a noise scale up to which micro-gradients are copies of one, but
 # for rounding; and how many such steps in a row are worth a warning.
@@ -165,11 +161,11 @@ def _kept(each: rules.Decision) -> dict[str, jax.Array]:
 def _or_nan(values: jax.Array) -> jax.Array:
   """What users read of distances and noise scales."""
   with jax.debug_nans(False):
-    return jnp.where(jnp.asarray(values) == NOTHING, jnp.nan, values)
+    return jnp.where(jnp.asarray(values) == _gram.NOTHING, jnp.nan, values)
 
 
 def or_nothing(values: jax.Array) -> jax.Array:
-  return jnp.where(jnp.isfinite(values), values, NOTHING).astype(jnp.float32)
+  return jnp.where(jnp.isfinite(values), values, _gram.NOTHING).astype(jnp.float32)
 
 
 def outcome(
@@ -183,7 +179,7 @@ def outcome(
     mean_distance=mean_known(mean_known(distances, axis=1)),
     num_seen=jnp.full((), finite.shape[0], jnp.int32),
     nonfinite=jnp.sum(~finite, dtype=jnp.int32),
-    identical=(noise_scale != NOTHING) & (noise_scale <= _ROUNDING),
+    identical=are_copies(noise_scale),
     noise_scale=noise_scale,
     each=over_groups(decision._replace(distances=distances)),
   )
@@ -200,16 +196,16 @@ def over_groups(decision: rules.Decision) -> rules.Decision:
 
 def mean_known(values: jax.Array, axis: int | None = None) -> jax.Array:
   """Mean of the values that are not `NOTHING`, float32; `NOTHING` without any."""
-  known = values != NOTHING
+  known = values != _gram.NOTHING
   number = jnp.sum(known, axis=axis)
   total = jnp.sum(jnp.where(known, values, 0), axis=axis)
   mean = total / jnp.maximum(number, 1).astype(total.dtype)
-  return jnp.where(number > 0, mean, NOTHING).astype(jnp.float32)
+  return jnp.where(number > 0, mean, _gram.NOTHING).astype(jnp.float32)
 
 
-def are_copies(mean_distance: jax.Array) -> jax.Array:
-  """Whether streamed micro-gradients are copies of one."""
-  return (mean_distance != NOTHING) & (mean_distance <= _ROUNDING)
+def are_copies(difference: jax.Array) -> jax.Array:
+  """Whether all are copies of one, by their noise scale or their mean distance."""
+  return (difference != _gram.NOTHING) & (difference <= _ROUNDING)
 
 
 def init(params: Any, options: _options.Options) -> GafState:
@@ -218,7 +214,7 @@ def init(params: Any, options: _options.Options) -> GafState:
   k = options.num_microbatches
   # A function each, since a donated state must not hold a buffer twice.
   zero = lambda dtype=jnp.int32: jnp.zeros((), dtype)
-  nothing = lambda *shape: jnp.full(shape, NOTHING, jnp.float32)
+  nothing = lambda *shape: jnp.full(shape, _gram.NOTHING, jnp.float32)
   initial = lambda: jnp.array(options.threshold(zero(), None), jnp.float32)
   memory = None
   if options.memory_decay is not None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from gaf_optax import (
   _combine,
+  _gram,
   _inner_products,
   _jax_types,
   _mesh,
@@ -103,7 +104,7 @@ def _empty(params, arrays, layout, k, with_embed=False, with_anchor=False):
   numbers = lambda *shape: jnp.zeros(shape, jnp.float32)
   each = None
   if k is not None:
-    nothing = jnp.full((m, k), _state.NOTHING, jnp.float32)
+    nothing = jnp.full((m, k), _gram.NOTHING, jnp.float32)
     each = numbers(m, k), jnp.zeros((m, k), bool), nothing
   return Stream(
     means=zeros(),
@@ -317,7 +318,7 @@ def outcome(
   mean = jnp.where(
     stream.num_compared > 0,
     stream.distance_sum / jnp.maximum(stream.num_compared, 1).astype(jnp.float32),
-    _state.NOTHING,
+    _gram.NOTHING,
   )
   mean_distance = _state.mean_known(mean)
   return _state.Outcome(
@@ -327,6 +328,6 @@ def outcome(
     num_seen=stream.num_pushed,
     nonfinite=stream.num_pushed - stream.num_finite,
     identical=_state.are_copies(mean_distance),
-    noise_scale=jnp.full((), _state.NOTHING, jnp.float32),
+    noise_scale=jnp.full((), _gram.NOTHING, jnp.float32),
     each=None if decision is None else _state.over_groups(decision),
   )

@@ -59,9 +59,8 @@ def loss(params, x, y):
   return jnp.mean((prediction - y) ** 2)
 
 
-def stacked(loss, params, inner):
-  """The stacked form on one device, `inner` after the filter: a `Run`."""
-  tx = optax.chain(gaf_optax.gaf(TAU, num_microbatches=K), inner)
+def stacked_step(tx, loss=loss):
+  """A step of the stacked form, which returns parameters, state and mean loss."""
 
   @jax.jit
   def step(params, state, x, y):
@@ -69,6 +68,13 @@ def stacked(loss, params, inner):
     updates, state = tx.update(grads, state, params)
     return optax.apply_updates(params, updates), state, jnp.mean(values)
 
+  return step
+
+
+def stacked(loss, params, inner):
+  """The stacked form on one device, `inner` after the filter: a `Run`."""
+  tx = optax.chain(gaf_optax.gaf(TAU, num_microbatches=K), inner)
+  step = stacked_step(tx, loss)
   state, losses, accepted = tx.init(params), [], []
   for x, y in batches():
     params, state, value = step(params, state, x, y)

@@ -104,15 +104,9 @@ def test_a_microbatch_that_overflows_is_dropped_and_lowers_the_scale():
   tx = optax.chain(gaf_optax.gaf(task.TAU), task.SGD)
   params = task.params()
   state = tx.init(params)
-
-  @jax.jit
-  def step(params, state, x, y):
-    grads = jax.vmap(jax.grad(task.loss), (None, 0, 0))(params, x, y)
-    updates, state = tx.update(grads, state, params)
-    return optax.apply_updates(params, updates), state
-
+  step = task.stacked_step(tx)
   for x, y in overflowing(np.inf):
-    params, state = step(params, state, x, y)
+    params, state, _ = step(params, state, x, y)
   assert int(gaf_optax.metrics(state)["nonfinite"]) == 1
   task.assert_same(run._replace(losses=[]), task.Run([], params))
   np.testing.assert_array_equal(run.accepted, [6, 5, 6, 6])

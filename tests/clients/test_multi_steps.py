@@ -73,20 +73,14 @@ def test_as_stacked_on_one_device(schedule):
   tx = gaf_optax.apply_if_agreed(task.ADAM, task.TAU)
   params = task.params()
   state = tx.init(params)
-
-  @jax.jit
-  def step(params, state, x, y):
-    grads = jax.vmap(jax.grad(task.loss), (None, 0, 0))(params, x, y)
-    updates, state = tx.update(grads, state, params)
-    return optax.apply_updates(params, updates), state
-
+  step = task.stacked_step(tx)
   x, y = (np.concatenate(a) for a in zip(*task.batches()[:2]))
   start = cycle = 0
   shares = set()
   while start < len(log):
     k = every_k if schedule == "int" else int(every_k(cycle))
     rows = slice(start, start + k)
-    params, state = step(params, state, x[rows], y[rows])
+    params, state, _ = step(params, state, x[rows], y[rows])
     start, cycle = start + k, cycle + 1
     found = gaf_optax.metrics(state)
     shares.add(float(found["num_accepted"] / k))
