@@ -82,17 +82,18 @@ class ByteTrainer(Trainer):
     tau = np.float32(2.0 if arm.imitates else arm.tau)
     return self._cached(key, lambda: jax.jit(take), learner, tau, (batches, chosen))
 
-  def evaluate(self, learner: Learner) -> tuple[float]:
+  def evaluate(self, arm: Arm, learner: Learner, schedule) -> dict[str, float]:
     """Bits per byte on the validation windows."""
+    del arm, schedule  # The windows are the same for all.
     inputs, targets = self._validation[:, :-1], self._validation[:, 1:]
     make = lambda: jax.jit(self._loss)
-    return (float(self._cached("evaluate", make, learner.params, inputs, targets)),)
+    loss = self._cached("evaluate", make, learner.params, inputs, targets)
+    return {"validation_loss": float(loss)}
 
-  def row(self, trace: Trace, since: int, measured: tuple[float]) -> dict:
+  def row(self, trace: Trace, since: int) -> dict[str, float]:
     """What a line of the metrics file says of the steps since the line before."""
-    (loss,), trace = measured, jax.tree.map(lambda x: x[since:], trace)
+    trace = jax.tree.map(lambda x: x[since:], trace)
     return {
-      "validation_loss": loss,
       "train_loss": float(trace.loss.mean()),
       "accept_rate": float(trace.accepted.mean()),
       "distance": float(np.nanmean(trace.distances)),

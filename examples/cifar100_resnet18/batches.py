@@ -9,10 +9,12 @@ import numpy as np
 import labels as labels_lib
 from common.command import UserError
 from data import Dataset
-from plan import Part
+from plan import HUMAN, Part
 
 # One stream of random numbers for each purpose; the values only have to differ.
-_NOISE, _ORDER, _SOURCES, _CONTROL, _AUGMENT, _WRONG_LABELS, _CLASSES = range(7)
+_NOISE, _ORDER, _SOURCES, _CONTROL, _AUGMENT, _WRONG_LABELS, _CLASSES, _HELD_OUT = (
+  range(8)
+)
 # How many classes a source has of its own, where sources are skewed.
 _OWN_CLASSES = 3
 # Pixels that a crop moves by, at most, as usual for CIFAR.
@@ -45,16 +47,17 @@ class Schedule:
   """
 
   def __init__(self, part: Part, dataset: Dataset, base: np.ndarray, seed: int):
-    """Args: `base` are the training labels int32 `[n]` before any flipping."""
+    """Args: `base` are the labels before any flipping, of those held out at the end."""
     self._part, self._seed, self._base = part, seed, dataset.train_labels
     self._num_classes = dataset.num_classes
     self.control_key = (seed, _CONTROL)
     self._epochs: dict[int, np.ndarray] = {}
-    rng = _rng(seed, _NOISE)
-    if part.random_labels:
-      self.labels = rng.integers(dataset.num_classes, size=len(base), dtype=np.int32)
-    else:
-      self.labels = labels_lib.flip(base, part.label_noise, dataset.num_classes, rng)
+    self._by_people, self._held_out = base, dataset.validation_labels
+    if part.wrong_kind == HUMAN:  # Of the wrong sources alone.
+      base = np.concatenate([self._base, self._held_out])
+    base, held_out = np.split(base, [len(self._base)])
+    self.labels = self._noisy(base, _NOISE)
+    self._noisy_held_out = self._noisy(held_out, _HELD_OUT)
     self.mislabeled = self.labels != self._base
     draws, k = 1 if part.persistent else part.steps, part.num_microbatches
     wrong = labels_lib.draw_wrong_sources(
@@ -81,12 +84,43 @@ class Schedule:
     if part.wrong_kind == "random-labels" and wrong.any():
       drawn = np.stack([self._drawn(_WRONG_LABELS, step) for step in steps])
       labels = np.where(wrong[..., None], drawn, labels)
+    if part.wrong_kind == HUMAN:
+      labels = np.where(wrong[..., None], self._by_people[indices], labels)
     crops = None
     if part.augment:
       crops = np.stack([self._crops(step) for step in steps])
     return Batches(
       np.arange(start, stop, dtype=np.int32), indices, labels, wrong, crops
     )
+
+  def validation_labels(self, clean: bool) -> np.ndarray:
+    """Labels int32 `[v]` of what is held out, as wrong as those that are trained on.
+
+    Each is of one of the sources in turn; what is wrong with inputs is not wrong here.
+    """
+    part, right = self._part, self._held_out
+    if clean or not len(right):
+      return right
+    labels, source = self._noisy_held_out, np.arange(len(right))
+    wrong = self.wrong[0][source % part.num_microbatches]
+    others = labels
+    if part.wrong_kind == "shifted-labels":
+      others = (labels + 1) % self._num_classes
+    if part.wrong_kind == "random-labels":
+      rng = _rng(self._seed, _HELD_OUT, _WRONG_LABELS)
+      others = rng.integers(self._num_classes, size=len(right), dtype=np.int32)
+    if part.wrong_kind == HUMAN:
+      others = self._by_people[-len(right) :]
+    return np.where(wrong, others, labels)
+
+  def _noisy(self, labels, purpose):
+    part, rng = self._part, _rng(self._seed, purpose)
+    if part.random_labels:
+      return rng.integers(self._num_classes, size=len(labels), dtype=np.int32)
+    if part.asymmetric:
+      pairs = labels_lib.CONFUSED[part.dataset]
+      return labels_lib.confuse(labels, part.label_noise, pairs, rng)
+    return labels_lib.flip(labels, part.label_noise, self._num_classes, rng)
 
   def wrong_examples(self) -> np.ndarray:
     """Bool `[steps, k, b]`, what is mislabeled or from a wrong source."""

@@ -29,6 +29,13 @@ class Dataset:
   mean: tuple[float, ...]  # Per channel, taken off after the division
   std: tuple[float, ...]  # Per channel, divided by after that
   notes: tuple[str, ...] = ()  # Sentences that the user should read
+  # Held out of the training images, of which there may be none.
+  validation_images: np.ndarray = dataclasses.field(
+    default_factory=lambda: np.zeros((0, 1, 1, 1), np.uint8)
+  )  # As the others, `[v, height, width, channels]`
+  validation_labels: np.ndarray = dataclasses.field(
+    default_factory=lambda: np.zeros(0, np.int32)
+  )  # int32 `[v]`
 
 
 @dataclasses.dataclass(frozen=True)

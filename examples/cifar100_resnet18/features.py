@@ -42,14 +42,16 @@ def of_patches(dataset: Dataset) -> Dataset:
 
   def raw(images):
     chunks = [images[i : i + _CHUNK] for i in range(0, len(images), _CHUNK)]
+    if not chunks:
+      return np.zeros((0, matrix.shape[1] * 8), np.float32)
     return np.concatenate([_responses(chunk, matrix, offset) for chunk in chunks])
 
-  train, test = raw(dataset.train_images), raw(dataset.test_images)
+  names = ("train_images", "test_images", "validation_images")
+  found = {name: raw(getattr(dataset, name)) for name in names}
+  train = found["train_images"]
   center, scale = train.mean(axis=0), train.std(axis=0) + 1e-6
-  train, test = (((x - center) / scale)[..., None, None] for x in (train, test))
-  return dataclasses.replace(
-    dataset, train_images=train, test_images=test, scale=1.0, mean=(0.0,), std=(1.0,)
-  )
+  found = {name: ((x - center) / scale)[..., None, None] for name, x in found.items()}
+  return dataclasses.replace(dataset, **found, scale=1.0, mean=(0.0,), std=(1.0,))
 
 
 def _random_patches(images, rng):

@@ -1,4 +1,4 @@
-"""Labels: made noisy by flipping, read from a file of human labels, or shifted."""
+"""Labels: made noisy by flipping or confusing, read from a file of human labels, or shifted."""
 
 import io
 import pathlib
@@ -26,6 +26,26 @@ def flip(
   noisy = labels.copy()
   noisy[which] += rng.integers(1, num_classes, number, dtype=np.int32)
   return noisy % num_classes
+
+
+# For each class what it is usually mistaken for, by data set; no other is flipped.
+CONFUSED = {
+  "digits": {2: 7, 3: 8, 5: 6, 6: 5, 7: 1},
+  "cifar10": {2: 0, 3: 5, 4: 7, 5: 3, 9: 1},
+}
+
+
+def confuse(
+  labels: np.ndarray, share: float, pairs: dict[int, int], rng: np.random.Generator
+) -> np.ndarray:
+  """Gives a share of the labels of some classes the class that `pairs` has for it.
+
+  Asymmetric noise, for CIFAR-10 that of arXiv 1609.03683: truck to automobile, bird to
+  airplane, deer to horse, cat to dog and back; for digits that of its MNIST.
+  """
+  to = np.arange(labels.max() + 1)
+  to[list(pairs)] = list(pairs.values())
+  return np.where(rng.random(len(labels)) < share, to[labels], labels).astype(np.int32)
 
 
 def shift(labels: np.ndarray, wrong: np.ndarray, num_classes: int) -> np.ndarray:

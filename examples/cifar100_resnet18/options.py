@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 
+import labels
 import models
 import optimizers
 import plan
@@ -107,12 +108,15 @@ def _wrong_together(options) -> str | None:
   free, alone = rule in FREE_OF_TAU, not models.KINDS[model].normalizes
   free_rules = f"--rule {', '.join(FREE_OF_TAU)}"
   devices, processes, process = options.devices, options.processes, options.process_id
+  confusable = (options.dataset or Part.dataset) in labels.CONFUSED
   cifars, soft_rules = "cifar10 or cifar100", ", ".join(SOFT_RULES)
   # Options and what each needs.
   for name, needed, said in (
     ("noisy_labels", cifar, f"--dataset {cifars}"),
     ("noisy_labels_key", options.noisy_labels, "--noisy-labels"),
     ("wrong_kind", options.wrong_sources, "--wrong-sources"),
+    ("asymmetric", options.label_noise, "--label-noise"),
+    ("asymmetric", confusable, f"--dataset {' or '.join(labels.CONFUSED)}"),
     ("augment", cifar, f"--dataset {cifars}"),
     ("plateau_patience", plateau, f"--optimizer {optimizers.PLATEAU}"),
     ("softness", soft, f"--rule {soft_rules}"),
@@ -131,6 +135,7 @@ def _wrong_together(options) -> str | None:
   for name, others in (
     ("by_example", (*stateful, "by_leaf", "devices")),
     ("memory_decay", ("anchor_decay",)),
+    ("mixup", ("devices",)),
   ):
     for other in others:
       if getattr(options, name) is not None and getattr(options, other) is not None:
@@ -138,6 +143,8 @@ def _wrong_together(options) -> str | None:
   if models.KINDS[model].on_patches:
     if options.augment or options.wrong_kind == "normalization":
       return f"--model {model} takes features, which have no pixels to change"
+  if options.wrong_kind == plan.HUMAN and not options.noisy_labels:
+    return f"--wrong-kind {plan.HUMAN} goes with --noisy-labels"
   if options.by_example and options.wrong_kind == "stale":
     return "--by-example does not go with --wrong-kind stale"
   if (options.wrong_sources or 0) > k:

@@ -7,8 +7,9 @@ import models
 import optimizers
 from common import arms as arms_lib
 from common.arms import CLEAN, PLAIN, gaf_arms
-from common.command import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, option
+from common.command import COUNT, INDEX, NOT_NEGATIVE, POSITIVE, SHARE, option
 
+HUMAN = "human-labels"
 # What can be wrong with a source, in words for titles.
 CORRUPTIONS = {
   "shifted-labels": "every label shifted by one",
@@ -16,6 +17,7 @@ CORRUPTIONS = {
   "pixels": "scrambled pixels",
   "normalization": "unnormalized pixels",
   "stale": "parameters up to 100 steps old",
+  HUMAN: "labels of --noisy-labels, the others right ones",
 }
 
 
@@ -33,6 +35,16 @@ class Part(arms_lib.Part):
     SHARE,
     metavar="SHARE",
     rivals="labels",
+  )
+  asymmetric: bool = option(
+    False, "flip labels to the class that each is usually mistaken for", True
+  )
+  validation_images: int = option(
+    200,
+    "how many of the training images, the last, are held out, with labels as wrong as"
+    " the others; default 200",
+    INDEX,
+    metavar="N",
   )
   random_labels: bool = option(
     False, "draw all training labels at random, from all classes", True, rivals="labels"
@@ -165,11 +177,12 @@ def _title(part):
   said = [f"{part.dataset}, {part.model}"]
   if part.train_images:
     said.append(f"{part.train_images:,} training images")
-  if part.noisy_labels:
+  if part.noisy_labels and part.wrong_kind != HUMAN:
     key = part.noisy_labels_key
     said.append("noisy labels" + (f" ({key})" if key else ""))
   if part.label_noise:
-    said.append(f"{part.label_noise:.0%} of the training labels flipped")
+    how = "confused" if part.asymmetric else "flipped"
+    said.append(f"{part.label_noise:.0%} of the training labels {how}")
   if part.random_labels:
     said.append("random training labels")
   if part.skew:

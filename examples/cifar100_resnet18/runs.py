@@ -35,17 +35,23 @@ def experiment(
   rows = part.train_images or len(base)
   if rows > len(base):
     raise UserError(f"{rows} training images are more than the {len(base)} there are.")
-  if part.microbatch_size * part.num_microbatches > rows:
+  trained = rows - part.validation_images
+  if part.microbatch_size * part.num_microbatches > trained:
     raise UserError(
       f"{part.num_microbatches} microbatches of {part.microbatch_size} are more than"
-      f" the {rows} training images."
+      f" the {trained} training images (of {rows}, {part.validation_images} are held"
+      " out)."
     )
-  base = base[:rows]
+  base, images = base[:rows], dataset.train_images[:rows]
   dataset = dataclasses.replace(
-    dataset, train_images=dataset.train_images[:rows], train_labels=right[:rows]
+    dataset,
+    train_images=images[:trained],
+    train_labels=right[:trained],
+    validation_images=images[trained:],
+    validation_labels=right[trained:rows],
   )
   if models.KINDS[part.model].on_patches:
-    made, key = {} if made is None else made, (part.dataset, rows)
+    made, key = {} if made is None else made, (part.dataset, rows, trained)
     if key not in made:
       made[key] = features.of_patches(dataset)
     dataset = made[key]

@@ -10,13 +10,15 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from sklearn.metrics import roc_auc_score
 
 import gaf_optax
 import models
 import optimizers
-from batches import Batches, cropped
+from batches import Batches, Schedule, cropped
 from common import experiment
 from common.arms import (
+  PLAIN,
   RULES,
   SOFT_RULES,
   Arm,
@@ -30,6 +32,13 @@ from data import Dataset
 from plan import Part
 
 _EVALUATION_BATCH = 500
+# The label of what fills up a batch: never correct.
+_NO_CLASS = -1
+# Training images whose signals are looked at.
+_NUM_TOLD_APART = 256
+SIGNALS = ("distance", "loss", "gradient norm")
+# Of the losses of sources, as of their cosines.
+_MEMORY = 0.98
 # The name of what gives the classes' outputs in every model.
 _LAST_LAYER = "head"
 # Steps after which a source with stale parameters takes up the newest.
@@ -44,6 +53,9 @@ class Learner(NamedTuple):
   opt_state: Any  # Of the optimizer, with GAF's unless single examples are compared
   plateau: Any = None  # Of `optax.contrib.reduce_on_plateau`; None without it
   stale: Any = None  # Older parameters, where some sources have those; else None
+  average: Any = None  # Moving average of the parameters, where that is tested
+  # float32 `[k]`, running mean of the losses of each source, where those decide.
+  source_losses: Any = None
 
 
 class Trace(NamedTuple):
@@ -80,14 +92,11 @@ class Trainer(experiment.Trainer):
     self._plateau = optax.contrib.reduce_on_plateau(
       factor=0.1, patience=part.plateau_patience
     )
-    test = _test_batches(dataset, part.devices or 1)
-    if mesh is None:
-      self._images = jax.device_put(dataset.train_images)
-      self._test = jax.device_put(test)
-    else:
-      # Each device gets only the images of its own microbatches, step by step.
-      self._images = None
-      self._test = self._placed(test, P(AXIS))
+    # Each device gets only the images of its own microbatches, step by step.
+    self._images = None if mesh else jax.device_put(dataset.train_images)
+    self._test_images = self._in_batches(dataset.test_images)
+    self._test_labels = self._in_batches(dataset.test_labels, _NO_CLASS)
+    self._validation_images = self._in_batches(dataset.validation_images)
 
   def init(self, arm: Arm, seed: int) -> Learner:
     """The learner before the first step; its weights depend on the seed alone."""
@@ -98,12 +107,21 @@ class Trainer(experiment.Trainer):
       transformation = self._optimizer_by_example()
     else:
       transformation = self._transformation(arm, arm.tau, None)
-    plateau = stale = None
+    copied = lambda wanted: jax.tree.map(jnp.copy, params) if wanted else None
+    plateau = source_losses = None
     if self._part.optimizer == optimizers.PLATEAU:
       plateau = self._plateau.init(params)
-    if self._has_stale_sources:
-      stale = jax.tree.map(jnp.copy, params)
-    return Learner(params, batch_stats, transformation.init(params), plateau, stale)
+    if self._keeps_losses(arm):
+      source_losses = jnp.zeros(self._part.num_microbatches)
+    return Learner(
+      params,
+      batch_stats,
+      transformation.init(params),
+      plateau,
+      copied(self._has_stale_sources),
+      copied(arm.ema_decay is not None),
+      source_losses,
+    )
 
   def placed(self, learner: Learner) -> Learner:
     """The learner on all devices of the mesh, the same on each."""
@@ -122,25 +140,27 @@ class Trainer(experiment.Trainer):
     nonfinite = np.zeros(shape, np.int32)
     return Trace(nan(), nan(), nan(), nonfinite, accepted, weights, memory)
 
-  def row(
-    self, trace: Trace, since: int, measured: tuple[float, float]
-  ) -> dict[str, Any]:
-    """What a line of the metrics file says.
+  def row(self, trace: Trace, since: int) -> dict[str, Any]:
+    """What a line of the metrics file says of the steps.
 
     Loss and distance are those of the steps since the line before, counts those of all.
+    With a memory also the share of all steps in which each source was accepted.
     """
-    accuracy, loss = measured
     distances = trace.distance[since:][np.isfinite(trace.distance[since:])]
+    of_sources = {}
+    if trace.memory is not None:
+      of_sources = {
+        f"source_{i + 1}/accept_rate": float(rate)
+        for i, rate in enumerate(trace.accepted.mean(axis=0))
+      }
     return {
       "train_loss": float(trace.loss[since:].mean()),
-      "test_loss": loss,
-      "test_accuracy": accuracy,
       "cosine_distance": float(distances.mean()) if len(distances) else float("nan"),
       "threshold": float(trace.threshold[-1]),
       "accept_rate": float(trace.accepted.mean()),
       "skipped_steps": int(np.sum(~trace.accepted.any(axis=1))),
       "nonfinite": int(trace.nonfinite.sum()),
-    }
+    } | of_sources
 
   def advance(
     self, arm: Arm, learner: Learner, batches: Batches, chosen: Chosen | None = None
@@ -182,23 +202,81 @@ class Trainer(experiment.Trainer):
       seen,
     )
 
-  def evaluate(self, learner: Learner) -> tuple[float, float]:
-    """Share of the test images that are classified correctly, and the mean loss."""
-    correct, loss = self._cached(
-      "evaluate",
-      lambda: jax.jit(self._on_devices(self._evaluated, (P(), P(AXIS), P(AXIS)))),
-      (learner.params, learner.batch_stats),
-      *self._test,
-    )
-    number = len(self._dataset.test_labels)
-    return int(correct) / number, float(loss) / number
+  def evaluate(
+    self, arm: Arm, learner: Learner, schedule: Schedule
+  ) -> dict[str, float]:
+    """Loss and accuracy on the test images, and on those held out, labels as given.
 
-  def observed(self, learner: Learner, loss: float) -> Learner:
+    Where training labels are wrong, also how well three signals tell which: the areas
+    under ROC of distance, loss and gradient norm, where single examples can be compared.
+    """
+    tested = learner.params if learner.average is None else learner.average
+    variables = tested, learner.batch_stats
+    accuracy, loss = self._measured(variables, self._test_images, self._test_labels)
+    found = {"test_loss": loss, "test_accuracy": accuracy}
+    if len(self._dataset.validation_images):
+      labels = self._in_batches(schedule.validation_labels(arm.clean), _NO_CLASS)
+      held_out = self._measured(variables, self._validation_images, labels)
+      found["validation_accuracy"] = held_out[0]
+    return found | self._told_apart(arm, learner, schedule)
+
+  def _measured(self, variables, images, labels):
+    """Share of the images that are classified as labelled, and the mean loss."""
+    correct, loss, number = self._cached(
+      ("evaluate", images.shape),
+      lambda: jax.jit(self._on_devices(self._evaluated, (P(), P(AXIS), P(AXIS)))),
+      variables,
+      images,
+      labels,
+    )
+    return int(correct) / int(number), float(loss) / int(number)
+
+  def _told_apart(self, arm, learner, schedule):
+    """Areas under ROC of mislabeled training examples by what a filter could see."""
+    rows = np.arange(min(_NUM_TOLD_APART, len(schedule.labels)))
+    wrong = schedule.mislabeled[rows]
+    alone = self._mesh is None and not models.KINDS[self._part.model].normalizes
+    if arm.clean or not alone or wrong.all() or not wrong.any():
+      return {}
+
+    def signals(params, images, labels):
+      x, targets = self._inputs(images[rows]), self._targets(PLAIN, labels)
+      gradients = self._of_last_layer(params, x, targets)
+      rule, tau = RULES["nearest_neighbors"](), jnp.float32(2)
+      valid = jnp.ones(len(rows), bool)
+      decision = rule(gradients @ gradients.T, valid, tau)
+      losses = jax.vmap(self._loss, (None, 0, 0))(params, x[:, None], targets[:, None])
+      return decision.distances, losses, jnp.linalg.norm(gradients, axis=1)
+
+    found = self._cached(
+      "signals",
+      lambda: jax.jit(signals),
+      learner.params,
+      self._images,
+      schedule.labels[rows],
+    )
+    return {
+      f"auc/{name}": float(roc_auc_score(wrong, np.nan_to_num(signal, nan=1)))
+      for name, signal in zip(SIGNALS, found)
+    }
+
+  def observed(self, learner: Learner, measured: dict[str, float]) -> Learner:
     """The learner after an evaluation; on a plateau it goes on more slowly."""
     if learner.plateau is None:
       return learner
-    _, plateau = self._plateau.update({}, learner.plateau, value=jnp.float32(loss))
+    loss = jnp.float32(measured["test_loss"])
+    _, plateau = self._plateau.update({}, learner.plateau, value=loss)
     return learner._replace(plateau=plateau)
+
+  def _in_batches(self, rows, fill=0):
+    """Rows `[n, b, ...]` to evaluate in so many batches, shared by the devices."""
+    shares = self._part.devices or 1
+    size = max(1, min(_EVALUATION_BATCH, -(-len(rows) // shares)))
+    missing = -len(rows) % (size * shares)
+    padding = (0, missing), *[(0, 0)] * (rows.ndim - 1)
+    rows = np.pad(rows, padding, constant_values=fill)
+    rows = rows.reshape(-1, size, *rows.shape[1:])
+    return jax.device_put(rows) if self._mesh is None else self._placed(rows, P(AXIS))
 
   def _on_devices(self, function, in_specs):
     """`function` on each device's part of its arguments; without a mesh as it is."""
@@ -269,6 +347,9 @@ class Trainer(experiment.Trainer):
     variables = self._model.init(jax.random.key(seed), x, train=False)
     return variables["params"], variables.get("batch_stats", {})
 
+  def _keeps_losses(self, arm):
+    return arm.control == "loss" and self._part.persistent and not arm.by_example
+
   @property
   def _has_stale_sources(self):
     return bool(self._part.wrong_sources) and self._part.wrong_kind == "stale"
@@ -276,25 +357,31 @@ class Trainer(experiment.Trainer):
   def _step(self, arm, tau, images, learner, seen):
     batch, chosen = seen
 
-    def loss(params, batch_stats, x, y):
+    def loss(params, batch_stats, x, targets):
       logits, updated = self._model.apply(
         {"params": params, "batch_stats": batch_stats},
         x,
         train=True,
         mutable=["batch_stats"],
       )
-      losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+      losses = optax.softmax_cross_entropy(logits, targets)
       return jnp.mean(losses), updated.get("batch_stats", {})
 
-    x = self._seen(batch, images)
+    x, targets = self._seen(batch, images), self._targets(arm, batch.labels)
+    if arm.mixup:
+      x, targets = jax.vmap(_mixed, (None, 0, 0))(batch.steps, x, targets)
     params, params_axis, stale = self._local_params(learner, batch)
     micro_gradients = jax.vmap(
       jax.value_and_grad(loss, has_aux=True), in_axes=(params_axis, None, 0, 0)
     )
-    found = micro_gradients(params, learner.batch_stats, x, batch.labels)
+    found = micro_gradients(params, learner.batch_stats, x, targets)
     (losses, stats), grads = found
+    source_losses = learner.source_losses
     if arm.control == "loss":
-      chosen = smallest_loss(losses, jnp.sum(chosen.accepted))
+      deciding = losses
+      if source_losses is not None:
+        deciding = source_losses = _MEMORY * source_losses + (1 - _MEMORY) * losses
+      chosen = smallest_loss(deciding, jnp.sum(chosen.accepted))
     transformation = self._transformation(arm, tau, chosen)
     updates, opt_state = transformation.update(grads, learner.opt_state, learner.params)
     if learner.plateau is not None:
@@ -312,12 +399,15 @@ class Trainer(experiment.Trainer):
       weights=relative(state.weights),
       memory=memory,
     )
+    params = optax.apply_updates(learner.params, updates)
     learner = Learner(
-      optax.apply_updates(learner.params, updates),
+      params,
       jax.tree.map(self._mean, stats),
       opt_state,
       learner.plateau,
       stale,
+      _averaged(arm, learner.average, params),
+      source_losses,
     )
     return learner, trace
 
@@ -326,30 +416,29 @@ class Trainer(experiment.Trainer):
     batch, chosen = seen
     alone = lambda x: x.reshape(-1, *x.shape[2:])
     x, y = alone(self._seen(batch, images)), alone(batch.labels)
-    params = learner.params
+    params, targets = learner.params, self._targets(arm, y)
     if arm.decides_itself:
       rule, tau = _rule_and_tau(arm, tau)
       differentiate = gaf_optax.value_and_grad(
         self._loss, len(y), tau, rule=rule, compare=_in_last_layer
       )
-      loss, grads, found = differentiate(params, x, y)
+      loss, grads, found = differentiate(params, x, targets)
       agreed, accepted, weights = found.agreed, found.accepted, found.weights
       distances, nonfinite = found.distances, found.nonfinite
     else:
-
-      def weighted(params):
-        losses = jax.vmap(self._loss, (None, 0, 0))(params, x[:, None], y[:, None])
-        kept = chosen
-        if arm.control == "loss":
-          kept = smallest_loss(losses, jnp.sum(chosen.accepted))
-        weights = kept.weights / jnp.maximum(jnp.sum(kept.weights), 1e-30)
-        total = jnp.sum(jax.lax.stop_gradient(weights) * losses)
-        return total, (jnp.mean(losses), kept.accepted, weights)
-
-      grads, found = jax.grad(weighted, has_aux=True)(params)
-      loss, accepted, weights = found
+      losses = jax.vmap(self._loss, (None, 0, 0))(params, x[:, None], targets[:, None])
+      kept = chosen
+      if arm.control == "loss":
+        kept = smallest_loss(losses, jnp.sum(chosen.accepted))
+      weights = kept.weights / jnp.maximum(jnp.sum(kept.weights), 1e-30)
+      loss, accepted = jnp.mean(losses), kept.accepted
       agreed, nonfinite = jnp.any(accepted), jnp.int32(0)
       distances = jnp.full(len(y), jnp.nan)
+    if arm.mixup or not arm.decides_itself:
+      # A label's weight goes with it into a mixture: the loss is linear in targets.
+      seen = x, len(y) * weights[:, None] * targets
+      seen = _mixed(batch.steps, *seen) if arm.mixup else seen
+      grads = jax.grad(self._loss)(params, *seen)
     updates, opt_state = self._optimizer_by_example().update(
       grads, learner.opt_state, params, agreed=agreed
     )
@@ -363,12 +452,28 @@ class Trainer(experiment.Trainer):
       memory=None,
     )
     params = optax.apply_updates(params, updates)
-    return learner._replace(params=params, opt_state=opt_state), trace
+    average = _averaged(arm, learner.average, params)
+    learner = learner._replace(params=params, opt_state=opt_state, average=average)
+    return learner, trace
 
-  def _loss(self, params, x, y):
-    """The mean loss of a model without BatchNorm."""
+  def _targets(self, arm, labels):
+    """What labels `[...]` say of each class, `[..., c]`."""
+    number = self._dataset.num_classes
+    return optax.smooth_labels(jax.nn.one_hot(labels, number), arm.smoothing)
+
+  def _loss(self, params, x, targets):
+    """The mean loss of a model without BatchNorm; targets `[b, c]` may be weighted."""
     logits = self._model.apply({"params": params}, x, train=True)
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, y))
+    return jnp.mean(optax.softmax_cross_entropy(logits, targets))
+
+  def _of_last_layer(self, params, x, targets):
+    """Gradients `[b, P]` of single examples with respect to the last layer."""
+
+    def gradient(x, targets):
+      grads = jax.grad(self._loss)(params, x[None], targets[None])[_LAST_LAYER]
+      return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(grads)])
+
+    return jax.vmap(gradient)(x, targets)
 
   def cosines(self, learner: Learner, batches: Batches) -> np.ndarray:
     """The cosines `[B, B]` of the examples' last-layer gradients in the first step.
@@ -378,16 +483,12 @@ class Trainer(experiment.Trainer):
     alone = lambda x: x[0].reshape(-1, *x.shape[3:])
     x = self._inputs(self._images[alone(batches.indices)])
 
-    def gradient(params, x, y):
-      grads = jax.grad(self._loss)(params, x[None], y[None])[_LAST_LAYER]
-      row = jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(grads)])
-      return row / jnp.maximum(jnp.linalg.norm(row), 1e-30)
-
     def cosines(*seen):
-      rows = jax.vmap(gradient, (None, 0, 0))(*seen)
+      rows = self._of_last_layer(*seen)
+      rows /= jnp.maximum(jnp.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
       return rows @ rows.T
 
-    seen = learner.params, x, alone(batches.labels)
+    seen = learner.params, x, self._targets(PLAIN, alone(batches.labels))
     return np.asarray(self._cached("cosines", lambda: jax.jit(cosines), *seen))
 
   def _seen(self, batch, images):
@@ -439,8 +540,8 @@ class Trainer(experiment.Trainer):
       losses = optax.softmax_cross_entropy_with_integer_labels(
         logits, jnp.maximum(y, 0)
       )
-      correct = jnp.argmax(logits, axis=-1) == y
-      return jnp.sum(correct), jnp.sum(jnp.where(y >= 0, losses, 0))
+      correct, counts = jnp.argmax(logits, axis=-1) == y, y > _NO_CLASS
+      return jnp.sum(correct), jnp.sum(jnp.where(counts, losses, 0)), jnp.sum(counts)
 
     if self._looped:
       counts = jax.lax.map(lambda batch: count(*batch), (images, labels))
@@ -452,23 +553,29 @@ class Trainer(experiment.Trainer):
     return total if self._mesh is None else jax.lax.psum(total, AXIS)
 
 
-def _test_batches(dataset, shares):
-  """Test images `[n, b, ...]` and labels `[n, b]`, n a multiple of `shares`."""
-  rows = len(dataset.test_labels)
-  size = min(_EVALUATION_BATCH, -(-rows // shares))
-  missing = -rows % (size * shares)
-  images = np.pad(dataset.test_images, ((0, missing), (0, 0), (0, 0), (0, 0)))
-  # No class is -1: what was filled up is never correct.
-  labels = np.pad(dataset.test_labels, (0, missing), constant_values=-1)
-  return images.reshape(-1, size, *images.shape[1:]), labels.reshape(-1, size)
-
-
 def _decision(arm):
   """What of an arm is compiled in; a plain tau is an argument of the program."""
+  ways = arm.smoothing, arm.mixup, arm.ema_decay
   if not arm.decides_itself:
-    return "imitates", arm.by_example, arm.control == "loss"
+    return "imitates", arm.by_example, arm.control == "loss", *ways
   varying = dict(name="", label="", tau=2.0, imitates=None, control=None, clean=False)
   return dataclasses.replace(arm, **varying), arm.imitates is not None
+
+
+def _mixed(step, x, targets):
+  """Each of a batch `[b, ...]` mixed with the one before it: mixup with alpha 1.
+
+  Source: arXiv 1710.09412.
+  """
+  share = jax.random.uniform(jax.random.fold_in(jax.random.key(0), step))
+  mix = lambda a: share * a + (1 - share) * jnp.roll(a, 1, axis=0)
+  return mix(x), mix(targets)
+
+
+def _averaged(arm, average, params):
+  if average is None:
+    return None
+  return optax.incremental_update(params, average, 1 - arm.ema_decay)
 
 
 def _has_memory(arm):

@@ -29,6 +29,7 @@ RULES = {
   "min_neighbors": lambda: rules.min_neighbors(0.5),
   "majority": lambda: rules.min_neighbors(0.501),
   "nearest_neighbors": lambda: rules.nearest_neighbors(5),
+  "geometric_median": rules.geometric_median,
 }
 # What tau_quantile and adaptive_tau work with: distances that do not depend on tau.
 FREE_OF_TAU = ("leave_one_out", "min_neighbors", "majority", "nearest_neighbors")
@@ -55,7 +56,8 @@ class Arm:
     imitates: name of the arm of which this one is a control.
     control: how it imitates: 'choice' keeps as many micro-gradients in each step,
       drawn at random; 'steps' takes as many steps with all micro-gradients, at
-      random times; 'loss' keeps as many in each step, those with the smallest loss;
+      random times; 'loss' keeps as many in each step, those with the smallest loss, of
+      persistent sources by its running mean;
       'right' keeps those of sources that are not wrong.
     clean: whether this arm is spared the wrong sources and labels.
   """
@@ -110,6 +112,19 @@ class Arm:
   by_example: bool = option(
     False, "compare single examples by their gradients of the last layer", True
   )
+  smoothing: float = option(
+    0.0,
+    "share of each label that is spread over all classes",
+    SHARE,
+    metavar="SHARE",
+    flag="--label-smoothing",
+  )
+  mixup: bool = option(
+    False, "train on mixtures of two images and of their labels", True
+  )
+  ema_decay: float | None = option(
+    None, "test a moving average of the weights", DECAY, metavar="DECAY"
+  )
   imitates: str | None = None
   control: str | None = None
   clean: bool = False
@@ -118,6 +133,19 @@ class Arm:
   def is_gaf(self) -> bool:
     chooses = self.target is not None or self.quantile is not None or self.adaptive
     return self.imitates is None and (chooses or self.tau < 2)
+
+  @property
+  def role(self) -> str:
+    """What it is in a comparison.
+
+    'gaf'; 'rival', one of the simple ways that anybody can use, the plain mean first;
+    'chance'; or 'ideal', which knows what is wrong.
+    """
+    if self.clean or self.control == "right":
+      return "ideal"
+    if self.control in ("choice", "steps"):
+      return "chance"
+    return "gaf" if self.is_gaf else "rival"
 
   @property
   def decides_itself(self) -> bool:
@@ -131,6 +159,15 @@ class Arm:
 
 PLAIN = Arm("plain", "plain mean")
 CLEAN = Arm("clean", "plain mean, nothing wrong", clean=True)
+# What costs nothing and is known to help against wrong labels: the plain mean with them.
+EMA_DECAY = 0.995
+RIVALS = (
+  Arm("smoothing", "label smoothing 0.2", smoothing=0.2),
+  Arm("mixup", "mixup", mixup=True),
+  Arm("ema", f"weight EMA {EMA_DECAY:g}", ema_decay=EMA_DECAY),
+  Arm("mixup_ema", f"mixup, weight EMA {EMA_DECAY:g}", mixup=True, ema_decay=EMA_DECAY),
+)
+GEOMETRIC_MEDIAN = Arm("geometric_median", "geometric median", rule="geometric_median")
 RIGHT = Arm(
   "right", "plain mean, right sources only", imitates="plain", control="right"
 )
@@ -200,6 +237,12 @@ def gaf_arms(
     rule += " by leaf"
   if arm.by_example:
     rule = f"by example {rule}"
+  if arm.smoothing:
+    text, name = f"{text}, smoothing {arm.smoothing:g}", f"{name}_smoothing"
+  if arm.mixup:
+    text, name = f"{text}, mixup", f"{name}_mixup"
+  if arm.ema_decay is not None:
+    text, name = f"{text}, weight EMA", f"{name}_ema"
   if num_microbatches > 2 or rule != "sequential":
     text = f"{rule} {text}"
   name = f"{rule.replace(' ', '_')}_{name}"

@@ -30,9 +30,9 @@ class Trainer:
 
   It has `init(arm, seed)`, a learner, of which
   `advance(arm, learner, batches, chosen)` gives the next one and a trace of the steps,
-  and `evaluate(learner)` a tuple of numbers, the loss last; `empty_trace(part, arm)`,
-  to be filled, and `row(trace, since, measured)`, a line of the metrics file about the
-  steps from `since` on of those that a trace holds.
+  and `evaluate(arm, learner, schedule)` numbers by name for a line of the metrics file;
+  `empty_trace(part, arm)`, to be filled, and `row(trace, since)`, the other numbers of
+  the line, about the steps from `since` on of those that a trace holds.
   """
 
   longest = 100  # Number of steps between two looks at whether to stop, at most.
@@ -45,9 +45,9 @@ class Trainer:
     """The learner where it is trained."""
     return learner
 
-  def observed(self, learner, loss: float):
+  def observed(self, learner, measured: dict[str, float]):
     """The learner after an evaluation."""
-    del loss
+    del measured
     return learner
 
   def _cached(self, key, make, *args):
@@ -133,8 +133,8 @@ class Experiment:
           whole[seed, steps] = stretch
       if stop % part.eval_every and stop != part.steps:
         return learner, None
-      measured = trainer.evaluate(learner)
-      return trainer.observed(learner, measured[-1]), measured
+      measured = trainer.evaluate(arm, learner, self.schedules[seed])
+      return trainer.observed(learner, measured), measured
 
     saved = time.monotonic()
     # Threads, since one seed's small matrices do not fill all cores. Programs that
@@ -149,7 +149,8 @@ class Experiment:
           if measured:
             row = {"part": part.name, "arm": arm.name, "seed": seed, "step": stop}
             so_far = jax.tree.map(lambda x: x[seed, :stop], trace)
-            run.directory.append_metrics(row | trainer.row(so_far, since, measured))
+            row |= measured | trainer.row(so_far, since)
+            run.directory.append_metrics(row)
         run.progress.update(stop - start)
         start = stop
         stopping = team.any(bool(run.received))
