@@ -7,7 +7,7 @@ import models
 import optimizers
 from common import arms as arms_lib
 from common.arms import CLEAN, PLAIN, gaf_arms
-from common.command import COUNT, INDEX, NOT_NEGATIVE, POSITIVE, SHARE, option
+from common.command import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, option
 
 HUMAN = "human-labels"
 # What can be wrong with a source, in words for titles.
@@ -39,11 +39,11 @@ class Part(arms_lib.Part):
   asymmetric: bool = option(
     False, "flip labels to the class that each is usually mistaken for", True
   )
-  validation_images: int = option(
-    200,
-    "how many of the training images, the last, are held out, with labels as wrong as"
-    " the others; default 200",
-    INDEX,
+  validation_images: int | None = option(
+    None,
+    "hold out the last N of the training images, with labels as wrong as the others;"
+    " default a sixth of them",
+    COUNT,
     metavar="N",
   )
   random_labels: bool = option(
