@@ -227,28 +227,31 @@ def comparison(part, summaries: Summaries) -> str:
   arms = [arm for arm in part.arms if arm.is_gaf]
   used = {arm.control for arm in part.arms}
   kinds = [kind for kind in CONTROLS if kind in used]
-  names = ["plain", *map(NAMES.get, kinds)]
-  header = [f"{measure}, against {name}" for measure in MEASURES for name in names]
-  lines = [[arm.label] for arm in arms]
+  against = ["plain mean", *map(NAMES.get, kinds), "best rival"]
+  lines = [["paired by seed", "accuracy", *(f"- {name}" for name in against)]]
   paragraphs = []
   for measure in MEASURES:
     found = {}
-    for arm, line in zip(arms, lines):
+    for arm in arms:
       plain, controls = differences(part, arm, summaries, measure)
-      line += [str(plain), *(str(controls.get(kind, "")) for kind in kinds)]
+      rival, gap = against_best_rival(part, arm, summaries, measure)
+      lines.append([arm.label, measure, str(plain)])
+      lines[-1] += [str(controls.get(kind, "")) for kind in kinds]
+      lines[-1].append(f"{gap} ({rival.label})")
       chance = [one for kind, one in controls.items() if kind != "loss"]
-      found[arm.label] = plain, chance
+      if chance:
+        found[arm.label] = plain, chance
     paragraphs.append(conclusion(measure, part.seeds, found))
   if part.wrong_sources:
     paragraphs.append(_sources(part, summaries))
-  number = sum(bool(cell) for line in lines for cell in line[1:])
+  number = sum(bool(cell) for line in lines[1:] for cell in line[2:])
   if part.seeds >= FEWEST_SEEDS:
     paragraphs.append(
       f"A 95 % interval excludes zero by chance in 5 % of cases, so expect"
       f" {0.05 * number:.1f} of the {number} above to do so where there is no"
       " difference."
     )
-  return "\n\n".join([aligned([["paired by seed", *header], *lines]), *paragraphs])
+  return "\n\n".join([aligned(lines), *paragraphs])
 
 
 def overview(measure: str, results: list[tuple[Any, Summaries]]) -> str:

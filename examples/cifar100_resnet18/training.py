@@ -573,7 +573,7 @@ def _mixed(step, x, targets):
 
 
 def _averaged(arm, step, average, params):
-  """The moving average of the parameters; shorter at first, to forget the first ones."""
+  """The moving average of the parameters, at first a shorter one."""
   if average is None:
     return None
   decay = jnp.minimum(arm.ema_decay, (1 + step) / (10 + step))
