@@ -58,7 +58,7 @@ SETTINGS = {
   DIGITS: Setting(
     base=dict(dataset=DIGITS, steps=2_000, seeds=5, eval_every=50),
     human=dict(label_noise=_FLIPPED),
-    many=dict(microbatch_size=10, steps=800),
+    many=dict(microbatch_size=10, steps=500),
     taus=(0.97, 0.8),
     sizes=(5, 10, 25, 50, 100),
     learning_rates=_LEARNING_RATES,
@@ -78,12 +78,12 @@ SETTINGS = {
       eval_every=50,
     ),
     human=dict(noisy_labels_key="worse_label"),
-    many=dict(microbatch_size=12, learning_rate=0.01, width=64, steps=600),
+    many=dict(microbatch_size=12, learning_rate=0.01, width=64, steps=500),
     taus=(0.97, 0.9),
     sizes=(10, 25, 50, 100, 200),
     learning_rates=_LEARNING_RATES,
     vit={},
-    examples=dict(microbatch_size=64, steps=800),
+    examples=dict(microbatch_size=64, steps=700),
     flipped=_SHARES,
     people={"aggre_label": 0.9, "random_label1": 0.8, "worse_label": 0.6},
     wrong={
