@@ -27,6 +27,7 @@ import runs
 from common import command
 from common.command import UserError
 from common.storage import write_whole
+from common.tables import write_csv
 
 
 def parse(argv: list[str]):
@@ -156,6 +157,8 @@ def main(argv: list[str] | None = None) -> int:
       write_whole(kept.with_suffix(".md"), _kept(options.said, text))
       for name, suffix in ((picture.name, ".png"), ("results.csv", ".csv")):
         shutil.copyfile(directory.path / name, kept.with_suffix(suffix))
+      if told := report.signals([one.part for one, _ in results], rows):
+        write_csv(kept.with_name(f"{kept.name}-told-apart.csv"), told)
     return text
 
   def start(received):

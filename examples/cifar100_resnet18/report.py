@@ -161,6 +161,19 @@ def told_apart(parts: list[Any], rows: list[dict]) -> list[str]:
   ]
 
 
+def signals(parts: list[Any], rows: list[dict]) -> list[dict]:
+  """A dict for each area under ROC in runs of the plain mean; see `told_apart`."""
+  titles = {part.name: part.title for part in parts}
+  names = {f"auc/{name}": name for name in training.SIGNALS}
+  return [
+    {"part": row["part"], "title": titles[row["part"]]}
+    | {"seed": row["seed"], "step": row["step"]}
+    | {name: row[field] for field, name in names.items()}
+    for row in rows
+    if row["arm"] == "plain" and names.keys() <= row.keys()
+  ]
+
+
 def _plus_minus(margin):
   return "" if margin is None else f" ± {margin:.3f}"
 
