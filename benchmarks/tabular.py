@@ -436,13 +436,14 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--out", type=pathlib.Path, default="runs/tabular.md")
   args = parser.parse_args(argv)
   parts = [
-    f"{measure.environment()}. {SEEDS} seeds, {STEPS} steps; mean ± half a 95 %"
+    "# Wrong targets in tables of data\n\nMade by `python benchmarks/tabular.py`:"
+    f" {measure.environment()}. {SEEDS} seeds, {STEPS} steps; mean ± half a 95 %"
     " interval (Student's t); differences are paired by seed."
   ]
   print(parts[0], flush=True)
   header = ["", "step", "distance", "loss", "gradient norm"]
   rows = [row for task in args.tasks for row in areas(task)]
-  parts.append("Area under ROC of wrong examples.\n\n" + measure.table(header, rows))
+  parts.append("## Area under ROC of wrong examples\n\n" + measure.table(header, rows))
   print(f"\n{parts[-1]}", flush=True)
   lines = []
   for by_source in (False, True):
@@ -453,7 +454,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     for task in args.tasks:
       scores = scores_of(task, by_source)
-      parts.append(f"{task}, {where}\n\n{table(scores)}")
+      parts.append(f"## {task.capitalize()}, {where}\n\n{table(scores)}")
       print(f"\n{parts[-1]}", flush=True)
       lines += csv_lines(f"{task}, {where}", by_source, scores)
   measure.write(parts, args.out)

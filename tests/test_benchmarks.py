@@ -103,7 +103,7 @@ def test_tables_of_data_with_wrong_targets(tmp_path, monkeypatch):
   with jax.numpy_rank_promotion("allow"):
     tabular.main(["--tasks", "wine", "--out", str(path)])
   text = path.read_text()
-  assert "wine, 40% of the targets wrong" in text and "wine, targets of 3 of 8" in text
+  assert "Wine, 40% of the targets wrong" in text and "Wine, targets of 3 of 8" in text
   with open(path.with_suffix(".csv")) as file:
     lines = list(csv.DictReader(file))
   assert len(lines) == (4 + 4) * 3
