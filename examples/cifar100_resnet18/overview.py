@@ -83,17 +83,45 @@ def claim_of(name: str) -> str | None:
 
 def read(path: pathlib.Path) -> list[Gain]:
   """The gains in all settings of a csv file of results."""
+  sign = -1 if path.parent == _LOWER_IS_BETTER else 1
+  return [gain for arms in _settings(path) for gain in _gains(path.stem, arms, sign)]
+
+
+def _settings(path):
+  """For each setting of a file, by arm the lines of its seeds."""
   with open(path, encoding="utf-8") as file:
     lines = list(csv.DictReader(file))
-  sign = -1 if path.parent == _LOWER_IS_BETTER else 1
-  gains = []
-  for part in dict.fromkeys(line["part"] for line in lines):
-    arms: dict[str, list[dict]] = {}
-    for line in lines:
-      if line["part"] == part:
-        arms.setdefault(line["arm"], []).append(line)
-    gains += _gains(path.stem, arms, sign)
-  return gains
+  found: dict[str, dict[str, list[dict]]] = {}
+  for line in lines:
+    found.setdefault(line["part"], {}).setdefault(line["arm"], []).append(line)
+  return [*found.values()]
+
+
+def regrets(path: pathlib.Path) -> str:
+  """A Markdown table of what it costs to go one way in all settings of a file.
+
+  By score how far an arm is, on average and at worst, behind the best one of each
+  setting, those aside that know what is wrong or leave it to chance.
+  """
+  settings = _settings(path)
+  eligible = lambda arms: {
+    name: seeds for name, seeds in arms.items() if seeds[0]["role"] in ("gaf", "rival")
+  }
+  in_all = set.intersection(*(set(eligible(arms)) for arms in settings))
+  lines = [["", *(f"{score}: {which}" for score in SCORES for which in _BEHIND)]]
+  rows = []
+  for name in in_all:
+    row, mean = [settings[0][name][0]["label"].partition(", as m")[0]], []
+    for score in SCORES:
+      of = lambda seeds: _numbers(seeds, score).mean()
+      behind = [max(map(of, eligible(a).values())) - of(a[name]) for a in settings]
+      mean.append(np.mean(behind))
+      row += [f"{mean[-1]:.3f}", f"{max(behind):.3f}"]
+    rows.append((mean, row))
+  return aligned([*lines, *(row for _, row in sorted(rows))])
+
+
+_BEHIND = ("mean", "worst")
 
 
 def _gains(name, arms, sign):
@@ -164,6 +192,17 @@ def table(gains: Sequence[Gain]) -> str:
   return f"{aligned(counts)}\n\n{aligned(lines)}"
 
 
+def one_way(folder: pathlib.Path = _FOLDERS[0]) -> str:
+  """Paragraphs and tables of `regrets`, for each file of several settings."""
+  files = [path for path in sorted(folder.glob("*.csv")) if claim_of(path.stem)]
+  kept = [
+    path
+    for path in files
+    if not path.stem.endswith("told-apart") and len(_settings(path)) > 1
+  ]
+  return "\n\n".join(f"{path.stem}:\n\n{regrets(path)}" for path in kept)
+
+
 _VERDICTS = ("beats", "ties", "loses")
 _HEADER = """# All settings
 
@@ -175,6 +214,20 @@ both. Paired by seed, ± half of the 95 % interval, bold where that excludes zer
 *beats* chance and the best rival beyond it, *loses* to one of them beyond it, or
 *ties*. Sorted by the final gain over the best rival. Accuracies; of diabetes the share
 of variance explained, of text bits per byte saved.
+"""
+
+
+def text(gains: Sequence[Gain]) -> str:
+  """All of `settings.md`."""
+  return f"{_HEADER}\n{table(gains)}\n{_ONE_WAY}\n{one_way()}\n"
+
+
+_ONE_WAY = """
+## One way for all settings
+
+Which way is best in a setting a user does not know before. To go the same way in all
+settings of a file is so far behind the best way of each, on average and at worst (only
+what knows the wrong ones, and chance, do not count):
 """
 
 
@@ -250,7 +303,7 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--out", type=pathlib.Path, default=HERE / "results")
   out = parser.parse_args(argv).out
   gains = everything()
-  write_whole(out / "settings.md", f"{_HEADER}\n{table(gains)}\n")
+  write_whole(out / "settings.md", text(gains))
   for claim, title in _CLAIMS.items():
     ours = [gain for gain in gains if gain.claim == claim]
     if ours:

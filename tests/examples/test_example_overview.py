@@ -95,6 +95,28 @@ def test_the_better_way_of_chance_counts(tmp_path):
   assert gain.chance["final"].mean == pytest.approx(0.01)
 
 
+def test_one_way_for_all_settings(tmp_path):
+  """How far each way is behind the best of each setting, but those that know it."""
+  path = tmp_path / "memory.csv"
+  _write(path, {"a": ("rival", [0.5], [0.9]), "b": ("gaf", [0.8], [0.6])})
+  more = {
+    "a": ("rival", [0.7], [0.5]),
+    "b": ("gaf", [0.6], [0.6]),
+    "c": ("gaf", [0.9], [0.5]),  # Best, but not in both settings.
+    "d": ("ideal", [1.0], [1.0]),
+    "e": ("chance", [1.0], [1.0]),
+  }
+  _write(tmp_path / "more.csv", more)
+  second = (tmp_path / "more.csv").read_text().replace("\np,", "\nq,")
+  path.write_text(path.read_text() + second.partition("\n")[2])
+  _, _, *lines = overview.regrets(path).splitlines()
+  cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+  assert cells == [
+    ["GAF b", "0.150", "0.300", "0.150", "0.300"],
+    ["GAF a", "0.250", "0.300", "0.050", "0.100"],
+  ]
+
+
 def test_from_files_to_table_and_pictures(tmp_path):
   for name in ("memory", "by-example", "rules"):
     _write(tmp_path / f"{name}.csv", _arms())
@@ -118,8 +140,8 @@ def test_from_files_to_table_and_pictures(tmp_path):
 
 def test_what_is_kept_is_what_the_command_makes():
   """The table of all settings is that of the csv files, and RESULTS.md counts them."""
-  made = overview.table(overview.everything())
+  gains = overview.everything()
   kept = (overview.HERE / "results" / "settings.md").read_text(encoding="utf-8")
-  assert kept.endswith(f"\n{made}\n")
-  counts = made.partition("\n\n")[0]
+  assert kept == overview.text(gains)
+  counts = overview.table(gains).partition("\n\n")[0]
   assert counts in (overview.HERE / "RESULTS.md").read_text(encoding="utf-8")
