@@ -83,7 +83,7 @@ SETTINGS = {
     sizes=(10, 25, 50, 100, 200),
     learning_rates=_LEARNING_RATES,
     vit={},
-    examples=dict(microbatch_size=64, steps=700),
+    examples=dict(microbatch_size=64, steps=600),
     flipped=_SHARES,
     people={"aggre_label": 0.9, "random_label1": 0.8, "worse_label": 0.6},
     wrong={
@@ -172,7 +172,9 @@ def tau(setting: Setting):
   for value in taus:
     arms += gaf_arms(2, tau=value)
   return tuple(
-    setting.part(f"flipped{share:g}", arms, label_noise=share)
+    setting.part(
+      f"flipped{share:g}", arms, **{**_flipped(setting), "label_noise": share}
+    )
     for share in (0.0, _FLIPPED)
   )
 
@@ -201,8 +203,10 @@ def microbatch_size(setting: Setting):
 def noise(setting: Setting):
   shares = (0.0, 0.05, 0.15, 0.3, 0.4, 0.5, 0.6, 0.75, 0.8, 0.9)
   arms = [*_compared(setting), *RIVALS]
+  half = dict(steps=setting.base["steps"] // 2)
   return tuple(
-    setting.part(f"flipped{share:g}", arms, label_noise=share) for share in shares
+    setting.part(f"flipped{share:g}", arms, label_noise=share, **half)
+    for share in shares
   )
 
 
@@ -252,10 +256,9 @@ def by_example(setting: Setting):
     arms = [PLAIN, *RIVALS]
     if right < 1:
       arms += gaf_arms(2, quantile=right, **plan.BY_EXAMPLE)
-    adaptive = dict(adaptive=True, ema_decay=None, **plan.BY_EXAMPLE)
+    adaptive = dict(adaptive=True, **plan.BY_EXAMPLE)
     arms += gaf_arms(2, ["choice"], **adaptive)
-    for more in ({}, {"mixup": True}):
-      arms += gaf_arms(2, [], **{**adaptive, "ema_decay": EMA_DECAY, **more})
+    arms += gaf_arms(2, ema_decay=EMA_DECAY, **adaptive)
     clean = [CLEAN] * (right < 1)
     return setting.part(name, [*arms, *clean], **{**setting.examples, **changed})
 
@@ -312,9 +315,15 @@ def memory(setting: Setting):
     PLAIN,
     *RIVALS[:-1],
     GEOMETRIC_MEDIAN,
+    dataclasses.replace(
+      GEOMETRIC_MEDIAN,
+      name="geometric_median_ema",
+      label=f"geometric median, weight EMA {EMA_DECAY:g}",
+      ema_decay=EMA_DECAY,
+    ),
     *gaf_arms(8, [], tau=0.97, rule="most_neighbors"),
     *gaf_arms(8, ["choice", "loss"], **adaptive),
-    *gaf_arms(8, [], ema_decay=EMA_DECAY, **adaptive),
+    *gaf_arms(8, ["choice", "loss"], ema_decay=EMA_DECAY, **adaptive),
   ]
   parts = [_persistent(setting, "none", arms, 0)]
   for kind, numbers in setting.wrong.items():

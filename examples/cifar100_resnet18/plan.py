@@ -134,7 +134,7 @@ def main_job() -> tuple[Part, ...]:
         *RIVALS[2:],
         *gaf_arms(2, tau=0.97),
         *gaf_arms(2, **by_example),
-        *gaf_arms(2, [], mixup=True, ema_decay=EMA_DECAY, **by_example),
+        *gaf_arms(2, [], ema_decay=EMA_DECAY, **by_example),
       ),
     ),
     Part(
