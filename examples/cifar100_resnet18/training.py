@@ -37,6 +37,9 @@ _NO_CLASS = -1
 # Training images whose signals are looked at.
 _NUM_TOLD_APART = 256
 SIGNALS = ("distance", "loss", "gradient norm")
+# Steps that all examples take part in before the smallest losses decide: those of a new
+# network say little.
+WARM_UP = 100
 # Of the losses of sources, as of their cosines.
 _MEMORY = 0.98
 # The name of what gives the classes' outputs in every model.
@@ -429,7 +432,9 @@ class Trainer(experiment.Trainer):
       losses = jax.vmap(self._loss, (None, 0, 0))(params, x[:, None], targets[:, None])
       kept = chosen
       if arm.control == "loss":
-        kept = smallest_loss(losses, jnp.sum(chosen.accepted))
+        number = jnp.sum(chosen.accepted)
+        number = jnp.where(batch.steps < WARM_UP, len(y), number)
+        kept = smallest_loss(losses, number)
       weights = kept.weights / jnp.maximum(jnp.sum(kept.weights), 1e-30)
       loss, accepted = jnp.mean(losses), kept.accepted
       agreed, nonfinite = jnp.any(accepted), jnp.int32(0)

@@ -57,7 +57,7 @@ class Arm:
     control: how it imitates: 'choice' keeps as many micro-gradients in each step,
       drawn at random; 'steps' takes as many steps with all micro-gradients, at
       random times; 'loss' keeps as many in each step, those with the smallest loss, of
-      persistent sources by its running mean;
+      persistent sources by its running mean, of examples after a warm-up;
       'right' keeps those of sources that are not wrong.
     clean: whether this arm is spared the wrong sources and labels.
   """
