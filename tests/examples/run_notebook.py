@@ -6,17 +6,13 @@ whether the conclusions in the text are those of the tables. It runs in an empty
 as on Colab, with the gaf_optax that is installed.
 """
 
-import base64
 import hashlib
-import io
 import os
 import pathlib
 import tempfile
 
 EXAMPLE = pathlib.Path(__file__).resolve().parents[2] / "examples/cifar100_resnet18"
 NOTEBOOK = EXAMPLE / "gaf_colab.ipynb"
-# Enough for the lines of a plot, and a third of the bytes.
-_COLORS = 64
 
 
 def main():
@@ -35,11 +31,6 @@ def main():
     ).execute(env=_environment(settings))
   notebook.metadata["language_info"] = {"name": "python"}
   notebook.metadata["executed"] = digest(notebook)
-  for cell in notebook.cells:
-    for output in cell.get("outputs", ()):
-      data = output.get("data", {})
-      if "image/png" in data:
-        data["image/png"] = _smaller(data["image/png"])
   nbformat.validate(notebook)
   nbformat.write(notebook, NOTEBOOK)
 
@@ -53,15 +44,6 @@ def digest(notebook):
 def _environment(settings):
   kept = {k: v for k, v in os.environ.items() if k != "GAF_NOTEBOOK_QUICK"}
   return {**kept, "IPYTHONDIR": settings}
-
-
-def _smaller(encoded):
-  import PIL.Image
-
-  stream = io.BytesIO()
-  picture = PIL.Image.open(io.BytesIO(base64.b64decode(encoded)))
-  picture.convert("RGB").quantize(_COLORS).save(stream, "png", optimize=True)
-  return base64.b64encode(stream.getvalue()).decode()
 
 
 if __name__ == "__main__":
