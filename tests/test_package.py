@@ -8,7 +8,9 @@ import pytest
 import gaf_optax
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-LINK = re.compile(r"(!?)\[[^\]]*\]\(([^)\s]+)\)")
+# Where the text of a link is an image, as a badge is, the image comes first.
+LINK = re.compile(r"(!?)(?:\[[^\[\]]*|(?<=\)))\]\(([^)\s]+)\)")
+NOTEBOOK = "examples/cifar100_resnet18/gaf_colab.ipynb"
 
 
 @pytest.fixture
@@ -24,10 +26,10 @@ def read(name):
   return (ROOT / name).read_text(encoding="utf-8")
 
 
-def repository():
-  """Owner and name, the same in every address that pyproject.toml has."""
-  address = r"github(?:usercontent)?\.com/([\w.-]+/[\w.-]+)"
-  (found,) = set(re.findall(address, read("pyproject.toml")))
+def repository(name="pyproject.toml"):
+  """Owner and name, the same in every address that the file has, Colab's too."""
+  hosts = r"github\.com|githubusercontent\.com|colab\.research\.google\.com/github"
+  (found,) = set(re.findall(rf"(?:{hosts})/([\w.-]+/[\w.-]+)", read(name)))
   return found
 
 
@@ -64,3 +66,20 @@ def test_addresses_of_the_project_are_of_one_repository(sdist):
   for url in urls.values():
     if path := re.sub(r"^/(blob|tree)/main/", "", url.removeprefix(home)).strip("/"):
       assert path == "issues" or (ROOT / path).exists()
+
+
+def test_badge_opens_the_notebook(sdist):
+  page = f"https://colab.research.google.com/github/{repository()}/blob/main/{NOTEBOOK}"
+  image = "https://colab.research.google.com/assets/colab-badge.svg"
+  badge = f"[![Open in Colab]({image})]({page})"
+  for text in (read("README.md"), sdist.metadata.core.readme):
+    assert text.splitlines()[2] == badge
+  assert (ROOT / NOTEBOOK).is_file()
+
+
+def test_addresses_in_the_notebook_are_of_the_repository():
+  assert repository(NOTEBOOK) == repository()
+  files = rf"{repository()}/(?:blob|tree)/main/([\w./-]+)"
+  paths = re.findall(files, read(NOTEBOOK))
+  assert len(paths) > 5
+  assert not [path for path in paths if not (ROOT / path).exists()]
