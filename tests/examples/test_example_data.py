@@ -372,9 +372,7 @@ def test_confused_labels_become_the_class_that_they_are_mistaken_for(name):
     "digits": {2: 7, 3: 8, 5: 6, 6: 5, 7: 1},
   }[name]
   clean = np.repeat(np.arange(10, dtype=np.int32), 2_000)
-  noisy = labels.confuse(
-    clean, 0.4, labels.CONFUSED[name], np.random.default_rng(0)
-  )
+  noisy = labels.confuse(clean, 0.4, labels.CONFUSED[name], np.random.default_rng(0))
   assert noisy.dtype == np.int32
   for digit in range(10):
     found = noisy[clean == digit]
@@ -387,6 +385,11 @@ def test_confused_labels_become_the_class_that_they_are_mistaken_for(name):
   np.testing.assert_array_equal(noisy, again)
   everything = labels.confuse(clean, 1.0, pairs, np.random.default_rng(0))
   np.testing.assert_array_equal(everything, [pairs.get(c, c) for c in clean])
+  # Also of a few in which most classes are missing, and of none.
+  for few in (np.int32([2, 2, 0]), np.zeros(0, np.int32)):
+    found = labels.confuse(few, 1.0, pairs, np.random.default_rng(0))
+    np.testing.assert_array_equal(found, [pairs.get(c, c) for c in few])
+    assert found.dtype == np.int32
 
 
 def test_wrong_sources():
