@@ -163,7 +163,13 @@ class Schedule:
   def _own_rows(self, labels, source):
     rng = _rng(self._seed, _CLASSES, source)
     classes = rng.choice(self._num_classes, _OWN_CLASSES, replace=False)
-    return np.flatnonzero(np.isin(labels, classes)).astype(np.int32)
+    rows = np.flatnonzero(np.isin(labels, classes)).astype(np.int32)
+    if not len(rows):
+      raise UserError(
+        f"none of the {len(labels)} training images is of a class that source"
+        f" {source + 1} has of its own; --skew needs more of them."
+      )
+    return rows
 
   def _skewed(self, step):
     """Indices `[k, b]`, of which about the share `skew` is from a source's classes."""

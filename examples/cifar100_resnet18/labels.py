@@ -43,7 +43,8 @@ def confuse(
   Asymmetric noise, for CIFAR-10 that of arXiv 1609.03683: truck to automobile, bird to
   airplane, deer to horse, cat to dog and back; for digits that of its MNIST.
   """
-  to = np.arange(labels.max() + 1)
+  # Of few labels the last classes may be missing.
+  to = np.arange(max(*pairs, labels.max(initial=0)) + 1)
   to[list(pairs)] = list(pairs.values())
   return np.where(rng.random(len(labels)) < share, to[labels], labels).astype(np.int32)
 

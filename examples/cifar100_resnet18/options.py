@@ -103,6 +103,7 @@ def _wrong_together(options) -> str | None:
   model = options.model or _default_model(options.dataset)
   cifar = None if _is_digits(options.dataset) else options.dataset
   rule = options.rule or _default_rule(options)
+  mixed = options.by_example or options.microbatch_size != 1
   soft = not options.softness or rule in SOFT_RULES
   plateau = options.optimizer == optimizers.PLATEAU
   free, alone = rule in FREE_OF_TAU, not models.KINDS[model].normalizes
@@ -118,6 +119,7 @@ def _wrong_together(options) -> str | None:
     ("asymmetric", options.label_noise, "--label-noise"),
     ("asymmetric", confusable, f"--dataset {' or '.join(labels.CONFUSED)}"),
     ("augment", cifar, f"--dataset {cifars}"),
+    ("mixup", mixed, "microbatches of at least 2 images"),
     ("plateau_patience", plateau, f"--optimizer {optimizers.PLATEAU}"),
     ("softness", soft, f"--rule {soft_rules}"),
     ("quantile", free, free_rules),

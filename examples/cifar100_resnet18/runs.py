@@ -35,7 +35,7 @@ def experiment(
   rows = part.train_images or len(base)
   if rows > len(base):
     raise UserError(f"{rows} training images are more than the {len(base)} there are.")
-  trained = rows - (part.validation_images or rows // 6)
+  trained = max(0, rows - (part.validation_images or max(1, rows // 6)))
   if part.microbatch_size * part.num_microbatches > trained:
     raise UserError(
       f"{part.num_microbatches} microbatches of {part.microbatch_size} are more than"

@@ -22,8 +22,10 @@ def _part(**changed):
   return plan.Part(name="x", title="", arms=_ARMS, **{**settings, **changed})
 
 
-def _schedule(part, dataset, seed=0):
-  return batches.Schedule(part, dataset, dataset.train_labels, seed)
+def _schedule(part, dataset, seed=0, base=None):
+  if base is None:
+    base = np.concatenate([dataset.train_labels, dataset.validation_labels])
+  return batches.Schedule(part, dataset, base, seed)
 
 
 def _concatenated(parts):
@@ -174,7 +176,7 @@ def test_balanced_microbatches(digits, k, size):
   "size, k, rows, said",
   [
     (15, 2, None, "of 10 classes, so --microbatch-size 15 must be a multiple of that."),
-    (590, 2, None, "2 balanced microbatches of 590 need 118 images of each class, but"),
+    (490, 2, None, "2 balanced microbatches of 490 need 98 images of each class, but"),
     (20, 4, 100, "need 8 images of each class, but class "),
   ],
 )
@@ -185,7 +187,8 @@ def test_balance_that_cannot_be(digits, size, k, rows, said):
   with pytest.raises(data.UserError, match=said) as raised:
     runs.experiment(part, digits)
   if rows:
-    numbers = np.bincount(digits.train_labels[:rows], minlength=10)
+    trained = digits.train_labels[: rows - rows // 6]
+    numbers = np.bincount(trained, minlength=10)
     assert f"class {numbers.argmin()} has {numbers.min()}." in str(raised.value)
 
 
@@ -241,22 +244,147 @@ def test_random_labels_know_nothing_of_the_truth():
   assert np.mean(found == other) == pytest.approx(0.1, abs=0.01)
 
 
-@pytest.mark.parametrize("balanced", [False, True])
-def test_only_the_first_images_are_used(digits, balanced):
-  part = _part(train_images=200, label_noise=0.0, seeds=2, balanced=balanced)
+@pytest.mark.parametrize(
+  "options, trained",
+  [
+    ({}, 200 - 33),  # A sixth is held out.
+    ({"balanced": True}, 200 - 33),
+    ({"skew": 1.0, "validation_images": 60}, 140),
+  ],
+)
+def test_only_the_first_images_are_used_and_the_last_of_them_held_out(
+  digits, options, trained
+):
+  part = _part(train_images=200, label_noise=0.0, seeds=2, **options)
   one = runs.experiment(part, digits)
+  held_out, used = one.trainer._dataset, digits.train_images[:200]
+  np.testing.assert_array_equal(one.trainer._images, used[:trained])
+  np.testing.assert_array_equal(held_out.validation_images, used[trained:])
   for schedule in one.schedules:
-    np.testing.assert_array_equal(schedule.labels, digits.train_labels[:200])
+    np.testing.assert_array_equal(schedule.labels, digits.train_labels[:trained])
+    found = schedule.validation_labels(clean=False)
+    np.testing.assert_array_equal(found, digits.train_labels[trained:200])
     indices = schedule.batches(0, 30, clean=False).indices
-    np.testing.assert_array_equal(np.unique(indices), np.arange(200))
-  np.testing.assert_array_equal(one.trainer._images, digits.train_images[:200])
+    assert indices.min() >= 0 and indices.max() < trained
+    if not part.skew:
+      np.testing.assert_array_equal(np.unique(indices), np.arange(trained))
+
+
+@pytest.mark.parametrize("validation", [200, 300])
+def test_not_all_images_can_be_held_out(digits, validation):
+  part = _part(train_images=200, validation_images=validation)
+  with pytest.raises(data.UserError, match=r"^4 microbatches of 20 are more than the"):
+    runs.experiment(part, digits)
 
 
 def test_flipped_share_is_of_the_images_that_are_used(digits):
-  part = _part(train_images=200, label_noise=0.25)
+  part = _part(train_images=200, label_noise=0.25, validation_images=40)
   one = runs.experiment(part, digits)
-  different = one.schedules[0].labels != digits.train_labels[:200]
-  assert different.sum() == 50
+  different = one.schedules[0].labels != digits.train_labels[:160]
+  assert different.sum() == 40
+  found = one.schedules[0].validation_labels(clean=False)
+  assert (found != digits.train_labels[160:200]).sum() == 10
+
+
+def _many(number=30_000):
+  """A data set of labels alone, a sixth of them held out, and wrong ones for all."""
+  truth = np.random.default_rng(99).integers(10, size=number, dtype=np.int32)
+  pixels, trained = np.zeros((number, 1, 1, 1), np.uint8), number - number // 6
+  dataset = data.Dataset(
+    *(pixels[:trained], truth[:trained], pixels[:1], truth[:1]),
+    *(10, 1.0, (0.0,), (1.0,), (), pixels[trained:], truth[trained:]),
+  )
+  people = (truth + (np.arange(number) % 5 == 0)) % 10  # A fifth off by one.
+  return dataset, people.astype(np.int32)
+
+
+@pytest.mark.parametrize(
+  "options, from_people, share",
+  [
+    ({"label_noise": 0.4}, False, 0.4),
+    ({"label_noise": 0.4, "asymmetric": True}, False, 0.4 * 0.5),
+    ({"label_noise": 0.0, "random_labels": True}, False, 0.9),
+    ({"label_noise": 0.0, "noisy_labels": "x.npy"}, True, 0.2),
+    ({"label_noise": 0.0, "wrong_sources": 1}, False, 0.25),
+    ({"label_noise": 0.0, "wrong_sources": 3, "persistent": True}, False, 0.75),
+    # Of four sources one: the others flipped, its own flipped and shifted.
+    ({"label_noise": 0.4, "wrong_sources": 1}, False, 0.3 + 0.25 * (1 - 0.4 / 9)),
+    (
+      {"label_noise": 0.0, "wrong_sources": 2, "wrong_kind": "random-labels"},
+      False,
+      0.45,
+    ),
+    (
+      {"label_noise": 0.0, "wrong_sources": 2, "wrong_kind": plan.HUMAN}
+      | {"persistent": True, "noisy_labels": "x.npy"},
+      True,
+      0.1,
+    ),
+    # Their labels are right, and inputs are not shown wrong.
+    ({"label_noise": 0.0, "wrong_sources": 2, "wrong_kind": "pixels"}, False, 0.0),
+    ({"label_noise": 0.2, "wrong_sources": 2, "wrong_kind": "stale"}, False, 0.2),
+  ],
+)
+def test_held_out_labels_are_as_wrong_as_those_that_are_trained_on(
+  options, from_people, share
+):
+  part = _part(steps=250, **options)
+  dataset, people = _many()
+  base = people if from_people else None
+  schedule = _schedule(part, dataset, base=base)
+  seen = schedule.batches(0, 250, clean=False)
+  truth = dataset.train_labels[seen.indices]
+  trained = seen.labels != truth
+  found = schedule.validation_labels(clean=False)
+  right = dataset.validation_labels
+  assert found.shape == right.shape == (5_000,) and found.dtype == np.int32
+  held_out = found != right
+  # 20,000 and 5,000 labels; five standard deviations.
+  assert trained.mean() == pytest.approx(share, abs=0.018)
+  assert held_out.mean() == pytest.approx(share, abs=0.036)
+  if part.wrong_sources and not part.label_noise and share:
+    # Each is of one of the sources in turn; those of right ones are right.
+    wrong = schedule.wrong[0]
+    for source in range(4):
+      assert bool(held_out[source::4].any()) is bool(wrong[source])
+  if part.wrong_kind == "shifted-labels" and part.wrong_sources:
+    wrong = np.resize(schedule.wrong[0], 5_000)
+    off = (found - right)[wrong] % 10
+    assert np.mean(off == 1) == pytest.approx(1 - part.label_noise, abs=0.07)
+  if from_people:
+    theirs = people[-5_000:]
+    if part.wrong_kind == plan.HUMAN:
+      theirs = np.where(np.resize(schedule.wrong[0], 5_000), theirs, right)
+    np.testing.assert_array_equal(found, theirs)
+  np.testing.assert_array_equal(schedule.validation_labels(clean=True), right)
+  again = schedule.validation_labels(clean=False)
+  np.testing.assert_array_equal(found, again)
+  other = _schedule(part, dataset, 1, base).validation_labels(clean=False)
+  # What people said is the same for every seed, what is drawn is not.
+  drawn = (part.label_noise or part.random_labels or part.wrong_sources) and share
+  assert np.any(other != found) == bool(drawn)
+
+
+def test_human_labels_are_of_the_wrong_sources_alone():
+  options = dict(wrong_sources=2, persistent=True, wrong_kind=plan.HUMAN)
+  part = _part(label_noise=0.0, noisy_labels="x.npy", **options)
+  dataset, people = _many(3_000)
+  schedule = _schedule(part, dataset, base=people)
+  np.testing.assert_array_equal(schedule.labels, dataset.train_labels)
+  assert not schedule.mislabeled.any()
+  seen = schedule.batches(0, 30, clean=False)
+  wrong = seen.wrong[..., None]
+  expected = np.where(wrong, people[seen.indices], dataset.train_labels[seen.indices])
+  np.testing.assert_array_equal(seen.labels, expected)
+  clean = schedule.batches(0, 30, clean=True)
+  np.testing.assert_array_equal(clean.labels, dataset.train_labels[clean.indices])
+  # Without wrong sources they are everybody's.
+  part = _part(label_noise=0.0, noisy_labels="x.npy")
+  schedule = _schedule(part, dataset, base=people)
+  np.testing.assert_array_equal(schedule.labels, people[: len(schedule.labels)])
+  np.testing.assert_array_equal(
+    schedule.mislabeled, schedule.labels != dataset.train_labels
+  )
 
 
 def _accepted(steps=4000, k=8):

@@ -363,6 +363,35 @@ def test_flips_go_evenly_to_all_other_classes():
   assert np.all(np.abs(others - 10_000) < 500)  # five standard deviations
 
 
+@pytest.mark.parametrize("name", list(labels.CONFUSED))
+def test_confused_labels_become_the_class_that_they_are_mistaken_for(name):
+  """The classes of arXiv 1609.03683, and no others; each with its own."""
+  pairs = {
+    # truck to automobile, bird to airplane, deer to horse, cat to dog and back
+    "cifar10": {9: 1, 2: 0, 4: 7, 3: 5, 5: 3},
+    "digits": {2: 7, 3: 8, 5: 6, 6: 5, 7: 1},
+  }[name]
+  clean = np.repeat(np.arange(10, dtype=np.int32), 2_000)
+  noisy = labels.confuse(clean, 0.4, labels.CONFUSED[name], np.random.default_rng(0))
+  assert noisy.dtype == np.int32
+  for digit in range(10):
+    found = noisy[clean == digit]
+    changed = found[found != digit]
+    assert set(changed) == ({pairs[digit]} if digit in pairs else set())
+    # Of 2,000; five standard deviations.
+    share = 0.4 if digit in pairs else 0
+    assert len(changed) / 2_000 == pytest.approx(share, abs=0.055)
+  again = labels.confuse(clean, 0.4, labels.CONFUSED[name], np.random.default_rng(0))
+  np.testing.assert_array_equal(noisy, again)
+  everything = labels.confuse(clean, 1.0, pairs, np.random.default_rng(0))
+  np.testing.assert_array_equal(everything, [pairs.get(c, c) for c in clean])
+  # Also of a few in which most classes are missing, and of none.
+  for few in (np.int32([2, 2, 0]), np.zeros(0, np.int32)):
+    found = labels.confuse(few, 1.0, pairs, np.random.default_rng(0))
+    np.testing.assert_array_equal(found, [pairs.get(c, c) for c in few])
+    assert found.dtype == np.int32
+
+
 def test_wrong_sources():
   wrong = labels.draw_wrong_sources(500, 8, 3, np.random.default_rng(0))
   np.testing.assert_array_equal(wrong.sum(axis=1), 3)

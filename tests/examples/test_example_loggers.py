@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import struct
 import sys
 import types
 
@@ -36,44 +35,6 @@ def _rows(part, arm, *steps, value=1.0):
 
 def _first_arm(part):
   return part.arms[0]
-
-
-@pytest.fixture
-def event_pb2():
-  reason = 'needs tensorboardX: pip install "gaf_optax[tensorboard]"'
-  return pytest.importorskip("tensorboardX.proto.event_pb2", reason=reason)
-
-
-@pytest.fixture
-def shown(event_pb2):
-  """A function from a run's directory to its curves, by TensorBoard's rules."""
-
-  def events(path):
-    data = path.read_bytes()
-    while len(data) >= 12:
-      # Little-endian length, its checksum, the message, its checksum.
-      (length,) = struct.unpack("<Q", data[:8])
-      if len(data) < length + 16:
-        break  # As a kill leaves it.
-      yield event_pb2.Event.FromString(data[12 : 12 + length])
-      data = data[length + 16 :]
-
-  def read(path):
-    curves = {}
-    for file in sorted(path.iterdir()):
-      versions = []
-      for event in events(file):
-        versions.append(event.file_version)
-        if event.session_log.status == event_pb2.SessionLog.START:
-          for points in curves.values():
-            points[:] = [point for point in points if point[0] < event.step]
-        for value in event.summary.value:
-          points = curves.setdefault(value.tag, [])
-          points.append((event.step, value.simple_value))
-      assert versions[:1] in ([], ["brain.Event:2"])
-    return curves
-
-  return read
 
 
 def test_tensorboard_shows_what_was_logged(tmp_path, part, shown):

@@ -4,6 +4,7 @@ import pytest
 
 import options
 import plan
+from common import arms
 
 
 @pytest.mark.parametrize(
@@ -29,7 +30,10 @@ import plan
     ("--seeds none", "at least 1"),
     ("--num-microbatches 1", "at least 2"),
     ("--wrong-sources 3", "more than the 2"),
-    ("--microbatch-size 600", "more than the 1197"),
+    (
+      "--microbatch-size 500",
+      "more than the 998 training images that are left of 1197",
+    ),
     ("--wrong-sources 1 --wrong-kind fog", "fog"),
     ("--wrong-kind pixels", "--wrong-kind goes with --wrong-sources"),
     ("--wrong-sources 0 --wrong-kind pixels", "goes with --wrong-sources"),
@@ -51,9 +55,9 @@ import plan
     ("--depth 0", "at least 1"),
     ("--train-images 0", "at least 1"),
     ("--train-images 1198", "1198 training images are more than the 1197"),
-    ("--train-images 15", "2 microbatches of 10 are more than the 15"),
+    ("--train-images 15", "2 microbatches of 10 are more than the 13"),
     ("--balanced --microbatch-size 12", "--microbatch-size 12 must be a multiple"),
-    ("--balanced --microbatch-size 600", "more than the 1197"),
+    ("--balanced --microbatch-size 500", "more than the 998"),
     ("--balanced --train-images 30", "need 2 images of each class, but class"),
     ("--skew 0.5 --balanced", "not allowed with"),
     ("--skew 1.5", "0 to 1"),
@@ -69,6 +73,26 @@ import plan
     ("--memory-decay 0.9 --anchor-decay 0.9", "does not go with --anchor-decay"),
     ("--memory-decay 1", "from 0 to below 1"),
     ("--model patches-mlp --wrong-sources 1 --wrong-kind normalization", "no pixels"),
+    ("--validation-images 0", "at least 1"),
+    ("--validation-images 1180", "more than the 17 training images that are left"),
+    ("--label-smoothing 1.1", "0 to 1"),
+    ("--ema-decay 1", "from 0 to below 1"),
+    ("--mixup --microbatch-size 1", "--mixup goes with microbatches of at least 2"),
+    ("--skew 0.5 --train-images 8 --microbatch-size 1", "none of the 7 training"),
+    ("--validation-images 1198", "more than the 0 training images that are left"),
+    ("--train-images 5 --microbatch-size 3", "more than the 4 training images"),
+    ("--mixup --devices 2", "--mixup does not go with --devices"),
+    ("--asymmetric", "--asymmetric goes with --label-noise"),
+    ("--asymmetric --random-labels", "--asymmetric goes with --label-noise"),
+    (
+      "--asymmetric --label-noise 0.4 --dataset cifar100",
+      "--asymmetric goes with --dataset digits or cifar10",
+    ),
+    ("--wrong-kind human-labels", "--wrong-kind goes with --wrong-sources"),
+    (
+      "--wrong-kind human-labels --wrong-sources 1 --dataset cifar10",
+      "--wrong-kind human-labels goes with --noisy-labels",
+    ),
     ("--resume", "no runs/main-NUMBER"),
     ("--no-such-option", "--no-such-option"),
   ],
@@ -98,13 +122,18 @@ def test_main_job_has_its_parts_and_every_control():
     assert len(gaf) > 1
     for arm in gaf:
       kinds = list(part.controls(arm.name))
-      # With two microbatches random choice would be GAF itself.
+      # With two microbatches random choice would be GAF itself. What is combined with
+      # the simple ways is for those to be compared with.
       usual = ["choice"] if arm.by_example or part.num_microbatches > 2 else ["steps"]
-      assert kinds[:1] == usual
+      assert kinds[:1] == ([] if arm.mixup else usual)
       for control in part.controls(arm.name).values():
         before = part.arms[: part.arms.index(control)]
         assert arm in before and not control.is_gaf
-  assert "loss" in noise.controls("by_example_nearest_neighbors_quantile0.5")
+  assert "loss" in noise.controls("by_example_nearest_neighbors_adaptive")
+  assert "loss" in sources.controls("majority_memory_0.98_adaptive")
+  rivals = lambda part: [arm.name for arm in part.arms if arm.role == "rival"]
+  assert rivals(noise)[:3] == ["plain", "ema", "mixup_ema"]
+  assert rivals(sources)[:2] == ["plain", "geometric_median"]
   assert sources.arms[-1].clean and not noise.arms[-1].clean
 
 
@@ -146,6 +175,49 @@ def test_by_example_compares_with_the_nearest_unless_told_otherwise():
   assert (choice.control, loss.control) == ("choice", "loss")
   (part,) = options.parts(options.parse([*argv.split(), "--rule", "majority"]))
   assert part.arms[1].rule == "majority"
+
+
+def test_ways_that_anybody_can_use():
+  argv = "--label-smoothing 0.1 --mixup --ema-decay 0.9 --num-microbatches 3"
+  (part,) = options.parts(options.parse(argv.split()))
+  plain, gaf, *controls = part.arms
+  # GAF and its controls have them; the plain mean is the same in all experiments.
+  assert plain == plan.PLAIN
+  for arm in (gaf, *controls):
+    assert (arm.smoothing, arm.mixup, arm.ema_decay) == (0.1, True, 0.9)
+  assert gaf.label == "GAF sequential tau 0.97, smoothing 0.1, mixup, weight EMA"
+  assert gaf.name == "sequential_tau0.97_smoothing_mixup_ema"
+  # Each alone and none of them GAF, which has a name of its own with each.
+  kinds = [{}, {"smoothing": 0.1}, {"mixup": True}, {"ema_decay": 0.9}]
+  names = {plan.gaf_arms(2, tau=0.9, **kind)[0].name for kind in kinds}
+  assert len(names) == 4
+
+
+def test_roles():
+  gaf, *controls = arms.gaf_arms(3, ["choice", "steps", "loss"], tau=0.9)
+  assert gaf.role == "gaf"
+  assert [arm.role for arm in controls] == ["chance", "chance", "rival"]
+  steered = arms.gaf_arms(3, [], target=0.5)
+  assert steered[0].role == "gaf" and not arms.GEOMETRIC_MEDIAN.is_gaf
+  for arm in (arms.PLAIN, *arms.RIVALS, arms.GEOMETRIC_MEDIAN):
+    assert arm.role == "rival"
+  assert arms.CLEAN.role == arms.RIGHT.role == "ideal"
+
+
+def test_noise_like_that_of_people():
+  argv = "--label-noise 0.4 --asymmetric --validation-images 100"
+  (part,) = options.parts(options.parse(argv.split()))
+  assert part.asymmetric and part.validation_images == 100
+  assert part.title == "digits, mlp, 40% of the training labels confused"
+  argv = "--dataset cifar10 --model mlp --wrong-sources 1 --wrong-kind human-labels"
+  argv += " --noisy-labels x.npz --noisy-labels-key worse_label"
+  (part,) = options.parts(options.parse(argv.split()))
+  assert part.wrong_kind == plan.HUMAN and part.noisy_labels == "x.npz"
+  # They are not everybody's.
+  assert part.title == (
+    "cifar10, mlp, 1 of 2 microbatches with labels of --noisy-labels, the others right"
+    " ones"
+  )
 
 
 def test_sources_that_persist():

@@ -25,9 +25,10 @@ _TINY = ("--seeds", "3", "--width", "8", "--steps", "6", "--eval-every", "3")
 _ROWS = {"digits": 1_197, "cifar10": 50_000, "cifar100": 50_000}
 _CIFAR = ("cifar10", "cifar100")
 _CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100}
+_BY_EXAMPLE = ("by-example", "batch-size", "kept-share", "skew")
 # Nobody labelled the digits wrong, features are no images, BatchNorm mixes examples.
 _REFUSED = {("human", "digits"), ("vit", "patches")} | {
-  (name, setting) for name in ("by-example", "skew") for setting in _CIFAR
+  (name, setting) for name in _BY_EXAMPLE for setting in _CIFAR
 }
 _PLANNED = [
   (name, setting)
@@ -51,29 +52,35 @@ def test_plans(name, setting):
     assert len({arm.label for arm in part.arms}) == len(part.arms)
     assert part.arms[0] == plan.PLAIN
     assert part.dataset == figures.SETTINGS[setting].base["dataset"]
-    if name not in ("by-example", "memory", "skew"):
-      assert (plan.CLEAN in part.arms) is bool(part.wrong_sources)
+    spared = bool(part.wrong_sources) and not part.persistent
+    if name == "by-example":
+      spared = bool(part.label_noise or part.noisy_labels)
+    assert (plan.CLEAN in part.arms) is spared
     assert (RIGHT in part.arms) is part.persistent
+    chance = set()
     for arm in part.arms:
       # Names become folders.
       assert not set(arm.name) & set("/ %")
-      kinds = []
-      if arm.is_gaf:
-        kinds = ["choice", "steps"] if part.num_microbatches > 2 else ["steps"]
-        kinds = ["choice", "loss"] if arm.by_example else kinds
       controls = part.controls(arm.name)
-      if name in ("memory", "skew"):
-        assert set(controls) <= {"choice", "right"}
+      if not arm.is_gaf:
+        assert set(controls) == (
+          {"right"} if RIGHT in part.arms[1:] and arm == plan.PLAIN else set()
+        )
         continue
-      assert sorted(controls) == kinds
+      if part.num_microbatches == 2 and not arm.by_example:
+        # Random choice would be GAF itself.
+        assert list(controls) == ["steps"]
+      assert set(controls) <= {"choice", "steps", "loss"}
+      chance |= {*controls} - {"loss"}
       for control in controls.values():
         assert part.arms.index(control) > part.arms.index(arm)
         same = dict(name="", label="", imitates=None, control=None)
         ours, theirs = (dataclasses.replace(one, **same) for one in (arm, control))
         assert ours == theirs
+    assert chance or name == "microbatch-distance"
     # What would only come out when it runs.
     rows = part.train_images or _ROWS[part.dataset]
-    assert part.microbatch_size * part.num_microbatches <= rows
+    assert part.microbatch_size * part.num_microbatches <= rows - rows // 6
     if part.balanced:
       assert part.microbatch_size % _CLASSES[part.dataset] == 0
       assert not part.skew
@@ -84,8 +91,10 @@ def test_plans(name, setting):
     assert part.noisy_labels_key is None or part.noisy_labels
 
 
-@pytest.mark.parametrize("name", ["by-example", "skew"])
-@pytest.mark.parametrize("setting", _CIFAR)
+@pytest.mark.parametrize(
+  "name, setting",
+  [(name, "cifar10") for name in _BY_EXAMPLE] + [("skew", "cifar100")],
+)
 def test_single_examples_need_a_model_without_batchnorm(name, setting):
   with pytest.raises(UserError, match="BatchNorm in resnet18"):
     _parts(name, "--setting", setting)
@@ -98,13 +107,13 @@ def test_a_vision_transformer_takes_images():
 
 
 def test_setting_of_the_paper():
-  for name in {*figures.FIGURES} - {"by-example", "skew"}:
+  for name in {*figures.FIGURES} - {*_BY_EXAMPLE}:
     for part in _parts(name, "--setting", "cifar100"):
       if name != "vit":
         assert part.model == "resnet18" and part.width is part.depth is None
       if name not in ("vit", "optimizers"):
         assert part.optimizer == optimizers.PLATEAU
-      if name not in ("microbatch-size", "microbatch-distance", "steering"):
+      if name not in ("microbatch-size", "microbatch-distance"):
         assert part.microbatch_size == 100
       assert part.balanced and part.augment
       assert part.weight_decay == 0.01 and part.train_images is None
@@ -127,22 +136,39 @@ def test_what_the_figures_vary():
   assert len(shares) > 5 and shares == sorted(shares) and shares[0] == 0
   (random,) = _parts("random-labels")
   assert random.random_labels
-  numbers = [p.num_microbatches for p in _parts("num-microbatches")]
-  assert sorted(set(numbers)) == [2, 4, 8, 16]
-  sources = _parts("sources")
-  kinds = {part.wrong_kind for part in sources if part.wrong_sources}
-  assert kinds == set(plan.CORRUPTIONS)
-  for part in sources:
-    # As much is wrong, in two of eight sources or evenly.
-    assert part.num_microbatches == 8
-    assert part.wrong_sources / 8 + part.label_noise == 0.25
+  for part in _parts("noise") + _parts("human", "--setting", "patches"):
+    assert {*plan.RIVALS} < {*part.arms}
+  for setting in ("digits", "patches"):
+    sources = _parts("memory", "--setting", setting)
+    people = {plan.HUMAN} if setting == "patches" else set()
+    kinds = {part.wrong_kind for part in sources if part.wrong_sources}
+    assert kinds == {"shifted-labels", "random-labels", "pixels", "stale"} | people
+    for part in sources:
+      assert part.num_microbatches == 8 and part.wrong_sources in (0, 1, 2, 3)
+      assert part.persistent is bool(part.wrong_sources)
+      assert bool(part.noisy_labels) is (part.wrong_kind == plan.HUMAN)
+      assert {arms.GEOMETRIC_MEDIAN, *plan.RIVALS[:3]} < {*part.arms}
+      assert [arm.control for arm in part.arms].count("loss") == 1
+      assert any(arm.memory_decay and arm.ema_decay for arm in part.arms)
+    examples = _parts("by-example", "--setting", setting)
+    assert [part.name for part in examples if part.asymmetric] == ["confused"]
+    assert {p.noisy_labels_key for p in examples} == (
+      {None, "aggre_label", "random_label1", "worse_label"} if people else {None}
+    )
+    for part in examples:
+      assert {*plan.RIVALS} < {*part.arms}
+      assert any(arm.is_gaf and arm.mixup and arm.ema_decay for arm in part.arms)
+  sizes = [2 * part.microbatch_size for part in _parts("batch-size")]
+  assert sizes == [32, 64, 128, 256, 512]
+  (share,) = _parts("kept-share")
+  shares = [arm.quantile for arm in share.arms if arm.is_gaf and arm.quantile]
+  assert len(shares) > 5 and shares == sorted(shares)
   for part in _parts("rules"):
     rules = {arm.rule for arm in part.arms if arm.is_gaf}
-    unused = {"running_average", "majority", "nearest_neighbors"}
-    assert rules == {*arms.RULES} - unused
+    assert rules == {"sequential", "leave_one_out", "min_neighbors", "most_neighbors"}
     gaf = [arm for arm in part.arms if arm.is_gaf]
     assert any(arm.softness for arm in gaf) and any(arm.by_leaf for arm in gaf)
-    assert any(arm.anchor_decay for arm in gaf) and any(arm.target for arm in gaf)
+    assert any(arm.anchor_decay for arm in gaf)
   for name, figure in figures.FIGURES.items():
     assert figure.draw in charts.DRAW
     if figure.draw == "over_x":
@@ -152,14 +178,14 @@ def test_what_the_figures_vary():
 
 def test_options_change_all_parts():
   argv = "--steps 40 --seeds 4 --eval-every 8 --width 16 --depth 3"
-  for part in _parts("sources", "--setting", "cifar10", *argv.split()):
+  for part in _parts("memory", "--setting", "cifar10", *argv.split()):
     assert (part.steps, part.seeds, part.eval_every) == (40, 4, 8)
     assert (part.model, part.width, part.depth) == ("resnet18", 16, 3)
   for part in _parts("vit", "--setting", "cifar10", "--model", "resnet34-cifar"):
     # The setting's width is of its own model.
     assert (part.model, part.width, part.depth) == ("resnet34-cifar", None, None)
-  quick = _parts("num-microbatches", "--quick")
-  for part, usual in zip(quick, _parts("num-microbatches")):
+  quick = _parts("memory", "--quick")
+  for part, usual in zip(quick, _parts("memory")):
     assert part.steps == usual.steps // 10 and part.seeds == 2
   for part in _parts("tau", "--quick", "--steps", "77", "--seeds", "5"):
     assert (part.steps, part.seeds) == (77, 5)
@@ -184,7 +210,8 @@ _DRAWN = {
   "distances": ("microbatch-distance", ["size5", "size10"]),
   "over_tau": ("tau", ["flipped0.4"]),
   "over_x": ("noise", ["flipped0", "flipped0.4"]),
-  "forest": ("num-microbatches", ["sources4"]),
+  # Of its arms one has a memory and an average, and one running losses.
+  "forest": ("memory", ["shifted-labels1"]),
 }
 
 
@@ -201,10 +228,20 @@ def over_x(tmp_path_factory, quickly_compiled, compiled_once):
   return path
 
 
+@pytest.fixture(scope="module")
+def forest(tmp_path_factory, quickly_compiled, compiled_once):
+  """Another one."""
+  path = tmp_path_factory.mktemp("forest") / "run"
+  assert _run("forest", path) == 0
+  return path
+
+
 @pytest.mark.parametrize("kind", list(charts.DRAW))
 def test_from_the_command_to_the_chart(kind, tmp_path, request, capsys):
-  path = request.getfixturevalue("over_x") if kind == "over_x" else tmp_path / "run"
-  if kind != "over_x":
+  path = tmp_path / "run"
+  if kind in ("over_x", "forest"):
+    path = request.getfixturevalue(kind)
+  else:
     assert _run(kind, path) == 0
     text = (path / "results.md").read_text()
     assert capsys.readouterr().out.startswith(text)
@@ -221,10 +258,10 @@ def test_from_the_command_to_the_chart(kind, tmp_path, request, capsys):
   assert text.startswith(f"## {figure.title}\n\n")
   gaf = any(arm.is_gaf for arm in parts[0].arms)
   for part in parts:
-    assert text.count(f"| **{part.title}**") == (2 if gaf else 0)
-    labels = [arm.label for arm in part.arms if arm.is_gaf]
-    for label in labels:
-      assert text.count(f"| {label} ") == 2 * len(parts)
+    assert text.count(f"| **{part.title}**") == (3 if gaf else 0)
+    shown = [arm.label for arm in part.arms if gaf and arm.role != "chance"]
+    for label in shown:
+      assert text.count(f"\n| {label} ") == 3 * len(parts)
   assert not gaf or "95 % confidence interval" in text
   rows = [
     json.loads(line) for line in (path / storage.METRICS).read_text().splitlines()
@@ -237,40 +274,74 @@ def test_from_the_command_to_the_chart(kind, tmp_path, request, capsys):
   assert [(row["part"], row["arm"], row["seed"]) for row in table] == expected
   for line in table:
     own = [
-      row["test_accuracy"]
+      row
       for row in rows
       if (row["part"], row["arm"], str(row["seed"]))
       == (line["part"], line["arm"], line["seed"])
     ]
-    assert len(own) == 2
-    assert float(line["final_accuracy"]) == own[-1]
-    assert float(line["best_accuracy"]) == max(own)
+    first, second = own
+    tested = [row["test_accuracy"] for row in own]
+    assert float(line["final"]) == second["test_accuracy"]
+    assert float(line["best"]) == max(tested)
+    later = second["validation_accuracy"] > first["validation_accuracy"]
+    assert float(line["picked"]) == tested[later]
 
 
-def test_stopped_and_resumed(over_x, tmp_path, monkeypatch, capsys, assert_same_run):
+def test_stopped_and_resumed(forest, tmp_path, monkeypatch, capsys, assert_same_run):
+  """Twice, with an average to go on with, a memory, and means of losses."""
   path = tmp_path / "run"
   append = storage.RunDirectory.append_metrics
-  seen, stopped = [], []
+  remembering = "majority_memory_0.98_adaptive"
+  stops = [f"{remembering}_ema", f"{remembering}_smallest_loss"]
 
   def stop(self, row):
     append(self, row)
-    seen.append(row)
-    # In the second part, in the control, whose choices come from a trace.
-    second = row["part"] == "flipped0.4" and row["arm"].endswith("random_steps")
-    if second and (row["step"], row["seed"]) == (3, 0) and not stopped:
-      stopped.append(row)
+    if row["arm"] in stops and (row["step"], row["seed"]) == (3, 0):
+      stops.remove(row["arm"])
       os.kill(os.getpid(), signal.SIGTERM)
 
   with monkeypatch.context() as patch:
     patch.setattr(storage.RunDirectory, "append_metrics", stop)
-    assert _run("over_x", path) == 128 + signal.SIGTERM
-  assert "paper.py: stopped" in capsys.readouterr().err
-  assert not (path / "results.md").exists()
-  number = len(seen)
-  assert _run("over_x", path, "--resume") == 0
-  assert_same_run(path, over_x, "flipped0", "flipped0.4")
-  assert number < len((path / "metrics.jsonl").read_text().splitlines())
-  assert (path / "noise.png").read_bytes() == (over_x / "noise.png").read_bytes()
+    assert _run("forest", path) == 128 + signal.SIGTERM
+    assert "paper.py: stopped" in capsys.readouterr().err
+    assert not (path / "results.md").exists()
+    assert _run("forest", path, "--resume") == 128 + signal.SIGTERM
+  assert stops == [] and not (path / "results.md").exists()
+  assert _run("forest", path, "--resume") == 0
+  assert_same_run(path, forest, "shifted-labels1")
+  assert (path / "memory.png").read_bytes() == (forest / "memory.png").read_bytes()
+
+
+def test_what_is_kept(over_x, tmp_path, monkeypatch):
+  """Table, picture and numbers, and the command that makes them again."""
+  kept = tmp_path / "kept"
+  kept.mkdir()
+  more = ("--resume", "--keep", str(kept), "--data-dir", str(tmp_path))
+  assert _run("over_x", over_x, *more) == 0
+  names = {"noise.md", "noise.png", "noise.csv", "noise-told-apart.csv"}
+  assert {path.name for path in kept.iterdir()} == names
+  for name, theirs in (("noise.png",) * 2, ("noise.csv", "results.csv")):
+    assert (kept / name).read_bytes() == (over_x / theirs).read_bytes()
+  title, made, *rest = (kept / "noise.md").read_text().split("\n\n")
+  before, *theirs = (over_x / "results.md").read_text().split("\n\n")
+  assert f"#{title}" == before and rest == theirs
+  said = " ".join(_TINY)
+  assert made.startswith(
+    f"Made by `python paper.py noise {said} --only flipped0 flipped0.4` on 20"
+  )
+  assert "CPU" in made and "Python 3" in made and "gaf_optax" in made
+  with open(kept / "noise-told-apart.csv") as file:
+    told = list(csv.DictReader(file))
+  # Where nothing is flipped, nothing can be told.
+  assert {line["part"] for line in told} == {"flipped0.4"} and len(told) == 2 * 3
+  assert all(0 <= float(line["gradient norm"]) <= 1 for line in told)
+  # Of another setting it has another name.
+  monkeypatch.chdir(tmp_path)
+  argv = "random-labels --setting cifar100 --model mlp --width 4 --depth 1 --steps 1"
+  argv += f" --seeds 1 --keep kept --data-dir {_write_cifar(tmp_path, 'cifar100')}"
+  assert paper.main(argv.split()) == 0
+  names = {f"random-labels-cifar100{end}" for end in (".md", ".png", ".csv")}
+  assert names < {path.name for path in kept.iterdir()}
 
 
 def test_resume_with_other_parts(over_x, refused):

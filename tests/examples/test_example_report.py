@@ -1,5 +1,6 @@
 """Report: conclusions come from the numbers that they are about."""
 
+import csv
 import dataclasses
 import types
 
@@ -11,7 +12,7 @@ import figures
 import options
 import plan
 import report
-from common import plots
+from common import arms, plots
 from common.tables import Difference
 
 
@@ -23,6 +24,7 @@ def _summary(final, accepted=0.5, from_wrong=None):
   return report.Summary(
     best=final + 0.01,
     final=final,
+    picked=final + np.linspace(0, 0.02, len(final)),
     accepted=same,
     updates=same,
     late_distance=final + 0.5,
@@ -138,6 +140,10 @@ def test_no_interval_of_too_few(seeds):
   assert str(difference) == "+0.400"
 
 
+def _cells(line):
+  return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
 def test_tables_and_wrong_sources():
   argv = "--num-microbatches 4 --wrong-sources 1 --tau 0.9 --seeds 3"
   (part,) = options.parts(options.parse(argv.split()))
@@ -150,19 +156,33 @@ def test_tables_and_wrong_sources():
   }
   table = report.results_table(part, summaries).splitlines()
   assert len(table) == 2 + 5 and len({len(line) for line in table}) == 1
-  assert "0.710 ± 0.010" in table[3] and "0.12" in table[3]
+  assert _cells(table[0]) == [
+    *["", "best test accuracy", "final test accuracy", "picked", "accepted"],
+    "of these wrong",
+  ]
+  assert _cells(table[3]) == [
+    *["GAF sequential tau 0.9", "0.720 ± 0.010", "0.710 ± 0.010", "0.720 ± 0.010"],
+    *["0.50", "0.12"],
+  ]
   text = report.comparison(part, summaries)
-  cells = [cell.strip() for cell in text.splitlines()[2].strip("|").split("|")]
-  # By hand: standard deviations 0.0208 and 0.01 times 2.484.
+  header, _, *lines = map(_cells, text.splitlines()[:5])
+  assert header == [
+    *["paired by seed", "accuracy", "- plain mean", "- random choice"],
+    *["- random steps", "- best rival"],
+  ]
+  # By hand: standard deviations 0.0208 and 0.01 times 2.484. All three scores differ
+  # by as much, seed by seed.
   plain, choice = "+0.093 ± 0.052", "+0.200 ± 0.025"
-  assert cells == ["GAF sequential tau 0.9", *[plain, choice, plain] * 2]
+  for line, measure in zip(lines, ("final", "best", "picked")):
+    rival = f"{plain} (plain mean)"
+    assert line == ["GAF sequential tau 0.9", measure, plain, choice, plain, rival]
   assert "they gave 25% of all micro-gradients; 12% of what GAF" in text
   assert "-0.100 ± 0.025 against the plain mean with nothing wrong (below it)" in text
-  # Final and best, against the plain mean and two controls.
-  assert "so expect 0.3 of the 6 above" in text
+  # Three scores, against the plain mean, two controls and the best rival.
+  assert "so expect 0.6 of the 12 above" in text
 
 
-@pytest.mark.parametrize("taus, number", [(1, 4), (3, 12)])
+@pytest.mark.parametrize("taus, number", [(1, 9), (3, 27)])
 def test_how_many_intervals_leave_out_zero_by_chance(taus, number):
   argv = ["--tau", *map(str, (0.7, 0.8, 0.9)[:taus]), "--seeds", "3"]
   (part,) = options.parts(options.parse(argv))
@@ -192,100 +212,144 @@ def _of_figure(name, seeds=4):
   return results
 
 
-@pytest.mark.parametrize("measure", ["final", "best"])
-@pytest.mark.parametrize("name", ["num-microbatches", "noise"])
+def _marked(ours, theirs):
+  """A difference with its interval, bold where that leaves out zero."""
+  low, high = _interval(ours, theirs)
+  number = f"{np.mean(ours - theirs):+.3f} ± {(high - low) / 2:.3f}"
+  return f"**{number}**" if low > 0 or high < 0 else number
+
+
+@pytest.mark.parametrize("measure", ["final", "best", "picked"])
+@pytest.mark.parametrize("name", ["memory", "noise"])
 def test_overview(name, measure):
-  """With and without controls of both kinds, wrong sources and two microbatches."""
+  """With and without wrong sources, persistent ones, and more than two microbatches."""
   results = _of_figure(name)
-  header, _, *lines = [
-    [cell.strip() for cell in line.strip("|").split("|")]
-    for line in report.overview(measure, results).splitlines()
-  ]
-  sourced = name == "num-microbatches"
-  kinds = ["choice", "steps"] if sourced else ["steps"]
-  wrong = ["of these wrong"] * sourced
+  header, _, *lines = map(_cells, report.overview(measure, results).splitlines())
+  known = name == "memory"
+  kinds = {"choice": "random choice", "loss": "smallest loss"}
+  kinds = kinds if known else {"steps": "random steps"}
   assert header == [
-    *["", "accepted", *wrong, "plain mean", "GAF", "GAF - plain"],
-    *(f"GAF - random {kind}" for kind in kinds),
-    *["GAF - nothing wrong"] * sourced,
+    *["", "accepted", *["of these wrong"] * known, "accuracy", "- plain"],
+    *(f"- {said}" for said in kinds.values()),
+    "- best rival",
   ]
   lines, bold = iter(lines), []
   for part, summaries in results:
-    plain = getattr(summaries["plain"], measure)
-    said = f"**{part.title}**"
-    spread = lambda x: f"{x.mean():.3f} ± {np.std(x, ddof=1):.3f}"
-    if part.wrong_sources:
-      said += f"; nothing wrong {spread(getattr(summaries['clean'], measure))}"
-    title = dict(zip(header, next(lines)))
-    assert title.pop("") == said and title.pop("plain mean") == spread(plain)
-    assert set(title.values()) == {""}
-    for arm in filter(lambda arm: arm.is_gaf, part.arms):
+    title = next(lines)
+    assert title[0] == f"**{part.title}**" and set(title[1:]) == {""}
+    score = lambda one: getattr(summaries[one.name], measure)
+    # Everything that nobody calls GAF, chance or knowing what is wrong.
+    rivals = [
+      arm
+      for arm in part.arms
+      if arm.control in (None, "loss") and not arm.is_gaf and not arm.clean
+    ]
+    assert len(rivals) > 4
+    best = max(rivals, key=lambda one: score(one).mean())
+    for arm in part.arms:
+      if arm.control in ("choice", "steps"):
+        continue  # Seen in the differences alone.
       line, summary = dict(zip(header, next(lines))), summaries[arm.name]
-      ours = getattr(summary, measure)
-      assert line[""] == arm.label and line["GAF"] == spread(ours)
+      ours = score(arm)
+      assert line[""] == arm.label
+      assert line["accuracy"] == f"{ours.mean():.3f} ± {np.std(ours, ddof=1):.3f}"
       assert line["accepted"] == f"{summary.accepted.mean():.2f}"
-      assert line["plain mean"] == ""
-      if sourced:
+      if known:
         share = summary.from_wrong
         expected = "" if share is None else f"{share.mean():.2f}"
         assert line["of these wrong"] == expected
-      for kind in ("plain", *kinds):
-        against = "plain" if kind == "plain" else f"{arm.name}_random_{kind}"
-        cell = line[f"GAF - {kind}" if kind == "plain" else f"GAF - random {kind}"]
-        if against not in summaries:
-          assert part.num_microbatches == 2 and cell == ""
-          continue
-        theirs = getattr(summaries[against], measure)
-        low, high = _interval(ours, theirs)
-        number = f"{np.mean(ours - theirs):+.3f} ± {(high - low) / 2:.3f}"
-        leaves_out_zero = low > 0 or high < 0
-        assert cell == (f"**{number}**" if leaves_out_zero else number)
-        bold.append(leaves_out_zero)
-      if sourced:
-        clean = summaries.get("clean")
-        assert bool(line["GAF - nothing wrong"]) is (clean is not None)
-        if clean is not None:
-          gap = Difference.of(ours, getattr(clean, measure))
-          assert line["GAF - nothing wrong"] == gap.marked
+      plain = "" if arm == plan.PLAIN else _marked(ours, score(plan.PLAIN))
+      assert line["- plain"] == plain
+      bold += ["**" in plain] * bool(plain)
+      for kind, said in kinds.items():
+        control = part.controls(arm.name).get(kind)
+        expected = "" if control is None else _marked(ours, score(control))
+        assert line[f"- {said}"] == expected
+      expected = ""
+      if arm.is_gaf:
+        expected = f"{_marked(ours, score(best))} ({best.label})"
+      assert line["- best rival"] == expected
   assert next(lines, None) is None
   assert 0.1 < np.mean(bold) < 0.9
 
 
-def test_overview_is_written_with_a_line_for_each_seed(tmp_path):
-  results = [
+def test_best_rival():
+  """The highest mean of the score that is asked for; never chance, GAF or ideal."""
+  gaf, choice, loss = arms.gaf_arms(8, ["choice", "loss"], tau=0.9)
+  everyone = (arms.PLAIN, *arms.RIVALS, gaf, choice, loss, arms.CLEAN, arms.RIGHT)
+  part = plan.Part(name="x", title="", arms=everyone, seeds=3)
+  summaries = {arm.name: _summary(_LOW) for arm in everyone}
+  for arm in (gaf, choice, arms.CLEAN, arms.RIGHT):
+    summaries[arm.name] = _summary(_HIGH)
+  summaries["mixup"] = _summary(_MIDDLE)
+  # Best of all at its best, yet not at its end.
+  ends_badly = dataclasses.replace(_summary(_LOW), best=np.array([0.9, 0.8, 0.9]))
+  summaries[loss.name] = ends_badly
+  found = lambda measure: report.against_best_rival(part, gaf, summaries, measure)
+  for measure, best, theirs in (
+    ("final", "mixup", _MIDDLE),
+    ("picked", "mixup", np.array(_MIDDLE) + [0, 0.01, 0.02]),
+    ("best", loss.name, [0.9, 0.8, 0.9]),
+  ):
+    rival, gap = found(measure)
+    ours = getattr(summaries[gaf.name], measure)
+    assert rival.name == best
+    assert gap.mean == pytest.approx(np.mean(ours - theirs))
+    low, high = _interval(ours, theirs)
+    assert gap.margin == pytest.approx((high - low) / 2)
+
+
+def _results(name):
+  return [
     (types.SimpleNamespace(part=part), summaries)
-    for part, summaries in _of_figure("num-microbatches")
+    for part, summaries in _of_figure(name)
   ]
-  text = report.write_overview(tmp_path, "A title", results)
+
+
+def test_overview_is_written_with_a_line_for_each_seed(tmp_path):
+  results = _results("memory")
+  text = report.write_overview(tmp_path, "A title", results, [])
   assert (tmp_path / "results.md").read_text() == text
-  assert text.startswith("## A title\n\n- digits, mlp, ")
-  for one, _ in results:
-    size = f"- {one.part.title}: {one.part.num_microbatches} microbatches of 10, "
-    assert text.count(size) == 1
-  for measure in ("Final", "Best"):
-    assert text.count(f"{measure} test accuracy:\n\n|") == 1
-  header, *lines = (tmp_path / "results.csv").read_text().splitlines()
+  # All have the same size.
+  assert text.startswith("## A title\n\n8 microbatches of 10, ")
+  for said in (
+    "Final test accuracy",
+    "Best test accuracy of all evaluations, which nobody can pick",
+    "Test accuracy where that on the noisy validation images is highest",
+  ):
+    assert text.count(f"{said}:\n\n|") == 1
+  assert "ROC" not in text  # Nothing was told apart.
+  with open(tmp_path / "results.csv", newline="") as file:
+    header, *lines = csv.reader(file)
   assert header == (
-    "part,arm,seed,best_accuracy,final_accuracy,accepted,updates,late_distance"
-  )
+    "part,title,arm,label,role,imitates,seed,best,final,picked,accepted,updates,"
+    "late_distance,from_wrong"
+  ).split(",")
   expected = [
-    [one.part.name, arm.name, str(seed), *map(str, numbers)]
+    [one.part.name, one.part.title, arm.name, arm.label, arm.role, arm.imitates or ""]
+    + [str(seed), *map(str, numbers), "" if wrong is None else str(wrong[seed])]
     for one, summaries in results
     for arm in one.part.arms
     for s in [summaries[arm.name]]
+    for wrong in [s.from_wrong]
     for seed, numbers in enumerate(
-      zip(s.best, s.final, s.accepted, s.updates, s.late_distance)
+      zip(s.best, s.final, s.picked, s.accepted, s.updates, s.late_distance)
     )
   ]
-  assert [line.split(",") for line in lines] == expected
+  assert lines == expected
+
+
+def test_overview_of_parts_of_other_sizes(tmp_path):
+  results = _results("batch-size")
+  text = report.write_overview(tmp_path, "A title", results, [])
+  for one, _ in results:
+    size = f"- {one.part.title}: 2 microbatches of {one.part.microbatch_size}, "
+    assert text.count(size) == 1
 
 
 def test_overview_of_plain_means_alone(tmp_path):
-  results = [
-    (types.SimpleNamespace(part=part), summaries)
-    for part, summaries in _of_figure("microbatch-distance")
-  ]
-  text = report.write_overview(tmp_path, "A title", results)
+  results = _results("microbatch-distance")
+  text = report.write_overview(tmp_path, "A title", results, [])
   assert "GAF" not in text
   lines = [line for line in text.splitlines() if line.startswith("|")]
   assert len(lines) == 2 + len(results)
@@ -297,8 +361,16 @@ def test_overview_of_plain_means_alone(tmp_path):
     assert cells == [one.part.title, *expected]
 
 
-def test_late_distance():
-  """The mean of what is finite in the last tenth, by seed."""
+# By seed: test and noisy validation accuracies of four evaluations.
+_EVALUATIONS = (
+  ([0.5, 0.6, 0.9, 0.4], [0.1, 0.5, 0.4, 0.3]),
+  ([0.1, 0.3, 0.6, 0.7], [0.1, 0.2, 0.3, 0.4]),
+  ([0.8, 0.7, 0.6, 0.2], [0.5, 0.2, 0.5, 0.4]),
+)
+
+
+def test_late_distance_and_scores():
+  """The mean of what is finite in the last tenth, by seed; and three accuracies."""
   (part,) = options.parts(
     options.parse(["--tau", "0.9", "--steps", "40", "--seeds", "3"])
   )
@@ -313,13 +385,65 @@ def test_late_distance():
     traces={arm.name: trace for arm in part.arms},
   )
   rows = [
-    {"part": part.name, "arm": arm.name, "seed": seed, "test_accuracy": 0.5}
+    {"part": part.name, "arm": arm.name, "seed": seed, "step": step}
+    | {"test_accuracy": tested[i], "validation_accuracy": held_out[i]}
     for arm in part.arms
+    for i, step in enumerate((10, 20, 30, 40))
+    for seed, (tested, held_out) in enumerate(_EVALUATIONS)
+  ]
+  found = report.summarize(one, rows)["plain"]
+  expected = [distance[0, 36:].mean(), distance[1, 36:38].mean(), np.nan]
+  np.testing.assert_allclose(found.late_distance, expected, rtol=1e-6)
+  np.testing.assert_array_equal(found.best, [0.9, 0.7, 0.8])
+  np.testing.assert_array_equal(found.final, [0.4, 0.7, 0.2])
+  # Where the noisy validation accuracy is highest, the first time.
+  np.testing.assert_array_equal(found.picked, [0.6, 0.7, 0.8])
+  assert found.from_wrong is None
+
+
+def test_how_well_wrong_labels_can_be_told():
+  """At the evaluations that are nearest to some shares of a run of the plain mean."""
+  (part,) = options.parts(
+    options.parse("--label-noise 0.4 --steps 100 --seeds 3".split())
+  )
+  other = dataclasses.replace(part, name="other", title="nothing wrong")
+  areas = {
+    "distance": [0.7, 0.8, 0.9],
+    "loss": [0.6, 0.6, 0.6],
+    "gradient norm": [0.5, 0.4, 0.3],
+  }
+  rows = [
+    {"part": part.name, "arm": arm.name, "seed": seed, "step": step}
+    | {
+      f"auc/{name}": one[seed] + (0.001 * step if arm == plan.PLAIN else 1)
+      for name, one in areas.items()
+    }
+    for arm in part.arms
+    for step in (10, 20, 30, 50, 90, 100)
+    for seed in range(3)
+  ] + [
+    {"part": "other", "arm": "plain", "seed": seed, "step": 10, "test_accuracy": 0.5}
     for seed in range(3)
   ]
-  found = report.summarize(one, rows)["plain"].late_distance
-  expected = [distance[0, 36:].mean(), distance[1, 36:38].mean(), np.nan]
-  np.testing.assert_allclose(found, expected, rtol=1e-6)
+  said, table = report.told_apart([part, other], rows)
+  assert said.startswith("Area under ROC of mislabeled training images")
+  header, _, *lines = map(_cells, table.splitlines())
+  assert header == ["", "step", "distance", "loss", "gradient norm"]
+  # Of 0, 5, 20, 50 and 100 %; the first two are nearest to the same.
+  assert [line[:2] for line in lines] == [
+    [part.title, step] for step in ("10", "20", "50", "100")
+  ]
+  # 4.303 / sqrt(3) standard deviations of 0.1, as for differences.
+  assert lines[2][2:] == ["0.850 ± 0.248", "0.650 ± 0.000", "0.450 ± 0.248"]
+  assert report.told_apart([other], rows) == []
+  # The same in a file, a line for each seed and evaluation.
+  found = report.signals([part, other], rows)
+  assert len(found) == 18
+  assert [found[4][name] for name in ("part", "title", "seed", "step")] == [
+    *[part.name, part.title, 1, 20]
+  ]
+  for name, area in (("distance", 0.82), ("loss", 0.62), ("gradient norm", 0.42)):
+    assert found[4][name] == pytest.approx(area)
 
 
 def test_nothing_accepted_at_all():

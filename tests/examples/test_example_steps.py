@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from scipy import stats
 
 import batches
 import data
@@ -35,9 +36,10 @@ def images():
   labels = np.arange(300, dtype=np.int32) % 3
   pixels = rng.integers(0, 120, (300, 6, 6, 3)) + 40 * labels[:, None, None, None]
   pixels = pixels.astype(np.uint8)
+  held_out = pixels[::-1][:70], labels[::-1][:70]
   return data.Dataset(
     *(pixels, labels, pixels[:50], labels[:50]),
-    *(3, 255.0, (0.3, 0.4, 0.5), (0.2, 0.25, 0.3)),
+    *(3, 255.0, (0.3, 0.4, 0.5), (0.2, 0.25, 0.3), (), *held_out),
   )
 
 
@@ -57,9 +59,13 @@ def _part(arms=(plan.PLAIN,), **changed):
   return plan.Part(name="x", title="", arms=tuple(arms), **{**settings, **changed})
 
 
+def _schedule(part, dataset):
+  base = np.concatenate([dataset.train_labels, dataset.validation_labels])
+  return batches.Schedule(part, dataset, base, 0)
+
+
 def _seen(part, dataset, start, stop, clean=False):
-  schedule = batches.Schedule(part, dataset, dataset.train_labels, 0)
-  return schedule.batches(start, stop, clean)
+  return _schedule(part, dataset).batches(start, stop, clean)
 
 
 def _normalized(dataset, pixels):
@@ -71,6 +77,8 @@ def _gradient(params, x, y):
   def loss(params):
     model = models.MLP(3, _WIDTH, 1)
     logits = model.apply({"params": params}, x, train=True)
+    if y.ndim > 1:
+      return -jnp.sum(y * jax.nn.log_softmax(logits), axis=1).mean()
     return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
   return jax.grad(loss)(params)
@@ -190,30 +198,137 @@ def test_weights_in_the_trace_are_those_of_the_mean(images, rule, tau, softness)
     assert (0.25, 0.25, 0.5, 1.0) in patterns
 
 
-def _of_examples(images, part, seen, params):
-  """Inputs, labels, losses and whole gradients of each example of one step."""
+def _targets(labels, smoothing):
+  """A share of each label spread over the three classes."""
+  return (1 - smoothing) * np.eye(3)[labels] + smoothing / 3
+
+
+def _losses(params, x, targets):
+  """Of single examples."""
+  logits = models.MLP(3, _WIDTH, 1).apply(
+    {"params": params}, jnp.float32(x), train=True
+  )
+  logits = np.asarray(logits, float)
+  own = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+  return -np.sum(targets * own, axis=1)
+
+
+def _of_examples(images, part, seen, params, smoothing=0.0):
+  """Losses and whole gradients of each example of one step, inputs and targets."""
   x = _normalized(images, images.train_images[seen.indices[0]])
-  x, y = x.reshape(-1, 1, *x.shape[2:]), seen.labels[0].reshape(-1, 1)
-  logits = [
-    models.MLP(3, _WIDTH, 1).apply({"params": params}, jnp.float32(a), train=True)
-    for a in x
-  ]
-  losses = [
-    float(optax.softmax_cross_entropy_with_integer_labels(out, b)[0])
-    for out, b in zip(logits, y)
-  ]
-  return np.array(losses), _gradients(params, x, y)
+  x = x.reshape(-1, *x.shape[2:])
+  targets = _targets(seen.labels[0].ravel(), smoothing)
+  grads = _gradients(params, x[:, None], targets[:, None])
+  return _losses(params, x, targets), grads, x, targets
 
 
-def test_examples_are_compared_by_the_last_layer_with_their_nearest(images):
-  arm = arms.Arm("a", "a", quantile=0.5, rule="nearest_neighbors", by_example=True)
+def _share(step):
+  """Of an image in its mixture: uniform, another one in each step."""
+  return float(jax.random.uniform(jax.random.fold_in(jax.random.key(0), step)))
+
+
+def _mixed_mean(params, step, x, targets, weights):
+  """The gradient of mixtures of examples, in which each label has its weight.
+
+  A mixture has the losses of two labels; they count as much as these have of it.
+  """
+  share, total, before = _share(step), np.sum(weights), np.roll(np.arange(len(x)), 1)
+  mixtures = share * x + (1 - share) * x[before]
+  terms = []
+  for of_it, order in ((share, np.arange(len(x))), (1 - share, before)):
+    grads = _gradients(params, mixtures[:, None], targets[order][:, None])
+    terms += [
+      jax.tree.map(lambda g: of_it * weights[i] / total * g, one)
+      for i, one in zip(order, grads)
+    ]
+  return jax.tree.map(lambda *g: sum(g), *terms)
+
+
+def test_shares_of_mixtures_are_uniform_and_others_in_each_step():
+  shares = [_share(step) for step in range(300)]
+  assert stats.kstest(shares, "uniform").pvalue > 1e-3
+  x = np.arange(6, dtype=np.float32).reshape(3, 2)
+  mixed, targets = training._mixed(7, x, np.eye(3, dtype=np.float32))
+  share = _share(7)
+  np.testing.assert_allclose(mixed, share * x + (1 - share) * x[[2, 0, 1]], rtol=1e-6)
+  expected = share * np.eye(3) + (1 - share) * np.eye(3)[[2, 0, 1]]
+  np.testing.assert_allclose(targets, expected, rtol=1e-6)
+
+
+def _assert_evaluated(trainer, arm, learner, params, schedule):
+  """The numbers of an evaluation are those of `params`, by hand."""
+  found, dataset = trainer.evaluate(arm, learner, schedule), trainer._dataset
+  noisy = schedule.validation_labels(arm.clean)
+  for name, pixels, labels in (
+    ("test", dataset.test_images, dataset.test_labels),
+    ("validation", dataset.validation_images, noisy),
+  ):
+    x, targets = _normalized(dataset, pixels), np.eye(3)[labels]
+    each = np.array([_losses(params, x, np.eye(3)[[c] * len(x)]) for c in range(3)])
+    correct = np.mean(each.argmin(axis=0) == labels)
+    assert found[f"{name}_accuracy"] == pytest.approx(correct)
+    if name == "test":
+      loss = _losses(params, x, targets).mean()
+      assert found["test_loss"] == pytest.approx(loss, rel=1e-4)
+  return found
+
+
+@pytest.mark.parametrize(
+  "ways",
+  [{"smoothing": 0.3, "ema_decay": 0.3}, {"mixup": True}],
+  ids=["smoothing and average", "mixup"],
+)
+def test_ways_of_the_plain_mean(images, ways):
+  """Soft labels, mixtures and the average that is tested, by hand."""
+  arm = arms.Arm("a", "a", **ways)
+  part = _part([arm], learning_rate=0.5)
+  trainer, schedule = training.Trainer(part, images), _schedule(part, images)
+  learner = trainer.init(arm, 1)
+  params = average = _host(learner.params)
+  unchanged = 0
+  for step in range(6):
+    seen = schedule.batches(step, step + 1, False)
+    x = _normalized(images, images.train_images[seen.indices[0]])
+    targets = np.array([_targets(one, arm.smoothing) for one in seen.labels[0]])
+    if arm.mixup:
+      # Within each microbatch.
+      ones = np.ones(_SIZE)
+      grads = [_mixed_mean(params, step, *one, ones) for one in zip(x, targets)]
+    else:
+      grads = _gradients(params, x, targets)
+    usual = _mean(_gradients(params, x, seen.labels[0]), np.ones(_K))
+    mean = _mean(grads, np.ones(_K))
+    unchanged += _is_close(mean, usual)
+    params = jax.tree.map(lambda p, g: p - 0.5 * g, params, mean)
+    # At first a shorter average: 0.1, 0.18, 0.25, and from then on 0.3.
+    decay = [0.1, 2 / 11, 0.25, 0.3, 0.3, 0.3][step]
+    average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
+    learner, _ = trainer.advance(arm, learner, seen)
+    _assert_close(learner.params, params)
+  assert unchanged == 0
+  tested = params
+  if arm.ema_decay is None:
+    assert learner.average is None
+  else:
+    _assert_close(learner.average, average)
+    assert not _is_close(average, params)
+    tested = average
+  _assert_evaluated(trainer, arm, learner, tested, schedule)
+
+
+@pytest.mark.parametrize(
+  "ways", [{}, {"smoothing": 0.2, "mixup": True, "ema_decay": 0.5}], ids=["", "ways"]
+)
+def test_examples_are_compared_by_the_last_layer_with_their_nearest(images, ways):
+  kind = dict(quantile=0.5, rule="nearest_neighbors", by_example=True)
+  arm = arms.Arm("a", "a", **kind, **ways)
   part = _part([arm])
   trainer, kept = training.Trainer(part, images), set()
   learner = trainer.init(arm, 1)
   for step in range(4):
     seen = _seen(part, images, step, step + 1)
-    params = _host(learner.params)
-    losses, grads = _of_examples(images, part, seen, params)
+    params, average = _host(learner.params), _host(learner.average)
+    losses, grads, x, targets = _of_examples(images, part, seen, params, arm.smoothing)
     heads = np.array([_flat(g["head"]) for g in grads])
     distances = np.array([[_distance(a, b) for b in heads] for a in heads])
     np.fill_diagonal(distances, np.inf)
@@ -225,21 +340,28 @@ def test_examples_are_compared_by_the_last_layer_with_their_nearest(images):
     assert trace.distance[0] == pytest.approx(nearest.mean(), rel=1e-4)
     assert trace.threshold[0] == pytest.approx(nearest[accepted].max(), rel=1e-4)
     mean = _mean(grads, accepted)
-    _assert_close(learner.params, jax.tree.map(lambda p, g: p - 0.1 * g, params, mean))
+    if arm.mixup:
+      mean = _mixed_mean(params, step, x, targets, accepted)
+    params = jax.tree.map(lambda p, g: p - 0.1 * g, params, mean)
+    _assert_close(learner.params, params)
+    if average is not None:
+      decay = min(0.5, (1 + step) / (10 + step))
+      average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
+      _assert_close(learner.average, average)
     kept.add(accepted.tobytes())
   assert len(kept) == 4
 
 
-@pytest.mark.parametrize("control", ["choice", "loss"])
-def test_controls_of_examples(images, control):
-  gaf, *controls = plan.gaf_arms(_K, quantile=0.5, **plan.BY_EXAMPLE)
+@pytest.mark.parametrize("control, mixup", [("choice", True), ("loss", False)])
+def test_controls_of_examples(images, control, mixup):
+  gaf, *controls = plan.gaf_arms(_K, quantile=0.5, mixup=mixup, **plan.BY_EXAMPLE)
   (arm,) = (one for one in controls if one.control == control)
   part = _part([plan.PLAIN, gaf, *controls])
   trainer = training.Trainer(part, images)
   learner = trainer.init(arm, 0)
   params = _host(learner.params)
   seen = _seen(part, images, 0, 1)
-  losses, grads = _of_examples(images, part, seen, params)
+  losses, grads, *shown = _of_examples(images, part, seen, params)
   chosen = np.zeros((1, _K * _SIZE), bool)
   chosen[0, [1, 5, 6, 20]] = True
   learner, trace = trainer.advance(
@@ -251,6 +373,8 @@ def test_controls_of_examples(images, control):
     assert np.any(accepted != chosen[0])
   np.testing.assert_array_equal(trace.accepted[0], accepted)
   mean = _mean(grads, accepted)
+  if mixup:
+    mean = _mixed_mean(params, 0, *shown, accepted)
   _assert_close(learner.params, jax.tree.map(lambda p, g: p - 0.1 * g, params, mean))
 
 
@@ -268,6 +392,105 @@ def test_smallest_loss_of_microbatches(images):
   kept = np.array(losses) <= np.sort(losses)[1]
   mean = _mean(_gradients(before, x, seen.labels[0]), kept)
   _assert_close(after, jax.tree.map(lambda p, g: p - 0.1 * g, before, mean))
+
+
+def test_smallest_mean_loss_of_sources_that_persist(images, monkeypatch):
+  """The sources with the smallest running mean of all losses so far are kept."""
+  assert training._MEMORY == 0.98
+  monkeypatch.setattr(training, "_MEMORY", 0.8)
+  gaf, control = plan.gaf_arms(_K, ["loss"], tau=0.9)
+  part = _part([plan.PLAIN, gaf, control], wrong_sources=1, persistent=True)
+  trainer, mean = training.Trainer(part, images), np.zeros(_K)
+  learner, others = trainer.init(control, 0), 0
+  assert trainer.init(plan.PLAIN, 0).source_losses is None
+  for step in range(8):
+    seen = _seen(part, images, step, step + 1)
+    params, number = _host(learner.params), 1 + step % 3
+    x = _normalized(images, images.train_images[seen.indices[0]])
+    losses = [
+      _losses(params, a, np.eye(3)[b]).mean() for a, b in zip(x, seen.labels[0])
+    ]
+    mean = 0.8 * mean + 0.2 * np.array(losses)
+    kept = mean <= np.sort(mean)[number - 1]
+    others += np.any(kept != (losses <= np.sort(losses)[number - 1]))
+    chosen = (np.arange(_K) < number)[None]
+    chosen = arms.Chosen(chosen, chosen.astype(np.float32))
+    learner, trace = trainer.advance(control, learner, seen, chosen)
+    np.testing.assert_array_equal(trace.accepted[0], kept)
+    np.testing.assert_allclose(learner.source_losses, mean, rtol=1e-4)
+    gradient = _mean(_gradients(params, x, seen.labels[0]), kept)
+    _assert_close(
+      learner.params, jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
+    )
+  assert others
+
+
+def _area(wrong, signal):
+  """The share of pairs of a wrong and a right example that the signal orders so."""
+  pairs = signal[wrong][:, None] - signal[~wrong][None]
+  return np.mean(pairs > 0) + np.mean(pairs == 0) / 2
+
+
+def test_areas_of_what_tells_wrong_labels_apart(images):
+  """By hand, of the first 256 training images; and it can be told after some steps."""
+  averaged = dataclasses.replace(plan.PLAIN, ema_decay=0.99)
+  part = _part([averaged], learning_rate=0.3)
+  trainer, schedule = training.Trainer(part, images), _schedule(part, images)
+  learner = trainer.init(averaged, 0)
+  for _ in range(3):
+    learner, _ = trainer.advance(averaged, learner, schedule.batches(0, 20, False))
+  found = trainer.evaluate(averaged, learner, schedule)
+  params, wrong = _host(learner.params), schedule.mislabeled[:256]
+  x = _normalized(images, images.train_images[:256])
+  targets = np.eye(3)[schedule.labels[:256]]
+  grads = _gradients(params, x[:, None], targets[:, None])
+  heads = np.array([_flat(one["head"]) for one in grads])
+  norms = np.linalg.norm(heads, axis=1)
+  distances = 1 - heads @ heads.T / np.outer(norms, norms)
+  np.fill_diagonal(distances, np.inf)
+  expected = {
+    "auc/distance": np.sort(distances, axis=1)[:, :5].mean(axis=1),
+    "auc/loss": _losses(params, x, targets),
+    "auc/gradient norm": norms,
+  }
+  assert {name for name in found if name.startswith("auc/")} == {*expected}
+  for name, signal in expected.items():
+    # Rounding may change places of a few.
+    assert found[name] == pytest.approx(_area(wrong, signal), abs=2e-3)
+    assert found[name] > 0.55
+  # Not of an arm that is spared them, nor where nothing or everything is wrong.
+  for arm, changed in (
+    (plan.CLEAN, {}),
+    (plan.PLAIN, {"label_noise": 0.0}),
+    (plan.PLAIN, {"label_noise": 1.0}),
+  ):
+    other = _schedule(dataclasses.replace(part, **changed), images)
+    found = trainer.evaluate(arm, learner._replace(average=None), other)
+    assert found.keys() == {"test_loss", "test_accuracy", "validation_accuracy"}
+
+
+def test_lines_of_the_metrics_file(images):
+  """Of a step on: loss and distance; of all so far: counts, and rates of sources."""
+  trainer = training.Trainer(_part(), images)
+  accepted = np.array([[1, 1, 0], [0, 0, 0], [1, 1, 1], [0, 1, 1]], bool)
+  numbers = np.float32([1, 2, 3, 5])
+  distance = np.float32([0.5, np.nan, 0.25, 0.75])
+  trace = training.Trace(
+    *(numbers, distance, numbers / 10, np.int32([0, 2, 0, 1])),
+    *(accepted, accepted.astype(np.float32), None),
+  )
+  expected = {
+    "train_loss": 4.0,
+    "cosine_distance": 0.5,
+    "threshold": 0.5,
+    "accept_rate": 7 / 12,
+    "skipped_steps": 1,
+    "nonfinite": 3,
+  }
+  assert trainer.row(trace, 2) == pytest.approx(expected)
+  remembering = trace._replace(memory=np.zeros((4, 3, 3), np.float16))
+  expected |= {f"source_{i + 1}/accept_rate": n / 4 for i, n in enumerate((2, 3, 2))}
+  assert trainer.row(remembering, 2) == pytest.approx(expected)
 
 
 def test_memory_in_the_trace_is_the_mean_of_all_cosines(images):
@@ -291,7 +514,7 @@ def test_cosines_of_a_batch(images):
   part = _part([arm])
   trainer = training.Trainer(part, images)
   learner, seen = trainer.init(arm, 1), _seen(part, images, 0, 1)
-  _, grads = _of_examples(images, part, seen, _host(learner.params))
+  _, grads, *_ = _of_examples(images, part, seen, _host(learner.params))
   heads = [_flat(g["head"]) for g in grads]
   expected = [[1 - _distance(a, b) for b in heads] for a in heads]
   np.testing.assert_allclose(trainer.cosines(learner, seen), expected, atol=1e-5)
@@ -445,10 +668,11 @@ def test_shuffled_rule():
   np.testing.assert_array_equal(again.accepted, accepted)
 
 
-def _runs(trainer, arm, seen):
+def _runs(trainer, arm, seen, schedule):
   learner = trainer.init(arm, 0)
   learner, trace = trainer.advance(arm, trainer.placed(learner), seen)
-  return _host(learner), trace, trainer.evaluate(learner)
+  found = trainer.evaluate(arm, learner, schedule)
+  return _host(learner), trace, {k: x for k, x in found.items() if "auc" not in k}
 
 
 def _assert_same(ours, theirs):
@@ -481,7 +705,8 @@ def _mesh():
 )
 def test_on_many_devices_and_without_a_loop(images, kind, others, monkeypatch):
   monkeypatch.setattr(training, "_STALE_STEPS", 2)
-  (arm, *_) = plan.gaf_arms(_K, tau=0.6)
+  # With what changes a learner and its labels, too.
+  (arm, *_) = plan.gaf_arms(_K, tau=0.6, smoothing=0.2, ema_decay=0.5)
   part = _part([arm], augment=True, wrong_sources=2, wrong_kind=kind)
   part = dataclasses.replace(part, balanced=True, weight_decay=0.1, optimizer="adamw")
   seen = _seen(part, images, 0, 5)
@@ -491,7 +716,7 @@ def test_on_many_devices_and_without_a_loop(images, kind, others, monkeypatch):
     trainer = training.Trainer(one, images, _mesh() if number else None)
     assert trainer._looped
     trainer._looped = looped
-    results.append(_runs(trainer, arm, seen))
+    results.append(_runs(trainer, arm, seen, _schedule(one, images)))
   expected = results[0]
   for found in results[1:]:
     _assert_same(found, expected)
@@ -509,7 +734,7 @@ def test_plateau(images):
   def step(losses):
     learner = trainer.placed(trainer.init(plan.PLAIN, 0))
     for loss in losses:
-      learner = trainer.observed(learner, loss)
+      learner = trainer.observed(learner, {"test_loss": loss})
     before = _host(learner.params)
     learner, _ = trainer.advance(plan.PLAIN, learner, seen)
     return jax.tree.map(lambda a, b: b - a, before, _host(learner.params)), learner
@@ -541,7 +766,7 @@ def test_others_have_no_plateau(images):
   part = _part(optimizer="nesterov")
   trainer = training.Trainer(part, images)
   learner = trainer.init(plan.PLAIN, 0)
-  assert learner.plateau is None and trainer.observed(learner, 1.0) is learner
+  assert learner.plateau is None and trainer.observed(learner, {}) is learner
 
 
 def test_weight_decay(images):

@@ -89,29 +89,33 @@ def test_outputs(whole):
     for seed in range(2)
   ]
   assert [(r["arm"], r["seed"], r["step"]) for r in rows] == expected
+  areas = {f"auc/{name}" for name in ("distance", "loss", "gradient norm")}
   for row in rows:
     assert 0 <= row["test_accuracy"] <= 1 and row["train_loss"] > 0
+    # Of 199 images, whose labels are as noisy.
+    assert 0 <= row["validation_accuracy"] <= 1
+    assert float(row["validation_accuracy"] * 199) == pytest.approx(
+      round(row["validation_accuracy"] * 199)
+    )
+    assert {name for name in row if "/" in name} == areas
     assert 0 <= row["accept_rate"] <= 1 and row["nonfinite"] == 0
   assert all(r["accept_rate"] == 1 for r in rows if r["arm"] == "plain")
+  # By now mislabeled images differ from the others.
+  for row in rows:
+    assert row["step"] < 110 or all(row[name] > 0.6 for name in areas)
 
 
-@pytest.mark.parametrize(
-  "picture, argv",
-  [
-    ("examples", ["--by-example", "--tau-quantile", "0.5"]),
-    (
-      "memory",
-      "--num-microbatches 3 --memory-decay 0.9 --rule majority --adaptive-tau".split(),
-    ),
-  ],
+_PICTURED = (
+  *("--width", "8", "--label-noise", "0.4", "--seeds", "2", "--microbatch-size", "6"),
+  *("--steps", "24", "--eval-every", "12"),
 )
-def test_pictures_of_what_is_compared(picture, argv, tmp_path):
-  run = lambda path, *more: train.main(
-    ["--width", "8", "--label-noise", "0.4", "--seeds", "2", "--microbatch-size", "6"]
-    + ["--steps", "24", "--eval-every", "12", "--out", str(path), *argv, *more]
-  )
-  path = tmp_path / "run"
-  assert run(path) == 0
+_REMEMBERING = (
+  *("--num-microbatches", "3", "--memory-decay", "0.9", "--rule", "majority"),
+  *("--adaptive-tau", "--ema-decay", "0.9", "--mixup", "--label-smoothing", "0.1"),
+)
+
+
+def _assert_pictured(run, path, picture):
   drawn = path / f"experiment_{picture}.png"
   others = {"examples", "memory"} - {picture}
   assert drawn.read_bytes().startswith(b"\x89PNG")
@@ -122,6 +126,55 @@ def test_pictures_of_what_is_compared(picture, argv, tmp_path):
   drawn.unlink()
   assert run(path, "--resume") == 0
   assert drawn.read_bytes() == before
+
+
+def test_picture_of_examples(tmp_path):
+  argv = ("--by-example", "--tau-quantile", "0.5", "--label-smoothing", "0.1")
+  run = lambda path, *more: train.main([*_PICTURED, *argv, "--out", str(path), *more])
+  assert run(tmp_path / "run") == 0
+  _assert_pictured(run, tmp_path / "run", "examples")
+
+
+def test_memory_average_and_mixtures(
+  tmp_path, monkeypatch, capsys, shown, assert_same_run
+):
+  """Stopped in the middle and resumed: the same, and so are its curves."""
+  run = lambda path, *more: train.main(
+    [*_PICTURED, *_REMEMBERING, "--tensorboard", "--out", str(path), *more]
+  )
+  whole, path = tmp_path / "whole", tmp_path / "run"
+  assert run(whole) == 0
+  append = storage.RunDirectory.append_metrics
+  (part,) = options.parts(options.parse([*_PICTURED, *_REMEMBERING]))
+  gaf = part.arms[1].name
+
+  def stop(self, row):
+    append(self, row)
+    if (row["arm"], row["step"], row["seed"]) == (gaf, 12, 0):
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(storage.RunDirectory, "append_metrics", stop)
+    assert run(path) == 128 + signal.SIGTERM
+  assert run(path, "--resume") == 0
+  assert_same_run(path, whole)
+  _assert_pictured(run, path, "memory")
+  # Each source has a rate, with a memory only; in the events, too.
+  rows = [json.loads(line) for line in _lines(path / "metrics.jsonl")]
+  names = [f"source_{i}/accept_rate" for i in (1, 2, 3)]
+  for row in rows:
+    found = [name for name in row if name.startswith("source_")]
+    assert found == (names if row["arm"] == gaf else [])
+  ours = [row for row in rows if row["arm"] == gaf]
+  for row in ours:
+    rates = [row[name] for name in names]
+    assert np.mean(rates) == pytest.approx(row["accept_rate"])
+  assert len({row[name] for row in ours for name in names}) > 2
+  for seed in range(2):
+    curves = shown(path / "tensorboard" / "experiment" / gaf / f"seed-{seed}")
+    for name in (*names, "validation_accuracy", "auc/distance"):
+      expected = [(row["step"], row[name]) for row in ours if row["seed"] == seed]
+      assert curves[name] == pytest.approx(np.array(expected))
 
 
 def test_stopped_anywhere_and_resumed(
@@ -270,10 +323,6 @@ def test_stops_are_the_same_from_every_start():
       assert experiment.stops(part, 100, stop) == stops[i + 1 :]
 
 
-def _schedule(part, dataset, seed=0):
-  return batches.Schedule(part, dataset, dataset.train_labels, seed)
-
-
 def test_control_updates_as_often_as_gaf(whole, final_arrays):
   arms = final_arrays(whole)
   gaf, control = (
@@ -354,9 +403,11 @@ def test_evaluation_is_of_the_whole_test_set(digits, looped):
   expected = np.mean(np.argmax(logits, axis=1) == digits.test_labels)
   own = logits[np.arange(600), digits.test_labels]
   loss = np.mean(np.log(np.exp(logits).sum(axis=1)) - own)
-  accuracy, found = trainer.evaluate(learner)
-  assert accuracy == pytest.approx(expected)
-  assert found == pytest.approx(loss, rel=1e-5)
+  found = trainer.evaluate(part.arms[0], learner, _schedule(part, digits))
+  assert found["test_accuracy"] == pytest.approx(expected)
+  assert found["test_loss"] == pytest.approx(loss, rel=1e-5)
+  # Here nothing is held out.
+  assert "validation_accuracy" not in found
 
 
 def test_batch_norm_statistics_are_averaged_over_microbatches(
@@ -394,8 +445,8 @@ def test_plateau_survives_an_interruption(tmp_path, monkeypatch, assert_same_run
   scales = []
   observed = training.Trainer.observed
 
-  def noted(self, learner, loss):
-    learner = observed(self, learner, loss)
+  def noted(self, learner, measured):
+    learner = observed(self, learner, measured)
     scales.append(float(learner.plateau.scale))
     return learner
 
