@@ -45,8 +45,8 @@ def areas(score: np.ndarray, kinds: np.ndarray) -> list[float]:
 
 def write(path: pathlib.Path, one: Experiment) -> list[str]:
   """Writes `documents.csv` and, of the first seed, `documents.md`; tables of areas."""
-  watched = [arm for arm in one.part.arms if not arm.imitates and arm.rule in _COMPARES]
-  watched = [arm for arm in watched if arm.is_gaf or arm.name == "plain"]
+  listed = listed_arm(one.part)
+  watched = [arm for arm in one.part.arms if arm.is_gaf or arm.name == "plain"]
   lines = [["area under ROC, by mean", "all wrong", *KINDS[1:], "wrong among worst"]]
   table: list[dict] = []
   for arm in watched:
@@ -56,7 +56,7 @@ def write(path: pathlib.Path, one: Experiment) -> list[str]:
       worst = [precision(of[name], s.kinds) for of, s in zip(found, one.schedules)]
       columns = [*np.array(each).T, np.array(worst)]
       lines.append([f"{name}, {arm.label}", *map(spread, columns)])
-    if arm.name == listed_arm(one.part).name:
+    if arm == listed:
       for seed, (of, schedule) in enumerate(zip(found, one.schedules)):
         table += _lines(of, schedule, seed)
   stream = io.StringIO()
@@ -65,11 +65,8 @@ def write(path: pathlib.Path, one: Experiment) -> list[str]:
   writer.writerows(table)
   write_whole(path / "documents.csv", stream.getvalue())
   first = [line for line in table if line["seed"] == 0 and line["seen"]]
-  write_whole(path / "documents.md", _listing(first, listed_arm(one.part)))
+  write_whole(path / "documents.md", _listing(first, listed))
   return [aligned(lines)]
-
-
-_COMPARES = ("nearest_neighbors",)
 
 
 def listed_arm(part):

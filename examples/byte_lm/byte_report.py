@@ -14,6 +14,7 @@ from common.experiment import Experiment
 from common.tables import FEWEST_SEEDS, Difference, aligned, spread, write_results
 
 _MEASURES = ("final", "best", "picked")
+_LOSSES = ("validation", "held_out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +86,6 @@ def write(
   return write_results(path, "\n\n".join(found) + "\n", lines)
 
 
-_LOSSES = ("validation", "held_out")
-
-
 def _capitalized(title):
   return title[0].upper() + title[1:]
 
@@ -147,16 +145,16 @@ def sources_table(part: Part, arm: Arm, wrong: np.ndarray, rows: list[dict]) -> 
 
   `wrong` `[seeds, k]` says which they are.
   """
-  columns = {
-    name: np.stack(
-      [byte_plots.curve(rows, part, arm, f"source_{i + 1}/{name}")[:, -1]
-       for i in range(part.num_microbatches)], axis=1)
+  sources = range(1, part.num_microbatches + 1)
+  last = lambda field: byte_plots.curve(rows, part, arm, field)[:, -1]
+  columns = [
+    np.stack([last(f"source_{i}/{name}") for i in sources], axis=1)
     for name in ("agreement", "accept_rate")
-  }  # fmt: skip
+  ]  # [seeds, k] each
   lines = [["shards, after the last step", "agreement", "least", "most", "accepted"]]
   for name, chosen in (("right", ~wrong), ("wrong", wrong)):
     if chosen.any():
-      agreement, rate = (column[chosen] for column in columns.values())
+      agreement, rate = (column[chosen] for column in columns)
       numbers = agreement.mean(), agreement.min(), agreement.max(), rate.mean()
       lines.append([name, *(f"{number:.3f}" for number in numbers)])
   return aligned(lines)

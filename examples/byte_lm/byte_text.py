@@ -151,7 +151,7 @@ def load(root: pathlib.Path | None = None) -> Text:
   digest = hashlib.sha256()
   for name, content in files.items():
     digest.update(f"{name} {len(content)} ".encode() + content)
-  joined = lambda names: np.frombuffer(b"".join(map(kept.get, names)), np.uint8)
+  joined = lambda names: np.frombuffer(b"".join(kept[name] for name in names), np.uint8)
   return Text(
     joined(training),
     tuple(training),
