@@ -6,10 +6,12 @@ trains an MLP on scikit-learn's bundled tables (breast cancer, wine, diabetes) w
 wrong targets: spread evenly over the examples, where examples are compared; or those of
 three of eight sources, which are compared with a memory. Beside the plain mean, as many
 chosen at random and the strongest rivals that cost nothing. Prints tables and writes
-them to `runs/tabular.md`; docs/tabular.md has what came out.
+them to `runs/tabular.md`, and the scores of all seeds to `runs/tabular.csv`;
+docs/tabular.md says what came out.
 """
 
 import argparse
+import csv
 import functools
 import math
 import pathlib
@@ -244,6 +246,10 @@ BY_SOURCE = {
 }
 
 
+# What is compared with chance in the table of all settings: it keeps as many.
+OURS = {False: "`tau_quantile(0.6)`", True: "`memory_decay=0.98`"}
+
+
 class Curves(NamedTuple):
   """Scores at every look `[looks]`, on noisy validation data and on test data.
 
@@ -356,21 +362,35 @@ def plus_minus(values) -> str:
   return f"{np.mean(values):.3f} ± {width:.3f}"
 
 
-def table(task, by_source) -> str:
-  """The scores of all arms, and the paired differences of ours."""
+def scores_of(task, by_source) -> dict[str, dict[str, np.ndarray]]:
+  """The scores of all arms, by name and protocol `[seeds]`."""
   arms = BY_SOURCE if by_source else BY_EXAMPLE
   skipped = "Huber loss" if is_classification(task) else "label smoothing"
-  scores = {
+  return {
     name: three(curves(task, by_source, arm)[0])
     for name, arm in arms.items()
     if name != skipped
   }
+
+
+def role(name) -> str:
+  """What an arm is in a comparison: ours, chance, an ideal, or a simple rival."""
+  if name.startswith("`") or name == "one step compared":
+    return "gaf"
+  if name.endswith("at random"):
+    return "chance"
+  return "ideal" if name == "right sources only" else "rival"
+
+
+def table(scores) -> str:
+  """The scores of all arms, and the paired differences of ours."""
   rows = [[name, *map(plus_minus, found.values())] for name, found in scores.items()]
   protocols = list(next(iter(scores.values())))
   parts = [measure.table(["", *protocols], rows)]
-  ours = [n for n in scores if n.startswith("`") or n == "one step compared"]
-  chance = next(n for n in scores if n.endswith("at random"))
-  rivals = [n for n in scores if n not in (*ours, chance, "right sources only")]
+  ours, (chance,), rivals = (
+    [name for name in scores if role(name) == wanted]
+    for wanted in ("gaf", "chance", "rival")
+  )
   rows = []
   for name in ours:
     for protocol in protocols:
@@ -396,20 +416,36 @@ def areas(task) -> list[list[str]]:
   return rows
 
 
+def csv_lines(title, by_source, scores) -> list[dict[str, Any]]:
+  """A dict for each arm and seed; the one chance there is stands for all of ours."""
+  chance = next(name for name in scores if role(name) == "chance")
+  told = OURS[by_source]
+  return [
+    {"claim": "memory" if by_source else "by-example", "part": title, "title": title}
+    | {"arm": name, "label": name.replace("`", ""), "role": role(name)}
+    | {"imitates": told if name == chance else "", "seed": seed}
+    | {"final": final, "best": best, "picked": picked}
+    for name, found in scores.items()
+    for seed, (final, best, picked) in enumerate(zip(*found.values()))
+  ]
+
+
 def main(argv: list[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
   parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
   parser.add_argument("--out", type=pathlib.Path, default="runs/tabular.md")
   args = parser.parse_args(argv)
   parts = [
-    f"{measure.environment()}. {SEEDS} seeds, {STEPS} steps; mean ± half a 95 %"
+    "# Wrong targets in tables of data\n\nMade by `python benchmarks/tabular.py`:"
+    f" {measure.environment()}. {SEEDS} seeds, {STEPS} steps; mean ± half a 95 %"
     " interval (Student's t); differences are paired by seed."
   ]
   print(parts[0], flush=True)
   header = ["", "step", "distance", "loss", "gradient norm"]
   rows = [row for task in args.tasks for row in areas(task)]
-  parts.append("Area under ROC of wrong examples.\n\n" + measure.table(header, rows))
+  parts.append("## Area under ROC of wrong examples\n\n" + measure.table(header, rows))
   print(f"\n{parts[-1]}", flush=True)
+  lines = []
   for by_source in (False, True):
     where = (
       f"targets of {NUM_WRONG} of {K} sources wrong"
@@ -417,9 +453,15 @@ def main(argv: list[str] | None = None) -> None:
       else f"{SHARE:.0%} of the targets wrong, spread evenly"
     )
     for task in args.tasks:
-      parts.append(f"{task}, {where}\n\n{table(task, by_source)}")
+      scores = scores_of(task, by_source)
+      parts.append(f"## {task.capitalize()}, {where}\n\n{table(scores)}")
       print(f"\n{parts[-1]}", flush=True)
+      lines += csv_lines(f"{task}, {where}", by_source, scores)
   measure.write(parts, args.out)
+  with open(args.out.with_suffix(".csv"), "w", encoding="utf-8", newline="") as file:
+    writer = csv.DictWriter(file, lines[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ _MARKERS = {
   "choice": ("#0072B2", "s"),
   "steps": ("#D55E00", "D"),
   "loss": ("#009E73", "^"),
+  "rival": ("#CC79A7", "v"),
 }
-_MEASURES = ("best", "final")
 _WRONG = "#D55E00"
 _MEMORY_STEPS = (10, 100, 1_000)
 _EXAMPLES_STEP = 200
@@ -285,13 +285,13 @@ def _over_tau(path, figure, results, rows):
       arrays = [getattr(summaries[arm.name], measure) for arm in arms]
       _error_bars(ax, taus, arrays, label, color=color, linestyle=linestyle)
 
-    for ax, measure in zip(axes, _MEASURES):
+    for ax, measure in zip(axes, report.MEASURES):
       points(ax, measure, arms, label, "-")
       points(ax, measure, controls, f"random steps, {label}", "--")
       level = getattr(summaries["plain"], measure).mean()
       ax.axhline(level, color=color, linestyle=":", linewidth=1.2)
-    points(axes[2], "accepted", arms, label, "-")
-  for ax in axes[:2]:
+    points(axes[-1], "accepted", arms, label, "-")
+  for ax in axes[:-1]:
     plots.at_most_one(ax)
   plots.save(drawn, axes[0], path)
 
@@ -308,31 +308,32 @@ def _over_x(path, figure, results, rows):
   styles = plots.styles(first)
   x = [getattr(experiment.part, figure.x) for experiment, _ in results]
   for arm in first.arms:
-    shown = _MEASURES if arm.imitates else (*_MEASURES, "accepted")
+    shown = list(report.MEASURES) + ["accepted"] * arm.is_gaf
     for ax, measure in zip(axes, shown):
       arrays = [getattr(summaries[arm.name], measure) for _, summaries in results]
       _error_bars(ax, x, arrays, arm.label, **styles[arm.name])
-  for ax in axes[:2]:
+  for ax in axes[:-1]:
     plots.at_most_one(ax)
   if figure.x == "microbatch_size":
-    axes[2].set_xscale("log")
-    axes[2].set_xticks(x, [str(n) for n in x])
-    axes[2].minorticks_off()
+    axes[-1].set_xscale("log")
+    axes[-1].set_xticks(x, [str(n) for n in x])
+    axes[-1].minorticks_off()
   plots.save(drawn, axes[0], path)
 
 
 def _panels(figure, results, xlabel):
+  """An axis for each measure and for the accepted share."""
   part = results[0][0].part
   note = (
     f"\n{_shared(part)}; mean of {part.seeds} seeds, bars: 95 % confidence interval of"
     " each mean"
   )
-  drawn, axes = _figure((8, 11), figure, note, 3, 1, sharex=True)
-  said = ("best test accuracy", "final test accuracy", "accepted share")
+  drawn, axes = _figure((8, 13), figure, note, 4, 1, sharex=True)
+  said = (*(f"{name} test accuracy" for name in report.MEASURES), "accepted share")
   for ax, ylabel in zip(axes[:, 0], said):
     ax.set_ylabel(ylabel)
-  axes[2, 0].set_xlabel(xlabel)
-  axes[2, 0].set_ylim(-0.02, 1.02)
+  axes[-1, 0].set_xlabel(xlabel)
+  axes[-1, 0].set_ylim(-0.02, 1.02)
   return drawn, axes[:, 0]
 
 
@@ -367,6 +368,7 @@ def _forest(path, figure, results, rows):
   left, right = axes[0]
   right.patch.set_visible(False)
   at, ticks, labels = 0.0, [], []
+  any_rivals = any(arm.role == "rival" for part, _ in parts for arm in part.arms[1:])
   for part, summaries in parts:
     at += 1.2
     place = dict(xycoords=("axes fraction", "data"), va="center")
@@ -377,13 +379,15 @@ def _forest(path, figure, results, rows):
       at += 1
       ticks.append(at)
       labels.append(f"{arm.label} ({summaries[arm.name].accepted.mean():.0%})")
-      for ax, measure in ((left, "final"), (right, "best")):
-        plain, controls = report.differences(part, arm, summaries, measure)
-        for row, (kind, one) in enumerate({"plain": plain, **controls}.items()):
+      for ax, measure in ((left, "final"), (right, "picked")):
+        plain, shown = report.differences(part, arm, summaries, measure)
+        if any_rivals:
+          shown["rival"] = report.against_best_rival(part, arm, summaries, measure)[1]
+        for row, (kind, one) in enumerate({"plain": plain, **shown}.items()):
           color, marker = _MARKERS[kind]
           ax.errorbar(
             one.mean,
-            at + 0.22 * (row - 1),
+            at + 0.2 * (row - 1),
             xerr=one.margin,
             color=color,
             marker=marker,
@@ -391,14 +395,16 @@ def _forest(path, figure, results, rows):
             markerfacecolor=color if one.sign else "white",
             linewidth=1,
           )
-  for ax, measure in ((left, "final"), (right, "best")):
+  for ax, said in ((left, "final"), (right, "picked")):
     ax.axvline(0, color="gray", linewidth=0.8, zorder=1)
-    ax.set_xlabel(f"difference of the {measure} test accuracy")
+    ax.set_xlabel(f"difference of the test accuracy, {said}")
   left.set_yticks(ticks, labels, fontsize=7)
   left.set_ylim(at + 0.8, 0.4)
   used = {arm.control for part, _ in parts for arm in part.arms}
-  for kind in ("plain", *(kind for kind in CONTROLS if kind in used)):
-    (color, marker), name = _MARKERS[kind], report.NAMES.get(kind, "plain mean")
+  names = {"plain": "plain mean", "rival": "best rival", **report.NAMES}
+  kinds = [kind for kind in CONTROLS if kind in used] + ["rival"] * any_rivals
+  for kind in ("plain", *kinds):
+    (color, marker), name = _MARKERS[kind], names[kind]
     left.plot([], [], color=color, marker=marker, label=f"GAF - {name}")
   plots.save(drawn, left, path)
 

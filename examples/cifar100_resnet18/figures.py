@@ -4,17 +4,27 @@ Each takes a `Setting` and gives the parts that run; `FIGURES` says how they are
 """
 
 import dataclasses
-import itertools
 from collections.abc import Callable
 
+import labels
 import optimizers as optimizers_lib
 import plan
-from common.arms import CLEAN, PLAIN, RIGHT, gaf_arms
+from common.arms import (
+  CLEAN,
+  EMA_DECAY,
+  GEOMETRIC_MEDIAN,
+  PLAIN,
+  RIGHT,
+  RIVALS,
+  gaf_arms,
+)
 from common.command import UserError
 from plan import Part
 
 DIGITS, PATCHES, CIFAR10, CIFAR100 = "digits", "patches", "cifar10", "cifar100"
 _FLIPPED = 0.4
+_SHARES = (0.0, 0.2, _FLIPPED, 0.6)
+_ALL = (1, 2, 3)
 _LEARNING_RATES = {"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3, "rmsprop": 1e-3}
 
 
@@ -28,13 +38,16 @@ class Setting:
   human: dict
   many: dict  # Fields of `Part` for more than two microbatches
   taus: tuple[float, ...]  # Thresholds of GAF where one or two are wanted
-  many_taus: tuple[float, ...]  # Likewise for more than two microbatches
   sizes: tuple[int, ...]  # Of microbatches, from small to large
   learning_rates: dict  # By optimizer, where it is not that of `base`
   vit: dict  # Fields of `Part` for a vision transformer; empty for features
   # Fields of `Part` where single examples are compared, and shares of flipped labels.
   examples: dict = dataclasses.field(default_factory=dict)
   flipped: tuple[float, ...] = (0.0, _FLIPPED)
+  # Share of right ones by array in the file of labels by people.
+  people: dict = dataclasses.field(default_factory=dict)
+  # How many of eight sources are wrong, by what is wrong with them.
+  wrong: dict = dataclasses.field(default_factory=lambda: {"shifted-labels": (1, 2, 3)})
 
   def part(self, name: str, arms, **changed) -> Part:
     """A part, still without a title, of this setting but for what is given."""
@@ -43,35 +56,43 @@ class Setting:
 
 SETTINGS = {
   DIGITS: Setting(
-    base=dict(dataset=DIGITS, steps=3_000, seeds=5, eval_every=50),
+    base=dict(dataset=DIGITS, steps=2_000, seeds=5, eval_every=50),
     human=dict(label_noise=_FLIPPED),
-    many=dict(microbatch_size=10, steps=1_000),
+    many=dict(microbatch_size=10, steps=500),
     taus=(0.97, 0.8),
-    many_taus=(0.97, 0.8),
     sizes=(5, 10, 25, 50, 100),
     learning_rates=_LEARNING_RATES,
     vit=dict(model="vit", optimizer="adam", learning_rate=1e-3, steps=600),
-    examples=dict(microbatch_size=64, steps=1_500),
-    flipped=(0.0, 0.2, _FLIPPED, 0.6),
+    examples=dict(microbatch_size=64, steps=1_000),
+    flipped=_SHARES,
+    wrong=dict.fromkeys(("shifted-labels", "random-labels", "pixels", "stale"), _ALL),
   ),
   PATCHES: Setting(
     base=dict(
       dataset=CIFAR10,
       model="patches-mlp",
-      train_images=10_000,
+      train_images=12_000,
       microbatch_size=50,
       steps=800,
       seeds=5,
       eval_every=50,
     ),
     human=dict(noisy_labels_key="worse_label"),
-    many=dict(microbatch_size=12, learning_rate=0.01),
+    many=dict(microbatch_size=12, learning_rate=0.01, width=64, steps=500),
     taus=(0.97, 0.9),
-    many_taus=(0.97,),
     sizes=(10, 25, 50, 100, 200),
     learning_rates=_LEARNING_RATES,
     vit={},
-    examples=dict(microbatch_size=128),
+    examples=dict(microbatch_size=64, steps=600),
+    flipped=_SHARES,
+    people={"aggre_label": 0.9, "random_label1": 0.8, "worse_label": 0.6},
+    wrong={
+      "shifted-labels": _ALL,
+      "random-labels": (2,),
+      "pixels": (2,),
+      "stale": (2,),
+      plan.HUMAN: _ALL,
+    },
   ),
   CIFAR10: Setting(
     base=dict(
@@ -79,7 +100,7 @@ SETTINGS = {
       model="resnet18",
       width=16,
       depth=1,
-      train_images=5_000,
+      train_images=6_000,
       microbatch_size=50,
       optimizer="nesterov",
       steps=600,
@@ -89,7 +110,6 @@ SETTINGS = {
     human=dict(noisy_labels_key="worse_label"),
     many=dict(microbatch_size=12),
     taus=(0.97, 0.9),
-    many_taus=(0.97,),
     sizes=(10, 25, 50, 100, 200),
     learning_rates=_LEARNING_RATES,
     vit=dict(model="vit", optimizer="adam", learning_rate=1e-3, width=None, depth=None),
@@ -112,7 +132,6 @@ SETTINGS = {
     human=dict(noisy_labels_key="noisy_label"),
     many=dict(microbatch_size=100),
     taus=(0.97,),
-    many_taus=(0.97,),
     sizes=(100, 200, 300, 400, 500, 600, 700, 800, 900, 1_000),
     learning_rates={"adam": 1e-3, "adamw": 1e-3, "rmsprop": 1e-3},
     vit=dict(model="vit-l16", optimizer="adam", learning_rate=1e-4, steps=10_000),
@@ -153,7 +172,9 @@ def tau(setting: Setting):
   for value in taus:
     arms += gaf_arms(2, tau=value)
   return tuple(
-    setting.part(f"flipped{share:g}", arms, label_noise=share)
+    setting.part(
+      f"flipped{share:g}", arms, **{**_flipped(setting), "label_noise": share}
+    )
     for share in (0.0, _FLIPPED)
   )
 
@@ -181,16 +202,19 @@ def microbatch_size(setting: Setting):
 
 def noise(setting: Setting):
   shares = (0.0, 0.05, 0.15, 0.3, 0.4, 0.5, 0.6, 0.75, 0.8, 0.9)
-  arms = [*_compared(setting), *gaf_arms(2, target=0.1)]
+  arms = [*_compared(setting), *RIVALS]
+  half = dict(steps=setting.base["steps"] // 2)
   return tuple(
-    setting.part(f"flipped{share:g}", arms, label_noise=share) for share in shares
+    setting.part(f"flipped{share:g}", arms, label_noise=share, **half)
+    for share in shares
   )
 
 
 def human(setting: Setting):
   if "noisy_labels_key" not in setting.human:
     raise UserError("nobody labelled the digits wrong; choose another --setting.")
-  return (setting.part("human", _compared(setting), **setting.human),)
+  arms = [*_compared(setting), *RIVALS]
+  return (setting.part("human", arms, **setting.human),)
 
 
 def optimizers(setting: Setting):
@@ -207,19 +231,19 @@ def optimizers(setting: Setting):
   )
 
 
-_CHOICES = ("sequential", "leave_one_out", "most_neighbors")
+# What can be changed about a rule.
+_MORE = ({}, {"softness": 0.05}, {"by_leaf": True})
 
 
 def rules(setting: Setting):
+  ways = [
+    *({"rule": rule} for rule in ("sequential", "leave_one_out", "min_neighbors")),
+    *({"anchor_decay": decay} for decay in (0.9, 0.99)),
+    *({"rule": "most_neighbors", **more} for more in _MORE),
+  ]
   arms = [PLAIN]
-  for rule in (*_CHOICES, "min_neighbors"):
-    arms += gaf_arms(8, tau=0.8, rule=rule)
-  for decay in (0.9, 0.99):
-    arms += gaf_arms(8, tau=0.8, anchor_decay=decay)
-  for rule in ("sequential", "most_neighbors"):
-    arms += gaf_arms(8, tau=0.8, rule=rule, softness=0.05)
-    arms += gaf_arms(8, tau=0.8, rule=rule, by_leaf=True)
-    arms += gaf_arms(8, target=0.5, rule=rule)
+  for way in ways:
+    arms += gaf_arms(8, ["choice"], tau=0.8, **way)
   eight = dict(num_microbatches=8, **setting.many)
   return (
     setting.part("even", arms, label_noise=_FLIPPED, **eight),
@@ -227,71 +251,54 @@ def rules(setting: Setting):
   )
 
 
-def num_microbatches(setting: Setting):
-  parts = []
-  for k in (2, 4, 8, 16):
-    arms = [PLAIN]
-    for rule in ("sequential", "most_neighbors") if k > 2 else ("sequential",):
-      arms += gaf_arms(k, tau=0.8, rule=rule)
-    size = dict(num_microbatches=k, **setting.many)
-    parts.append(setting.part(f"even{k}", arms, label_noise=_FLIPPED, **size))
-    if k > 2:
-      wrong = dict(wrong_sources=k // 4, **size)
-      parts.append(setting.part(f"sources{k}", [*arms, CLEAN], **wrong))
-  return tuple(parts)
+def by_example(setting: Setting):
+  def part(name, right, **changed):
+    arms = [PLAIN, *RIVALS]
+    if right < 1:
+      arms += gaf_arms(2, quantile=right, **plan.BY_EXAMPLE)
+    adaptive = dict(adaptive=True, **plan.BY_EXAMPLE)
+    arms += gaf_arms(2, ["choice"], **adaptive)
+    arms += gaf_arms(2, ema_decay=EMA_DECAY, **adaptive)
+    clean = [CLEAN] * (right < 1)
+    return setting.part(name, [*arms, *clean], **{**setting.examples, **changed})
 
-
-def steering(setting: Setting):
-  parts = []
-  for size in dict.fromkeys((*setting.sizes[1::2], setting.sizes[-1])):
-    arms = [PLAIN]
-    for value in (0.9, 0.8, 0.7, 0.5):
-      arms += gaf_arms(2, tau=value)
-    for target in (0.05, 0.1):
-      arms += gaf_arms(2, target=target)
-    parts.append(
-      setting.part(f"size{size}", arms, microbatch_size=size, **_flipped(setting))
-    )
-  return tuple(parts)
-
-
-def sources(setting: Setting):
-  arms = [PLAIN]
-  for rule, value in itertools.product(_CHOICES, setting.many_taus):
-    arms += gaf_arms(8, tau=value, rule=rule)
-  eight = dict(num_microbatches=8, **setting.many)
-  even = [setting.part("even", arms, label_noise=0.25, **eight)]
-  if "noisy_labels_key" in setting.human:
-    even.append(setting.part("human", arms, **setting.human, **eight))
+  parts = [
+    part(f"flipped{share:g}", 1 - share, label_noise=share) for share in setting.flipped
+  ]
+  of_all = len(labels.CONFUSED[setting.base["dataset"]]) / 10  # Share of the classes
+  parts.append(
+    part("confused", 1 - _FLIPPED * of_all, label_noise=_FLIPPED, asymmetric=True)
+  )
   return (
-    *even,
-    *(
-      setting.part(kind, [*arms, CLEAN], wrong_sources=2, wrong_kind=kind, **eight)
-      for kind in plan.CORRUPTIONS
-    ),
+    *parts,
+    *(part(key, right, noisy_labels_key=key) for key, right in setting.people.items()),
   )
 
 
-def by_example(setting: Setting):
-  def arms(*shares):
-    chosen = [PLAIN, *gaf_arms(2, tau=0.97)]
-    for share in dict.fromkeys(shares):
-      chosen += gaf_arms(2, quantile=share, **plan.BY_EXAMPLE) if share < 1 else []
-    return *chosen, *gaf_arms(2, adaptive=True, **plan.BY_EXAMPLE), CLEAN
-
-  parts = [
-    setting.part(
-      f"flipped{share:g}",
-      arms(0.5, 1 - share),
-      label_noise=share,
-      **setting.examples,
-    )
-    for share in setting.flipped
+def batch_size(setting: Setting):
+  """Single examples of batches that have `2 * microbatch_size`."""
+  arms = [
+    PLAIN,
+    *gaf_arms(2, quantile=1 - _FLIPPED, **plan.BY_EXAMPLE),
+    *gaf_arms(2, ["choice"], adaptive=True, **plan.BY_EXAMPLE),
   ]
-  if "noisy_labels_key" in setting.human:
-    human = {**setting.human, **setting.examples}
-    parts.append(setting.part("human", arms(0.5, 0.6), **human))
-  return tuple(parts)
+  return tuple(
+    setting.part(
+      f"size{size}",
+      arms,
+      label_noise=_FLIPPED,
+      **{**setting.examples, "microbatch_size": size // 2},
+    )
+    for size in (32, 64, 128, 256, 512)
+  )
+
+
+def kept_share(setting: Setting):
+  arms = [PLAIN]
+  for share in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
+    arms += gaf_arms(2, quantile=share, **plan.BY_EXAMPLE)
+  arms += gaf_arms(2, ["choice"], adaptive=True, **plan.BY_EXAMPLE)
+  return (setting.part("share", arms, label_noise=_FLIPPED, **setting.examples),)
 
 
 def _persistent(setting, name, arms, number, **changed):
@@ -303,20 +310,29 @@ def _persistent(setting, name, arms, number, **changed):
 
 def memory(setting: Setting):
   # The plain mean with nothing wrong is that of the first part.
-  adaptive = gaf_arms(8, ["choice"], adaptive=True, **plan.MEMORY)
-  ways = [
+  adaptive = dict(adaptive=True, **plan.MEMORY)
+  arms = [
     PLAIN,
-    *gaf_arms(8, ["choice"], tau=0.97, rule="most_neighbors"),
-    *gaf_arms(8, ["choice"], quantile=5 / 8, **plan.MEMORY),
-    *adaptive,
-    *gaf_arms(8, [], tau=1.0, **plan.MEMORY),
+    *RIVALS[:-1],
+    GEOMETRIC_MEDIAN,
+    dataclasses.replace(
+      GEOMETRIC_MEDIAN,
+      name="geometric_median_ema",
+      label=f"geometric median, weight EMA {EMA_DECAY:g}",
+      ema_decay=EMA_DECAY,
+    ),
+    *gaf_arms(8, [], tau=0.97, rule="most_neighbors"),
+    *gaf_arms(8, ["choice", "loss"], **adaptive),
+    *gaf_arms(8, ["choice", "loss"], ema_decay=EMA_DECAY, **adaptive),
   ]
-  parts = [_persistent(setting, "none", ways, 0)]
-  for kind in ("shifted-labels", "random-labels", "pixels"):
-    arms = ways if kind == "shifted-labels" else [PLAIN, *adaptive]
+  parts = [_persistent(setting, "none", arms, 0)]
+  for kind, numbers in setting.wrong.items():
+    changed = dict(wrong_kind=kind)
+    if kind == plan.HUMAN:
+      changed |= dict(noisy_labels_key=setting.human["noisy_labels_key"])
     parts += [
-      _persistent(setting, f"{kind}{number}", arms, number, wrong_kind=kind)
-      for number in (1, 2, 3)
+      _persistent(setting, f"{kind}{number}", arms, number, **changed)
+      for number in numbers
     ]
   return tuple(parts)
 
@@ -362,10 +378,9 @@ FIGURES = {
   "human": Figure(human, "curves", "Labels that people got wrong"),
   "optimizers": Figure(optimizers, "forest", "Across optimizers"),
   "rules": Figure(rules, "forest", "Rules, eight microbatches"),
-  "num-microbatches": Figure(num_microbatches, "forest", "Number of microbatches"),
-  "steering": Figure(steering, "forest", "A fixed tau or a steered one"),
-  "sources": Figure(sources, "forest", "Even noise, and two of eight sources wrong"),
   "by-example": Figure(by_example, "forest", "Single examples compared"),
+  "batch-size": Figure(batch_size, "forest", "Single examples, by size of the batch"),
+  "kept-share": Figure(kept_share, "forest", "Single examples, by the share kept"),
   "memory": Figure(memory, "forest", "Eight sources that persist, some always wrong"),
   "skew": Figure(skew, "forest", "Eight sources with classes of their own"),
 }

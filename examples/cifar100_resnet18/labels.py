@@ -1,4 +1,4 @@
-"""Labels: made noisy by flipping or confusing, read from a file of human labels, or shifted."""
+"""Labels: flipped, confused, shifted, or read from a file of human labels."""
 
 import io
 import pathlib

@@ -5,8 +5,15 @@ RESULTS.md what came out.
 """
 
 import dataclasses
+import datetime as dt
+import importlib.metadata
+import os
 import pathlib
+import platform
+import shutil
 import sys
+
+import jax
 
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
 
@@ -19,6 +26,8 @@ import report
 import runs
 from common import command
 from common.command import UserError
+from common.storage import write_whole
+from common.tables import write_csv
 
 
 def parse(argv: list[str]):
@@ -37,14 +46,20 @@ def parse(argv: list[str]):
     "--setting",
     choices=tuple(figures.SETTINGS),
     default=figures.DIGITS,
-    help="digits (minutes on two cores; default), cifar10 (a narrow ResNet on 10,000"
-    " images), or cifar100: as in the paper, for an accelerator",
+    help="digits (minutes on two cores; default), patches (an MLP on fixed features of"
+    " CIFAR-10), cifar10 (a narrow ResNet), or cifar100: as in the paper, for an"
+    " accelerator",
   )
   parser.add_argument(
     "--only",
     nargs="+",
     metavar="PART",
     help="run only these parts of it, named as in its results.csv",
+  )
+  parser.add_argument(
+    "--keep",
+    metavar="DIR",
+    help="put table, picture and csv there, too, named as the experiment and setting",
   )
   model = parser.add_argument_group("model (default: that of the setting)")
   command.add_options(model, plan.Part, ("model", "width", "depth"))
@@ -61,7 +76,19 @@ def parse(argv: list[str]):
   parser.set_defaults(devices=None, processes=None)
   options = parser.parse_args(argv)
   options.NAME = options.name  # For the comparison when a run is resumed.
+  options.said = _said(argv)
   return options
+
+
+def _said(argv):
+  """The command, without what does not change its results."""
+  unsaid, said = ("--out", "--keep", "--data-dir"), []
+  for word in argv:
+    if said and said[-1] in unsaid:
+      said.pop()
+    elif word != "--resume":
+      said.append(word)
+  return " ".join(["python paper.py", *said])
 
 
 def parts(options) -> tuple[plan.Part, ...]:
@@ -99,6 +126,20 @@ def parts(options) -> tuple[plan.Part, ...]:
   return tuple(plan.titled(made))
 
 
+def _kept(command, text):
+  """A table for other people: where and how it was made comes first."""
+  versions = {name: importlib.metadata.version(name) for name in ("jax", "gaf_optax")}
+  said = ", ".join(f"{name} {version}" for name, version in versions.items())
+  made = (
+    f"Made by `{command}` on {dt.date.today()}: {platform.machine()},"
+    f" {jax.default_backend().upper()}, {os.cpu_count()} cores, Python"
+    f" {platform.python_version()}, {said}."
+  )
+  return (
+    f"# {text.removeprefix('## ').replace(chr(10), chr(10) * 2 + made + chr(10), 1)}"
+  )
+
+
 def main(argv: list[str] | None = None) -> int:
   """Runs the command; returns its exit code, as that of `train.py`."""
   options = parse(sys.argv[1:] if argv is None else argv)
@@ -107,8 +148,18 @@ def main(argv: list[str] | None = None) -> int:
   def finish(directory, experiments):
     rows = directory.metrics()
     results = [(one, report.summarize(one, rows)) for one in experiments]
-    charts.draw(directory.path / f"{options.name}.png", figure, results, rows)
-    return report.write_overview(directory.path, figure.title, results)
+    picture = directory.path / f"{options.name}.png"
+    charts.draw(picture, figure, results, rows)
+    text = report.write_overview(directory.path, figure.title, results, rows)
+    if options.keep is not None:
+      setting = "" if options.setting == figures.DIGITS else f"-{options.setting}"
+      kept = pathlib.Path(options.keep, options.name + setting)
+      write_whole(kept.with_suffix(".md"), _kept(options.said, text))
+      for name, suffix in ((picture.name, ".png"), ("results.csv", ".csv")):
+        shutil.copyfile(directory.path / name, kept.with_suffix(suffix))
+      if told := report.signals([one.part for one, _ in results], rows):
+        write_csv(kept.with_name(f"{kept.name}-told-apart.csv"), told)
+    return text
 
   def start(received):
     name = f"{options.name}-{options.setting}"

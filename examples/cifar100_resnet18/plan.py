@@ -6,8 +6,15 @@ from collections.abc import Sequence
 import models
 import optimizers
 from common import arms as arms_lib
-from common.arms import CLEAN, PLAIN, gaf_arms
-from common.command import COUNT, INDEX, NOT_NEGATIVE, POSITIVE, SHARE, option
+from common.arms import (
+  CLEAN,
+  EMA_DECAY,
+  GEOMETRIC_MEDIAN,
+  PLAIN,
+  RIVALS,
+  gaf_arms,
+)
+from common.command import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, option
 
 HUMAN = "human-labels"
 # What can be wrong with a source, in words for titles.
@@ -39,11 +46,11 @@ class Part(arms_lib.Part):
   asymmetric: bool = option(
     False, "flip labels to the class that each is usually mistaken for", True
   )
-  validation_images: int = option(
-    200,
-    "how many of the training images, the last, are held out, with labels as wrong as"
-    " the others; default 200",
-    INDEX,
+  validation_images: int | None = option(
+    None,
+    "hold out the last N of the training images, with labels as wrong as the others;"
+    " default a sixth of them",
+    COUNT,
     metavar="N",
   )
   random_labels: bool = option(
@@ -112,19 +119,22 @@ MEMORY = dict(memory_decay=0.98, rule="majority")
 def main_job() -> tuple[Part, ...]:
   """The parts that run when nothing else is asked for."""
   eight = dict(num_microbatches=8, microbatch_size=4, seeds=5, eval_every=50)
-  adaptive = gaf_arms(8, ["choice"], adaptive=True, **MEMORY)
+  by_example = dict(adaptive=True, **BY_EXAMPLE)
+  remembered = dict(adaptive=True, **MEMORY)
   return (
     Part(
       name="label_noise",
       title="Label noise spread evenly: 40 % of the training labels flipped",
       label_noise=0.4,
       microbatch_size=64,
-      steps=1_500,
+      steps=1_000,
       seeds=5,
       arms=(
         PLAIN,
+        *RIVALS[2:],
         *gaf_arms(2, tau=0.97),
-        *gaf_arms(2, quantile=0.5, **BY_EXAMPLE),
+        *gaf_arms(2, **by_example),
+        *gaf_arms(2, [], ema_decay=EMA_DECAY, **by_example),
       ),
     ),
     Part(
@@ -132,12 +142,12 @@ def main_job() -> tuple[Part, ...]:
       title="Some sources are always wrong: 3 of 8 with every label shifted by one",
       wrong_sources=3,
       persistent=True,
-      steps=1_500,
+      steps=1_000,
       arms=(
         PLAIN,
+        GEOMETRIC_MEDIAN,
         *gaf_arms(8, ["choice"], tau=0.9, rule="most_neighbors"),
-        *gaf_arms(8, ["choice"], tau=0.9, rule="most_neighbors", memory_decay=0.98),
-        *adaptive,
+        *gaf_arms(8, ["choice", "loss"], **remembered),
         CLEAN,
       ),
       **eight,
@@ -146,7 +156,11 @@ def main_job() -> tuple[Part, ...]:
       name="nothing_wrong",
       title="Nothing is wrong",
       steps=1_000,
-      arms=(PLAIN, *adaptive, *gaf_arms(8, ["choice"], adaptive=True, **BY_EXAMPLE)),
+      arms=(
+        PLAIN,
+        *gaf_arms(8, ["choice"], **remembered),
+        *gaf_arms(8, ["choice"], **by_example),
+      ),
       **eight,
     ),
   )

@@ -6,12 +6,19 @@ from typing import Any
 
 import numpy as np
 
-from common.arms import CONTROLS, IMITATIONS
+import training
+from common.arms import CONTROLS, IMITATIONS, PLAIN
+from common.plots import curves
 from common.tables import FEWEST_SEEDS, Difference, aligned, spread, write_results
 
-_MEASURES = ("final", "best")
-# Arms that know what is wrong.
-_IDEALS = {"right": "right sources only", "clean": "nothing wrong"}
+# Of each run: by the name of a `Summary`'s field, what it is.
+MEASURES = {
+  "final": "Final test accuracy",
+  "best": "Best test accuracy of all evaluations, which nobody can pick",
+  "picked": "Test accuracy where that on the noisy validation images is highest",
+}
+# The shares of a run after which the signals are tabulated.
+_TOLD_AT = (0.0, 0.05, 0.2, 0.5, 1.0)
 # By control.
 NAMES = {kind: name for kind, (name, _) in IMITATIONS.items()}
 # By the signs of the significant differences to the plain mean and to chance.
@@ -44,6 +51,9 @@ class Summary:
 
   best: np.ndarray  # The highest test accuracy of all evaluations.
   final: np.ndarray  # The test accuracy after the last step.
+  picked: (
+    np.ndarray
+  )  # The test accuracy where the noisy validation accuracy is highest.
   accepted: np.ndarray  # The accepted share of all micro-gradients.
   updates: np.ndarray  # Steps that changed the weights.
   # The mean cosine distance in the last tenth of the steps; NaN without any.
@@ -60,13 +70,9 @@ def summarize(experiment: Any, rows: list[dict]) -> Summaries:
   """By arm, what it came to in an `Experiment`; `rows` are of the metrics file."""
   part, summaries = experiment.part, {}
   wrong = np.stack([schedule.wrong_examples() for schedule in experiment.schedules])
-  curves: dict[tuple[str, int], list[float]] = {}
-  for row in rows:
-    if row["part"] == part.name:
-      key = row["arm"], row["seed"]
-      curves.setdefault(key, []).append(row["test_accuracy"])
   for arm in part.arms:
-    accuracy = np.array([curves[arm.name, seed] for seed in range(part.seeds)])
+    accuracy = curves(rows, part, arm, "test_accuracy")[1]
+    picked = curves(rows, part, arm, "validation_accuracy")[1].argmax(axis=1)
     trace = experiment.traces[arm.name]
     accepted = trace.accepted
     from_wrong = None
@@ -79,6 +85,7 @@ def summarize(experiment: Any, rows: list[dict]) -> Summaries:
     summaries[arm.name] = Summary(
       best=accuracy.max(axis=1),
       final=accuracy[:, -1],
+      picked=np.take_along_axis(accuracy, picked[:, None], axis=1)[:, 0],
       accepted=accepted.mean(axis=(1, 2)),
       updates=accepted.any(axis=2).sum(axis=1),
       late_distance=_ratio(np.sum(late, axis=1, where=finite), finite.sum(axis=1)),
@@ -96,13 +103,15 @@ def write(path: pathlib.Path, experiments: list[Any], rows: list[dict]) -> str:
   texts, table = [], []
   for experiment in experiments:
     part, summaries = experiment.part, summarize(experiment, rows)
-    paragraphs = f"## {part.title}", size(part), results_table(part, summaries)
-    texts.append("\n\n".join([*paragraphs, comparison(part, summaries)]) + "\n")
+    paragraphs = [f"## {part.title}", size(part), results_table(part, summaries)]
+    paragraphs.append(comparison(part, summaries))
+    paragraphs += told_apart([part], rows)
+    texts.append("\n\n".join(paragraphs) + "\n")
     table += csv_rows(part, summaries)
   return write_results(path, "\n".join(texts), table)
 
 
-def write_overview(path: pathlib.Path, title: str, results: list[Any]) -> str:
+def write_overview(path: pathlib.Path, title: str, results: list[Any], rows) -> str:
   """The same of many parts; `results` are experiments and their summaries."""
   of_parts = [(experiment.part, summaries) for experiment, summaries in results]
   sizes = [size(part) for part, _ in of_parts]
@@ -112,11 +121,11 @@ def write_overview(path: pathlib.Path, title: str, results: list[Any]) -> str:
   if any(arm.is_gaf for arm in of_parts[0][0].arms):
     paragraphs.append(
       "Differences: paired by seed, mean ± half of the 95 % confidence interval, bold"
-      " where it excludes zero."
+      " where it excludes zero. The best rival is the one with the highest mean, of the"
+      " plain mean and the others that stand above GAF or imitate it by loss."
     )
-    for measure in _MEASURES:
-      said = f"{measure.capitalize()} test accuracy:"
-      paragraphs += [said, overview(measure, of_parts)]
+    for measure, said in MEASURES.items():
+      paragraphs += [f"{said}:", overview(measure, of_parts)]
   else:
     lines = [["plain mean", "best", "final", "distance in the last tenth"]]
     for part, summaries in of_parts:
@@ -124,18 +133,61 @@ def write_overview(path: pathlib.Path, title: str, results: list[Any]) -> str:
       values = plain.best, plain.final, plain.late_distance
       lines.append([part.title, *map(spread, values)])
     paragraphs.append(aligned(lines))
+  paragraphs += told_apart([part for part, _ in of_parts], rows)
   table = [row for pair in of_parts for row in csv_rows(*pair)]
   return write_results(path, "\n\n".join(paragraphs) + "\n", table)
 
 
+def told_apart(parts: list[Any], rows: list[dict]) -> list[str]:
+  """Paragraphs on how well wrong labels could be told, in runs of the plain mean."""
+  names = [f"auc/{name}" for name in training.SIGNALS]
+  lines = [["", "step", *training.SIGNALS]]
+  for part in parts:
+    if not any(names[0] in row and row["part"] == part.name for row in rows):
+      continue
+    found = [curves(rows, part, part.arm("plain"), name) for name in names]
+    steps = found[0][0]
+    at = [int(np.argmin(np.abs(steps - share * part.steps))) for share in _TOLD_AT]
+    for i in sorted({*at}):
+      areas = [Difference.of(values[:, i], np.zeros(part.seeds)) for _, values in found]
+      said = [f"{area.mean:.3f}" + _plus_minus(area.margin) for area in areas]
+      lines.append([part.title, str(steps[i]), *said])
+  if len(lines) == 1:
+    return []
+  return [
+    "Area under ROC of mislabeled training images by what a filter could see of each,"
+    " in runs of the plain mean, mean ± half of its 95 % confidence interval:",
+    aligned(lines),
+  ]
+
+
+def signals(parts: list[Any], rows: list[dict]) -> list[dict]:
+  """A dict for each area under ROC in runs of the plain mean; see `told_apart`."""
+  titles = {part.name: part.title for part in parts}
+  names = {f"auc/{name}": name for name in training.SIGNALS}
+  return [
+    {"part": row["part"], "title": titles[row["part"]]}
+    | {"seed": row["seed"], "step": row["step"]}
+    | {name: row[field] for field, name in names.items()}
+    for row in rows
+    if row["arm"] == "plain" and names.keys() <= row.keys()
+  ]
+
+
+def _plus_minus(margin):
+  return "" if margin is None else f" ± {margin:.3f}"
+
+
 def csv_rows(part, summaries: Summaries) -> list[dict]:
   """A dict for each arm and seed of a part."""
-  names = {"best": "best_accuracy", "final": "final_accuracy"}
-  fields = ("best", "final", "accepted", "updates", "late_distance")
   return [
-    {"part": part.name, "arm": arm, "seed": seed}
-    | {names.get(name, name): getattr(summary, name)[seed] for name in fields}
-    for arm, summary in summaries.items()
+    {"part": part.name, "title": part.title, "arm": arm.name, "label": arm.label}
+    | {"role": arm.role, "imitates": arm.imitates or "", "seed": seed}
+    | {
+      name: "" if values is None else values[seed]
+      for name, values in vars(summaries[arm.name]).items()
+    }
+    for arm in part.arms
     for seed in range(part.seeds)
   ]
 
@@ -157,12 +209,13 @@ def size(part) -> str:
 
 def results_table(part, summaries: Summaries) -> str:
   """A Markdown table with a line for each arm."""
-  header = ["", "best test accuracy", "final test accuracy", "accepted"]
+  header = ["", "best test accuracy", "final test accuracy", "picked", "accepted"]
   known = summaries["plain"].from_wrong is not None
   lines = [[*header, *["of these wrong"] * known]]
   for arm in part.arms:
     summary = summaries[arm.name]
-    line = [arm.label, spread(summary.best), spread(summary.final)]
+    values = summary.best, summary.final, summary.picked
+    line = [arm.label, *map(spread, values)]
     line.append(f"{summary.accepted.mean():.2f}")
     lines.append(line + [_share(summary.from_wrong)] * known)
   return aligned(lines)
@@ -173,13 +226,13 @@ def _share(values):
 
 
 def differences(part, arm, summaries: Summaries, measure: str):
-  """Of a GAF arm, in 'final' or 'best', to the plain mean and by kind to controls."""
-  of = lambda name: getattr(summaries[name], measure)
+  """Of a GAF arm, in one of `MEASURES`, to the plain mean and by kind to controls."""
+  ours = summaries[arm.name]
   controls = {
-    kind: Difference.of(of(arm.name), of(control.name))
+    kind: _gap(ours, summaries[control.name], measure)
     for kind, control in part.controls(arm.name).items()
   }
-  return Difference.of(of(arm.name), of("plain")), controls
+  return _gap(ours, summaries["plain"], measure), controls
 
 
 def comparison(part, summaries: Summaries) -> str:
@@ -187,72 +240,77 @@ def comparison(part, summaries: Summaries) -> str:
   arms = [arm for arm in part.arms if arm.is_gaf]
   used = {arm.control for arm in part.arms}
   kinds = [kind for kind in CONTROLS if kind in used]
-  names = ["plain", *map(NAMES.get, kinds)]
-  header = [f"{measure}, against {name}" for measure in _MEASURES for name in names]
-  lines = [[arm.label] for arm in arms]
+  against = ["plain mean", *map(NAMES.get, kinds), "best rival"]
+  lines = [["paired by seed", "accuracy", *(f"- {name}" for name in against)]]
   paragraphs = []
-  for measure in _MEASURES:
+  for measure in MEASURES:
     found = {}
-    for arm, line in zip(arms, lines):
+    for arm in arms:
       plain, controls = differences(part, arm, summaries, measure)
-      line += [str(plain), *(str(controls.get(kind, "")) for kind in kinds)]
+      rival, gap = against_best_rival(part, arm, summaries, measure)
+      lines.append([arm.label, measure, str(plain)])
+      lines[-1] += [str(controls.get(kind, "")) for kind in kinds]
+      lines[-1].append(f"{gap} ({rival.label})")
       chance = [one for kind, one in controls.items() if kind != "loss"]
-      found[arm.label] = plain, chance
+      if chance:
+        found[arm.label] = plain, chance
     paragraphs.append(conclusion(measure, part.seeds, found))
   if part.wrong_sources:
     paragraphs.append(_sources(part, summaries))
-  number = sum(bool(cell) for line in lines for cell in line[1:])
+  number = sum(bool(cell) for line in lines[1:] for cell in line[2:])
   if part.seeds >= FEWEST_SEEDS:
     paragraphs.append(
       f"A 95 % interval excludes zero by chance in 5 % of cases, so expect"
       f" {0.05 * number:.1f} of the {number} above to do so where there is no"
       " difference."
     )
-  return "\n\n".join([aligned([["paired by seed", *header], *lines]), *paragraphs])
+  return "\n\n".join([aligned(lines), *paragraphs])
 
 
 def overview(measure: str, results: list[tuple[Any, Summaries]]) -> str:
-  """A Markdown table of 'final' or 'best', a line for each GAF arm of all parts."""
+  """A Markdown table of a measure, a line for each arm of all parts but chance."""
   used = {arm.control for part, _ in results for arm in part.arms}
   kinds = [kind for kind in CONTROLS if kind in used]
   known = any(summaries["plain"].from_wrong is not None for _, summaries in results)
-  header = ["", "accepted", *["of these wrong"] * known, "plain mean", "GAF"]
-  header += [f"GAF - {name}" for name in ("plain", *map(NAMES.get, kinds))]
-  ideals = [name for name in ("right", "clean") if _anywhere(name, results)]
-  header += [f"GAF - {_IDEALS[name]}" for name in ideals]
+  header = ["", "accepted", *["of these wrong"] * known, "accuracy"]
+  header += [f"- {name}" for name in ("plain", *map(NAMES.get, kinds), "best rival")]
   lines = [header]
   for part, summaries in results:
-    said = f"**{part.title}**"
-    for name in ideals:
-      if name in summaries:
-        said += f"; {_IDEALS[name]} {spread(getattr(summaries[name], measure))}"
-    title = {"": said, "plain mean": spread(getattr(summaries["plain"], measure))}
-    lines.append([title.get(name, "") for name in header])
-    for arm in filter(lambda arm: arm.is_gaf, part.arms):
+    lines.append([f"**{part.title}**", *[""] * (len(header) - 1)])
+    for arm in part.arms:
+      if arm.role == "chance":
+        continue
       summary = summaries[arm.name]
-      plain, controls = differences(part, arm, summaries, measure)
       line = [arm.label, f"{summary.accepted.mean():.2f}"]
       line += [_share(summary.from_wrong)] * known
-      line += ["", spread(getattr(summary, measure)), plain.marked]
+      line.append(spread(getattr(summary, measure)))
+      plain, controls = differences(part, arm, summaries, measure)
+      line.append("" if arm is PLAIN else plain.marked)
       line += [controls[kind].marked if kind in controls else "" for kind in kinds]
-      for name in ideals:
-        ours, theirs = summary, summaries.get(name)
-        line.append("")
-        if theirs is not None:
-          gap = Difference.of(getattr(ours, measure), getattr(theirs, measure))
-          line[-1] = gap.marked
+      line.append("")
+      if arm.is_gaf:
+        rival, gap = against_best_rival(part, arm, summaries, measure)
+        line[-1] = f"{gap.marked} ({rival.label})"
       lines.append(line)
   return aligned(lines)
 
 
-def _anywhere(name, results):
-  return any(name in summaries for _, summaries in results)
+def against_best_rival(part, arm, summaries: Summaries, measure: str):
+  """The simple way with the highest mean of a measure, and the difference to it."""
+  rivals = [arm for arm in part.arms if arm.role == "rival"]
+  mean = lambda rival: getattr(summaries[rival.name], measure).mean()
+  best = max(rivals, key=mean)
+  return best, _gap(summaries[arm.name], summaries[best.name], measure)
+
+
+def _gap(ours, theirs, measure):
+  return Difference.of(getattr(ours, measure), getattr(theirs, measure))
 
 
 def conclusion(
   measure: str, seeds: int, versus: dict[str, tuple[Difference, list[Difference]]]
 ) -> str:
-  """The sentence on 'final' or 'best'.
+  """The sentence on one of `MEASURES`.
 
   `versus` has by arm its difference to the plain mean and to each of its controls.
   """

@@ -35,12 +35,12 @@ def experiment(
   rows = part.train_images or len(base)
   if rows > len(base):
     raise UserError(f"{rows} training images are more than the {len(base)} there are.")
-  trained = rows - part.validation_images
+  trained = rows - (part.validation_images or rows // 6)
   if part.microbatch_size * part.num_microbatches > trained:
     raise UserError(
       f"{part.num_microbatches} microbatches of {part.microbatch_size} are more than"
-      f" the {trained} training images (of {rows}, {part.validation_images} are held"
-      " out)."
+      f" the {trained} training images that are left of {rows} when the others are"
+      " held out for validation."
     )
   base, images = base[:rows], dataset.train_images[:rows]
   dataset = dataclasses.replace(

@@ -207,8 +207,8 @@ class Trainer(experiment.Trainer):
   ) -> dict[str, float]:
     """Loss and accuracy on the test images, and on those held out, labels as given.
 
-    Where training labels are wrong, also how well three signals tell which: the areas
-    under ROC of distance, loss and gradient norm, where single examples can be compared.
+    Where training labels are wrong and single examples can be compared, also how well
+    three signals tell which: areas under ROC of distance, loss and gradient norm.
     """
     tested = learner.params if learner.average is None else learner.average
     variables = tested, learner.batch_stats
@@ -406,7 +406,7 @@ class Trainer(experiment.Trainer):
       opt_state,
       learner.plateau,
       stale,
-      _averaged(arm, learner.average, params),
+      _averaged(arm, batch.steps, learner.average, params),
       source_losses,
     )
     return learner, trace
@@ -452,7 +452,7 @@ class Trainer(experiment.Trainer):
       memory=None,
     )
     params = optax.apply_updates(params, updates)
-    average = _averaged(arm, learner.average, params)
+    average = _averaged(arm, batch.steps, learner.average, params)
     learner = learner._replace(params=params, opt_state=opt_state, average=average)
     return learner, trace
 
@@ -572,10 +572,12 @@ def _mixed(step, x, targets):
   return mix(x), mix(targets)
 
 
-def _averaged(arm, average, params):
+def _averaged(arm, step, average, params):
+  """The moving average of the parameters, at first a shorter one."""
   if average is None:
     return None
-  return optax.incremental_update(params, average, 1 - arm.ema_decay)
+  decay = jnp.minimum(arm.ema_decay, (1 + step) / (10 + step))
+  return optax.incremental_update(params, average, 1 - decay)
 
 
 def _has_memory(arm):

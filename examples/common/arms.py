@@ -159,7 +159,7 @@ class Arm:
 
 PLAIN = Arm("plain", "plain mean")
 CLEAN = Arm("clean", "plain mean, nothing wrong", clean=True)
-# What costs nothing and is known to help against wrong labels: the plain mean with them.
+# The plain mean with what costs nothing and is known to help against wrong labels.
 EMA_DECAY = 0.995
 RIVALS = (
   Arm("smoothing", "label smoothing 0.2", smoothing=0.2),

@@ -12,7 +12,7 @@ from typing import Any
 # These say where and how, not what: a run may be resumed with others.
 _UNCOMPARED = {
   *("out", "resume", "download", "data_dir", "checkpoint_seconds", "tensorboard"),
-  *("wandb", "processes", "coordinator", "process_id", "name"),
+  *("wandb", "processes", "coordinator", "process_id", "name", "keep", "said"),
 }
 
 

@@ -12,13 +12,15 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 
 # Of labels in a legend, as many characters as fit three times into a line.
 _SHORT = 45
+# Of the simple rivals, which are grey.
+_DASHES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
 # By control.
 _LINES = {"steps": "--", "choice": "-.", "loss": ":", "right": "--"}
 
 
 def styles(part) -> dict[str, dict]:
-  """Line styles by arm: GAF in colours, its controls broken in the same."""
-  colors = iter(COLORS * len(part.arms))
+  """Line styles by arm: GAF in colours, its controls broken in them, rivals grey."""
+  colors, dashes = (iter(one * len(part.arms)) for one in (COLORS, _DASHES))
   found: dict[str, dict] = {}
   for arm in part.arms:
     if arm.imitates is not None:
@@ -26,6 +28,8 @@ def styles(part) -> dict[str, dict]:
       style = dict(color=found[arm.imitates]["color"], linestyle=linestyle)
     elif arm.is_gaf:
       style = dict(color=next(colors), linestyle="-")
+    elif arm.role == "rival" and arm.name != "plain":
+      style = dict(color="0.55", linestyle=next(dashes))
     else:
       style = dict(color="black", linestyle=":" if arm.clean else "-")
     found[arm.name] = style

@@ -73,9 +73,14 @@ def aligned(lines: list[list[str]]) -> str:
 def write_results(path: pathlib.Path, text: str, table: list[dict[str, Any]]) -> str:
   """Writes `results.md` and, with a line for each dict, `results.csv`; the text."""
   write_whole(path / "results.md", text)
+  write_csv(path / "results.csv", table)
+  return text
+
+
+def write_csv(path: pathlib.Path, table: list[dict[str, Any]]) -> None:
+  """Writes a line for each dict, whose keys are all the same."""
   stream = io.StringIO()
   writer = csv.DictWriter(stream, table[0].keys(), lineterminator="\n")
   writer.writeheader()
   writer.writerows(table)
-  write_whole(path / "results.csv", stream.getvalue())
-  return text
+  write_whole(path, stream.getvalue())

@@ -1,0 +1,316 @@
+"""Overview: one table of all settings and a picture for each claim, from kept results.
+
+    python overview.py
+
+reads the csv files that `paper.py --keep results`, `../byte_lm/train.py` and
+`../../benchmarks/tabular.py` have left, and writes `results/settings.md` and
+`results/claim-*.png`. Nothing is trained.
+"""
+
+import argparse
+import csv
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
+
+from common import plots
+from common.storage import write_whole
+from common.tables import Difference, aligned
+
+HERE = pathlib.Path(__file__).resolve().parent
+SCORES = ("final", "picked")
+# Where scores are losses.
+_LOWER_IS_BETTER = HERE.parent / "byte_lm" / "results"
+_FOLDERS = (
+  HERE / "results",
+  _LOWER_IS_BETTER,
+  HERE.parents[1] / "benchmarks" / "results",
+)
+# By file, what its settings have in common; other files hold no simple rivals.
+_CLAIMS = {
+  "memory": "Sources that persist, compared with a memory",
+  "by-example": "Labels wrong here and there, single examples compared",
+  "noise": "Labels wrong here and there, two microbatches compared, as in the paper",
+}
+_MARKERS = {"chance": ("#0072B2", "s"), "rival": ("#CC79A7", "v")}
+_SIGNALS = {"distance": "#0072B2", "loss": "#009E73", "gradient norm": "#E69F00"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Gain:
+  """What GAF gained in one setting, by `SCORES`; above zero is better.
+
+  Attributes:
+    claim: a key of `_CLAIMS`.
+    setting: in words.
+    label: of the GAF arm.
+    kept: share of micro-gradients that it accepted.
+    wrong: share of wrong ones among them; NaN where nothing is wrong.
+    chance: over as much chosen at random.
+    rival: over the simple rival with the best mean score.
+    best: the name of that.
+  """
+
+  claim: str
+  setting: str
+  label: str
+  kept: float
+  wrong: float
+  chance: dict[str, Difference]
+  rival: dict[str, Difference]
+  best: dict[str, str]
+
+  def verdict(self, score: str) -> str:
+    """'beats' chance and rival beyond the interval, 'loses' to one, or 'ties'."""
+    signs = self.chance[score].sign, self.rival[score].sign
+    return "loses" if -1 in signs else "beats" if signs == (1, 1) else "ties"
+
+
+def claim_of(name: str) -> str | None:
+  """The claim that a file of results is about, None for one without rivals."""
+  if name.startswith(("memory", "byte")):
+    return "memory"
+  if name.startswith("by-example"):
+    return "by-example"
+  return "noise" if name.startswith(("noise", "human")) else None
+
+
+def read(path: pathlib.Path) -> list[Gain]:
+  """The gains in all settings of a csv file of results."""
+  sign = -1 if path.parent == _LOWER_IS_BETTER else 1
+  return [gain for arms in _settings(path) for gain in _gains(path.stem, arms, sign)]
+
+
+def _settings(path):
+  """For each setting of a file, by arm the lines of its seeds."""
+  with open(path, encoding="utf-8") as file:
+    lines = list(csv.DictReader(file))
+  found: dict[str, dict[str, list[dict]]] = {}
+  for line in lines:
+    found.setdefault(line["part"], {}).setdefault(line["arm"], []).append(line)
+  return [*found.values()]
+
+
+def regrets(path: pathlib.Path) -> str:
+  """A Markdown table of what it costs to go one way in all settings of a file.
+
+  By score how far an arm is, on average and at worst, behind the best one of each
+  setting, those aside that know what is wrong or leave it to chance.
+  """
+  settings = _settings(path)
+  eligible = lambda arms: {
+    name: seeds for name, seeds in arms.items() if seeds[0]["role"] in ("gaf", "rival")
+  }
+  in_all = set.intersection(*(set(eligible(arms)) for arms in settings))
+  lines = [["", *(f"{score}: {which}" for score in SCORES for which in _BEHIND)]]
+  rows = []
+  for name in in_all:
+    row, mean = [settings[0][name][0]["label"].partition(", as m")[0]], []
+    for score in SCORES:
+      of = lambda seeds: _numbers(seeds, score).mean()
+      behind = [max(map(of, eligible(a).values())) - of(a[name]) for a in settings]
+      mean.append(np.mean(behind))
+      row += [f"{mean[-1]:.3f}", f"{max(behind):.3f}"]
+    rows.append((mean, row))
+  return aligned([*lines, *(row for _, row in sorted(rows))])
+
+
+_BEHIND = ("mean", "worst")
+
+
+def _gains(name, arms, sign):
+  first = {arm: seeds[0] for arm, seeds in arms.items()}
+  rivals = [arm for arm, line in first.items() if line["role"] == "rival"]
+  found = []
+  for arm, line in first.items():
+    controls = [
+      one
+      for one, other in first.items()
+      if other["role"] == "chance" and other["imitates"] == arm
+    ]
+    if line["role"] != "gaf" or not controls:
+      continue
+    chance, against, best = {}, {}, {}
+    for score in SCORES:
+      of = {one: sign * _numbers(seeds, score) for one, seeds in arms.items()}
+      # Of two ways of chance the better one.
+      control = max(controls, key=lambda one: of[one].mean())
+      rival = max(rivals, key=lambda one: of[one].mean())
+      chance[score] = Difference.of(of[arm], of[control])
+      against[score] = Difference.of(of[arm], of[rival])
+      best[score] = first[rival]["label"].partition(",")[0]
+    claim = line.get("claim") or claim_of(name)
+    kept, wrong = (
+      _numbers(arms[arm], field).mean() for field in ("accepted", "from_wrong")
+    )
+    found.append(
+      Gain(claim, line["title"], line["label"], kept, wrong, chance, against, best)
+    )
+  return found
+
+
+def _numbers(seeds, field):
+  return np.array([float(line.get(field) or "nan") for line in seeds])
+
+
+def everything(folders: Sequence[pathlib.Path] = _FOLDERS) -> list[Gain]:
+  """The gains of all kept results, the best against simple rivals first."""
+  files = [path for folder in folders for path in sorted(folder.glob("*.csv"))]
+  told = [path for path in files if not path.stem.endswith("told-apart")]
+  kept = [path for path in told if claim_of(path.stem) or path.stem == "tabular"]
+  gains = [gain for path in kept for gain in read(path)]
+  return sorted(gains, key=lambda gain: -gain.rival["final"].mean)
+
+
+def table(gains: Sequence[Gain]) -> str:
+  """A Markdown table with a line for each gain, after a count of the verdicts."""
+  counts = [["", *(f"{score}: {verdict}" for score in SCORES for verdict in _VERDICTS)]]
+  for claim, said in _CLAIMS.items():
+    ours = [gain for gain in gains if gain.claim == claim]
+    counts.append([f"{said} ({len(ours)})"])
+    for score in SCORES:
+      verdicts = [gain.verdict(score) for gain in ours]
+      counts[-1] += [str(verdicts.count(verdict)) for verdict in _VERDICTS]
+  header = ["setting", "GAF", "kept", "of these wrong"]
+  for score in SCORES:
+    header += [f"{score}: - chance", f"- best rival ({score})"]
+  lines = [header]
+  for gain in gains:
+    wrong = "" if np.isnan(gain.wrong) else f"{gain.wrong:.2f}"
+    kept = "" if np.isnan(gain.kept) else f"{gain.kept:.2f}"
+    line = [gain.setting, gain.label.removeprefix("GAF "), kept, wrong]
+    for score in SCORES:
+      line.append(gain.chance[score].marked)
+      line.append(f"{gain.rival[score].marked} ({gain.best[score]})")
+    lines.append(line)
+  return f"{aligned(counts)}\n\n{aligned(lines)}"
+
+
+def one_way(folder: pathlib.Path = _FOLDERS[0]) -> str:
+  """Paragraphs and tables of `regrets`, for each file of several settings."""
+  files = [path for path in sorted(folder.glob("*.csv")) if claim_of(path.stem)]
+  kept = [
+    path
+    for path in files
+    if not path.stem.endswith("told-apart") and len(_settings(path)) > 1
+  ]
+  return "\n\n".join(f"{path.stem}:\n\n{regrets(path)}" for path in kept)
+
+
+_VERDICTS = ("beats", "ties", "loses")
+_HEADER = """# All settings
+
+Made by `python overview.py` from the csv files of results. *Chance*: as many chosen at
+random. *Best rival*: of the plain mean, label smoothing, mixup, weight EMA, the
+smallest losses and the like the one with the highest mean score. *Final*: the score
+after the last step; *picked*: where the score on noisy validation data is best, for
+both. Paired by seed, ± half of the 95 % interval, bold where that excludes zero. It
+*beats* chance and the best rival beyond it, *loses* to one of them beyond it, or
+*ties*. Sorted by the final gain over the best rival. Accuracies; of diabetes the share
+of variance explained, of text bits per byte saved.
+"""
+
+
+def text(gains: Sequence[Gain]) -> str:
+  """All of `settings.md`."""
+  return f"{_HEADER}\n{table(gains)}\n{_ONE_WAY}\n{one_way()}\n"
+
+
+_ONE_WAY = """
+## One way for all settings
+
+Which way is best in a setting a user does not know before. To go the same way in all
+settings of a file is so far behind the best way of each, on average and at worst (only
+what knows the wrong ones, and chance, do not count):
+"""
+
+
+def forest(path: pathlib.Path, title: str, gains: Sequence[Gain]) -> None:
+  """A picture of gains: a line for each, final at the left, picked at the right."""
+  size = (12, 2.2 + 0.3 * len(gains))
+  figure = Figure(figsize=size, dpi=100, layout="constrained")
+  figure.suptitle(
+    f"{title}: what GAF gains\nmean of paired seeds and its 95 % confidence interval;"
+    " hollow: not significant",
+    fontsize=10,
+  )
+  axes = figure.subplots(1, 2, sharey=True)
+  for ax, score in zip(axes, SCORES):
+    for at, gain in enumerate(gains):
+      for row, (kind, (color, marker)) in enumerate(_MARKERS.items()):
+        one = getattr(gain, kind)[score]
+        ax.errorbar(
+          one.mean,
+          at + 0.24 * (row - 0.5),
+          xerr=one.margin,
+          color=color,
+          marker=marker,
+          markersize=4,
+          markerfacecolor=color if one.sign else "white",
+          linewidth=1,
+        )
+    ax.axvline(0, color="gray", linewidth=0.8, zorder=1)
+    ax.grid(alpha=0.3)
+    ax.set_xlabel(f"{score}: difference")
+  names = [f"{gain.setting}: {gain.label.removeprefix('GAF ')}" for gain in gains]
+  axes[0].set_yticks(range(len(gains)), names, fontsize=7)
+  axes[0].set_ylim(len(gains) - 0.4, -0.6)
+  for kind, said in (("chance", "as much at random"), ("rival", "the best rival")):
+    color, marker = _MARKERS[kind]
+    axes[0].plot([], [], color=color, marker=marker, label=f"GAF - {said}")
+  plots.save(figure, axes[0], path)
+
+
+def areas(path: pathlib.Path, files: Sequence[pathlib.Path]) -> None:
+  """A picture of how well wrong labels can be told over training, a panel for each."""
+  panels: dict[str, dict[int, list[dict]]] = {}
+  for file in files:
+    with open(file, encoding="utf-8") as stream:
+      for line in csv.DictReader(stream):
+        of_part = panels.setdefault(line["title"], {})
+        of_part.setdefault(int(line["step"]), []).append(line)
+  columns = min(3, len(panels))
+  rows = -(-len(panels) // columns)
+  figure = Figure(figsize=(4 * columns, 1 + 2.8 * rows), dpi=100, layout="constrained")
+  figure.suptitle(
+    "Which training labels are wrong: area under ROC of what can be seen of an example,"
+    "\nin runs of the plain mean; mean of the seeds, band: one standard deviation",
+    fontsize=10,
+  )
+  axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
+  for ax, (title, steps) in zip(axes.flat, panels.items()):
+    for name, color in _SIGNALS.items():
+      values = np.array([_numbers(seeds, name) for seeds in steps.values()]).T
+      plots.band(ax, [*steps], values, name, {"color": color})
+    ax.axhline(0.5, color="gray", linewidth=0.8)
+    half = len(title) // 2 + title[len(title) // 2 :].find(" ")
+    ax.set_title(f"{title[:half]}\n{title[half + 1 :]}", fontsize=7)
+    ax.set_xlabel("step", fontsize=8)
+    ax.grid(alpha=0.3)
+  for ax in axes.flat[len(panels) :]:
+    ax.set_axis_off()
+  plots.save(figure, axes[0, 0], path)
+
+
+def main(argv: list[str] | None = None) -> None:
+  parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+  parser.add_argument("--out", type=pathlib.Path, default=HERE / "results")
+  out = parser.parse_args(argv).out
+  gains = everything()
+  write_whole(out / "settings.md", text(gains))
+  for claim, title in _CLAIMS.items():
+    ours = [gain for gain in gains if gain.claim == claim]
+    if ours:
+      forest(out / f"claim-{claim}.png", title, ours)
+  if files := sorted((HERE / "results").glob("*told-apart.csv")):
+    areas(out / "claim-told-apart.png", files)
+
+
+if __name__ == "__main__":
+  main()
