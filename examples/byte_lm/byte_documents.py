@@ -1,7 +1,5 @@
 """Documents: which are far from the others, and whether those are the wrong ones."""
 
-import csv
-import io
 import pathlib
 
 import numpy as np
@@ -10,7 +8,7 @@ from sklearn.metrics import roc_auc_score
 from byte_text import KINDS
 from common.experiment import Experiment
 from common.storage import write_whole
-from common.tables import aligned, spread
+from common.tables import aligned, spread, write_csv
 
 SIGNALS = {"distances": "distance", "loss": "loss", "norms": "gradient norm"}
 _LISTED = 20
@@ -59,11 +57,7 @@ def write(path: pathlib.Path, one: Experiment) -> list[str]:
     if arm == listed:
       for seed, (of, schedule) in enumerate(zip(found, one.schedules)):
         table += _lines(of, schedule, seed)
-  stream = io.StringIO()
-  writer = csv.DictWriter(stream, table[0].keys(), lineterminator="\n")
-  writer.writeheader()
-  writer.writerows(table)
-  write_whole(path / "documents.csv", stream.getvalue())
+  write_csv(path / "documents.csv", table)
   first = [line for line in table if line["seed"] == 0 and line["seen"]]
   write_whole(path / "documents.md", _listing(first, listed))
   return [aligned(lines)]

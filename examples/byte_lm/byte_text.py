@@ -71,6 +71,7 @@ class Schedule:
   in a document.
 
   Attributes:
+    names: of the documents.
     kinds: int `[documents]`, what is wrong with each, in `KINDS`.
     documents: int `[steps, k, b]`, which one each window is from.
     wrong: bool `[steps, k]`, which microbatches are from wrong documents.
@@ -79,7 +80,7 @@ class Schedule:
   """
 
   def __init__(self, text: Text, part: Part, seed: int):
-    self._text, self._seed = text, seed
+    self._text, self._seed, self.names = text, seed, text.names
     self.control_key = (seed, *b"choice")
     number, k = len(text.sizes), part.num_microbatches
     order, rng = _rng(seed, _SHARDS).permutation(number), _rng(seed, _HELD_OUT)
