@@ -75,7 +75,7 @@ def _panels(parts, title):
   for axes in panels[len(parts) :]:
     axes.remove()
   for axes, part in zip(panels, parts):
-    axes.set_title(part.title, fontsize=10)
+    axes.set_title(part.title.replace(": ", ":\n"), fontsize=10)
     axes.grid(alpha=0.3)
   return figure, panels
 
@@ -112,8 +112,12 @@ def _differences(axes, part, summaries):
       found.mean, -i, xerr=found.margin, fmt="o", color=_ROLES[arm.role], capsize=3
     )
   axes.axvline(0, color="gray", linewidth=0.8, zorder=1)
-  axes.set_yticks([-i for i in range(len(others))], [arm.label for arm in others])
+  axes.set_yticks(
+    [-i for i in range(len(others))],
+    [arm.label.replace(", as ", ",\nas ") for arm in others],
+  )
   axes.tick_params(axis="y", labelsize=7)
+  axes.locator_params(axis="x", nbins=5)
   axes.set_xlabel("bits per byte, lower is better")
 
 
