@@ -10,7 +10,7 @@ _SLOWEST = 100.0
 
 
 class ByteTransformer(nn.Module):
-  """Pre-norm decoder with rotary positions; its embedding is its output layer too."""
+  """Pre-norm decoder with rotary positions; its output layer is called `head`."""
 
   width: int = 96  # Of the residual stream, a multiple of twice the number of heads
   depth: int = 2  # Number of blocks
@@ -19,15 +19,14 @@ class ByteTransformer(nn.Module):
   @nn.compact
   def __call__(self, tokens: jax.Array) -> jax.Array:
     """Logits float32 `[b, t, 256]` of the byte after each of `tokens` `[b, t]`."""
-    embed = nn.Embed(
-      VOCABULARY, self.width, embedding_init=nn.initializers.normal(0.02)
-    )
-    x = embed(tokens)
+    small = nn.initializers.normal(0.02)
+    x = nn.Embed(VOCABULARY, self.width, embedding_init=small)(tokens)
     for _ in range(self.depth):
       x = x + self._attention(nn.LayerNorm()(x))
       hidden = nn.relu(nn.Dense(4 * self.width)(nn.LayerNorm()(x)))
       x = x + nn.Dense(self.width)(hidden)
-    return embed.attend(nn.LayerNorm()(x))
+    head = nn.Dense(VOCABULARY, use_bias=False, kernel_init=small, name="head")
+    return head(nn.LayerNorm()(x))
 
   def _attention(self, x):
     of_heads = (3, self.heads, self.width // self.heads)

@@ -1,5 +1,6 @@
 """Byte LM: its text, its model, its controls, its report, and runs that go on."""
 
+import csv
 import dataclasses
 import functools
 import importlib.util
@@ -20,6 +21,7 @@ _DIRECTORY = pathlib.Path(__file__).resolve().parents[2] / "examples" / "byte_lm
 # Last, since the other example has a train.py, too.
 sys.path.append(str(_DIRECTORY))
 
+import byte_documents  # noqa: E402
 import byte_model  # noqa: E402
 import byte_report  # noqa: E402
 import byte_text  # noqa: E402
@@ -32,7 +34,8 @@ command = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(command)
 
 _SMALL = ("--steps", "40", "--seeds", "2", "--num-microbatches", "4")
-_SMALL += ("--microbatch-size", "1", "--parts", "code-page", "--tau", "0.9")
+_SMALL += ("--microbatch-size", "1", "--tau", "0.9", "--parts", "code-page")
+_MEMORY = "majority_memory_0.98_adaptive"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,8 +49,9 @@ def small(quickly_compiled):
       trainers[key] = byte_training.ByteTrainer(text, steps, num_microbatches)
     return trainers[key]
 
-  model = functools.partial(byte_model.ByteTransformer, width=16, depth=1, heads=2)
+  model = functools.partial(byte_model.ByteTransformer, depth=1, heads=2)
   with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(byte_training, "_WIDTH", 16)
     patch.setattr(byte_training, "ByteTransformer", model)
     patch.setattr(command, "ByteTrainer", trainer)
     yield
@@ -64,6 +68,24 @@ def _run(path, *argv):
 def whole(tmp_path_factory):
   """A run that nothing interrupted."""
   path = tmp_path_factory.mktemp("whole") / "run"
+  assert _run(path, "documents") == 0
+  return path
+
+
+@pytest.fixture
+def of_memory(monkeypatch):
+  """The command with the plain mean, the memory and its controls alone."""
+  all_arms = command._by_source
+
+  def some(*args):
+    return [arm for arm in all_arms(*args) if "memory" in arm.name or arm == arms.PLAIN]
+
+  monkeypatch.setattr(command, "_by_source", some)
+
+
+@pytest.fixture
+def uninterrupted(of_memory, tmp_path):
+  path = tmp_path / "whole"
   assert _run(path) == 0
   return path
 
@@ -75,11 +97,15 @@ def _schedule(name, seed=0, steps=6, k=8, size=3):
   return byte_text.Schedule(_counting(), part, seed)
 
 
-def _counting(length=4000):
+def _counting(documents=16, size=251):
   """A text in which each byte is the one before and 1, modulo 251."""
-  training = (np.arange(length) % 251).astype(np.uint8)
-  windows = np.tile(training[: byte_text.CONTEXT + 1], (4, 1))
-  return byte_text.Text(training, windows, "counting", "counting")
+  training = (np.arange(documents * size) % 251).astype(np.uint8)
+  windows = np.tile(training[: byte_text.CONTEXT + 2], (24, 1))
+  names = tuple(map(str, range(documents)))
+  sizes = np.full(documents, size)
+  return byte_text.Text(
+    training, names, sizes, windows, windows, "counting", "counting"
+  )
 
 
 # The text.
@@ -103,19 +129,26 @@ def library(tmp_path):
 
 def test_files_are_for_training_or_for_validation_alone(library):
   text = byte_text.load(library)
-  training, validation = set(bytes(text.training)), set(text.validation.ravel())
-  assert training and validation and not training & validation
-  assert training | validation == set(b"abcdefghijklmnopqrstuvwxyz")
-  assert len(text.training) == 100 * len(training)
+  parts = text.training, text.validation.ravel(), text.held_out.ravel()
+  training, validation, chosen = (set(bytes(part)) for part in parts)
+  assert training and validation and chosen
+  letters = b"abcdefghijklmnopqrstuvwxyz"
+  assert sorted([*training, *validation, *chosen]) == sorted(letters)
+  assert len(text.training) == 100 * len(training) == text.sizes.sum()
+  ends = np.cumsum(text.sizes) - 1
+  assert [chr(text.training[end]) for end in ends] == [
+    pathlib.Path(name).stem for name in text.names
+  ]
   names = byte_text.source_files(library)
   held_out = {ord(pathlib.Path(n).stem) for n in names if byte_text.is_validation(n)}
-  assert held_out == validation
+  assert held_out == validation | chosen
 
 
 def test_text_is_the_same_each_time_and_tells_itself_from_another(library):
   first, second = byte_text.load(library), byte_text.load(library)
   np.testing.assert_array_equal(first.training, second.training)
   np.testing.assert_array_equal(first.validation, second.validation)
+  np.testing.assert_array_equal(first.held_out, second.held_out)
   assert first.digest == second.digest
   (library / "package0" / "a.py").write_text("A" * 100)
   assert byte_text.load(library).digest != first.digest
@@ -126,7 +159,7 @@ def test_the_real_library_is_split_about_nine_to_one():
   names = byte_text.source_files(pathlib.Path(os.__file__).parent)
   share = np.mean([byte_text.is_validation(name) for name in names])
   assert len(text.training) > 1_000_000 and 0.05 < share < 0.2
-  assert text.validation.shape == (128, byte_text.CONTEXT + 1)
+  assert text.validation.shape == (128, byte_text.CONTEXT + 2)
 
 
 def test_library_without_sources(tmp_path):
@@ -134,25 +167,59 @@ def test_library_without_sources(tmp_path):
     byte_text.load(tmp_path)
 
 
+def _wrong(right, kind):
+  page = [bytes([x]).decode("latin-1").encode("cp037")[0] for x in right.flat]
+  return {
+    "right": right,
+    "shifted": (right + 1) % 251,
+    "code page": np.reshape(page, right.shape),
+  }[kind]
+
+
 @pytest.mark.parametrize("part", byte_text.PARTS)
 def test_targets_follow_the_inputs_or_are_wrong_as_said(part):
-  schedule = _schedule(part)
-  batches, spared = (schedule.batches(0, 6, clean) for clean in (False, True))
+  schedule = _schedule(part, steps=20)
+  batches, spared = (schedule.batches(0, 20, clean) for clean in (False, True))
   right = (batches.inputs.astype(int) + 1) % 251
-  wrong = {
-    "clean": right,
-    "shifted": (right + 1) % 251,
-    "code-page": np.reshape(
-      [bytes([x]).decode("latin-1").encode("cp037")[0] for x in right.flat], right.shape
-    ),
-  }[part]
-  number = 0 if part == "clean" else 3
-  np.testing.assert_array_equal(schedule.wrong.sum(axis=1), [number] * 6)
-  assert part == "clean" or len({tuple(w) for w in schedule.wrong}) > 1
-  expected = np.where(schedule.wrong[..., None, None], wrong, right)
-  np.testing.assert_array_equal(batches.targets, expected)
+  kinds = np.array(byte_text.KINDS)[schedule.kinds[schedule.documents]]
+  for kind in byte_text.KINDS[:3]:
+    of = kinds == kind
+    np.testing.assert_array_equal(batches.targets[of], _wrong(right[of], kind))
+  drawn = kinds == "random bytes"
+  assert drawn.any() == (part == "documents")
+  if drawn.any():
+    assert np.mean(batches.targets[drawn] == right[drawn]) < 0.05
+  np.testing.assert_array_equal(schedule.wrong, (kinds != "right")[..., 0])
   np.testing.assert_array_equal(spared.inputs, batches.inputs)
   np.testing.assert_array_equal(spared.targets, right)
+
+
+@pytest.mark.parametrize("part", ["clean", "code-page", "shifted"])
+def test_shards_keep_their_documents_and_one_is_always_wrong(part):
+  of_seeds = [_schedule(part, seed, steps=20) for seed in range(5)]
+  for schedule in of_seeds:
+    assert (schedule.wrong == schedule.wrong[0]).all()
+    assert schedule.wrong[0].sum() == (part != "clean")
+    shards = [set(schedule.documents[:, i].ravel()) for i in range(8)]
+    assert sum(map(len, shards)) == len(set.union(*shards)) == 16
+    # Held-out windows are of the shards in turn.
+    right = (np.arange(byte_text.CONTEXT) + 1)[None, :]
+    wrong = schedule.wrong[0][np.arange(24) % 8, None]
+    kind = {"clean": "right", "code-page": "code page"}.get(part, part)
+    expected = np.where(wrong, _wrong(right, kind), right)
+    np.testing.assert_array_equal(schedule.held_out_targets, expected)
+  assert part == "clean" or len({tuple(s.wrong[0]) for s in of_seeds}) > 1
+
+
+def test_a_fifth_of_the_documents_is_wrong_in_each_way_alike():
+  schedule = _schedule("documents", steps=40)
+  assert sorted(schedule.kinds) == [*[0] * 13, 1, 2, 3]
+  assert set(schedule.documents.ravel()) == set(range(16))
+  right = np.arange(byte_text.CONTEXT) + 1
+  differ = (schedule.held_out_targets != right).any(axis=1)
+  assert differ.sum() == 5
+  other = _schedule("documents", 1)
+  assert not np.array_equal(other.kinds, schedule.kinds)
 
 
 def test_batches_depend_on_seed_and_step_alone():
@@ -210,7 +277,7 @@ def test_steps_are_adamw_on_the_mean_of_what_is_kept(trainer, kept):
   np.testing.assert_array_equal(happened.weights, accepted)
   schedule = optax.warmup_cosine_decay_schedule(0.0, 4e-3, 2, 20)
   adamw = optax.adamw(schedule, b2=0.99, weight_decay=0.01)
-  model = byte_training.ByteTransformer()
+  model = byte_training.ByteTransformer(width=16)
 
   def loss(params, inputs, targets):
     logits = model.apply({"params": params}, inputs[kept, 0])
@@ -246,63 +313,175 @@ def test_skipped_steps_move_the_schedule_alone(trainer):
   assert int(schedule) == 3
 
 
+def _advanced(trainer, arm, name="shifted", kept=None):
+  """Batches, and what an arm makes of them: its learner and its trace."""
+  schedule = _schedule(name, k=4, size=1 if name == "shifted" else 3)
+  batches = schedule.batches(0, 4, False)
+  learner, happened = trainer.advance(arm, trainer.init(arm, 0), batches, kept)
+  return batches, learner, jax.tree.map(np.asarray, happened)
+
+
+def test_average_of_the_weights_alone_is_validated(trainer):
+  ema = dataclasses.replace(arms.PLAIN, ema_decay=0.5)
+  schedule, learner = _schedule("shifted", k=4, size=1), trainer.init(ema, 0)
+  expected = learner.params
+  for step in range(3):
+    seen = schedule.batches(step, step + 1, False)
+    learner, _ = trainer.advance(ema, learner, seen, None)
+    expected = jax.tree.map(lambda a, b: (a + b) / 2, expected, learner.params)
+  close = functools.partial(np.testing.assert_allclose, atol=1e-6)
+  jax.tree.map(close, learner.average, expected)
+  plain = learner._replace(average=None, params=learner.average)
+  ours, theirs = (
+    trainer.evaluate(ema, one, schedule)["validation_loss"] for one in (learner, plain)
+  )
+  assert ours == theirs
+
+
+def test_smallest_loss_goes_by_the_running_mean_of_each_source(trainer):
+  control = arms.Arm("loss", "", imitates="plain", control="loss")
+  two = _chosen(np.tile([True, True, False, False], (4, 1)))
+  _, _, happened = _advanced(trainer, control, kept=two)
+  mean = np.zeros(4)
+  for losses, accepted in zip(happened.loss, happened.accepted):
+    mean = 0.98 * mean + 0.02 * losses
+    np.testing.assert_array_equal(np.flatnonzero(accepted), np.sort(mean.argsort()[:2]))
+
+
+def test_label_smoothing_spreads_a_share_over_all_bytes(trainer):
+  smoothed = dataclasses.replace(arms.PLAIN, smoothing=0.25)
+  batches, _, happened = _advanced(trainer, smoothed)
+  params = trainer.init(arms.PLAIN, 0).params
+  model = byte_training.ByteTransformer(width=16)
+  logits = jax.jit(model.apply)({"params": params}, batches.inputs[0, :, 0])
+  logs = np.asarray(jax.nn.log_softmax(logits), float)
+  of_target = np.take_along_axis(
+    logs, batches.targets[0, :, 0, :, None].astype(int), -1
+  )
+  expected = -(0.75 * of_target[..., 0] + 0.25 * logs.mean(-1)).mean(-1) / np.log(2)
+  np.testing.assert_allclose(happened.loss[0], expected, rtol=1e-5)
+
+
+def test_single_sequences_are_compared_by_the_last_layer(trainer):
+  compared = arms.gaf_arms(
+    2, [], quantile=0.5, by_example=True, rule="nearest_neighbors"
+  )
+  batches, _, happened = _advanced(trainer, compared[0], "documents")
+  params = trainer.init(compared[0], 0).params
+  model = byte_training.ByteTransformer(width=16)
+
+  def loss(params, inputs, targets):
+    logits = model.apply({"params": params}, inputs)
+    targets = jax.nn.one_hot(targets, 256)
+    return optax.softmax_cross_entropy(logits, targets).mean() / jnp.log(2.0)
+
+  grads = jax.jit(jax.vmap(jax.grad(loss), (None, 0, 0)))(
+    params, batches.inputs[0], batches.targets[0]
+  )
+  rows = np.asarray(grads["head"]["kernel"], float).reshape(12, -1)
+  norms = np.linalg.norm(rows, axis=1)
+  distances = 1 - rows @ rows.T / np.outer(norms, norms)
+  nearest = np.sort(distances, axis=1)[:, 1:6].mean(axis=1)
+  np.testing.assert_allclose(happened.norms[0], norms, rtol=1e-4)
+  np.testing.assert_allclose(happened.distances[0], nearest, atol=1e-4)
+  kept = np.zeros(12, bool)
+  kept[nearest.argsort()[:6]] = True
+  np.testing.assert_array_equal(happened.accepted[0], kept)
+
+
 # The command.
 
 
 def test_outputs(whole):
   names = {path.name for path in whole.iterdir()}
-  plots = {"validation_loss.png", "cosine_distance.png"}
+  plots = {f"{name}.png" for name in ("validation_loss", "differences")}
+  plots |= {"sources.png", "documents.png"}
   files = {"config.json", "metrics.jsonl", "results.md", "results.csv", "checkpoints"}
-  assert names == files | plots
+  assert names == files | plots | {"documents.md", "documents.csv"}
   for name in plots:
     assert (whole / name).read_bytes().startswith(b"\x89PNG")
-  assert len((whole / "results.csv").read_text().splitlines()) == 1 + 6 * 2
+  with open(whole / "results.csv", newline="") as file:
+    lines = list(csv.DictReader(file))
+  parts = command.parts(command._parsed([*_SMALL, "documents"]))
+  expected = [
+    (part.name, arm.name, arm.role, str(seed))
+    for part in parts
+    for arm in part.arms
+    for seed in range(2)
+  ]
+  fields = "part", "arm", "role", "seed"
+  assert [tuple(line[field] for field in fields) for line in lines] == expected
+  for line in lines:
+    final, best, picked = (float(line[name]) for name in ("final", "best", "picked"))
+    assert 0 < best <= min(final, picked) < 9
 
 
 def test_controls_accept_as_many_as_what_they_imitate(whole, final_arrays):
-  arrays = final_arrays(whole, "code-page")
-  for rule in command.RULES:
-    gaf, control = (
-      arrays[f"{rule}_tau0.9{kind}"]["trace"]["accepted"]
-      for kind in ("", "_random_choice")
-    )
-    np.testing.assert_array_equal(gaf.sum(axis=2), control.sum(axis=2))
-    for ours, theirs in zip(gaf, control):
-      assert 0 < ours.sum() < ours.size and not np.array_equal(ours, theirs)
+  for part in command.parts(command._parsed([*_SMALL, "documents"])):
+    arrays = final_arrays(whole, part.name)
+    for arm in part.arms:
+      if arm.control in ("choice", "loss"):
+        gaf, control = (
+          arrays[name]["trace"]["accepted"] for name in (arm.imitates, arm.name)
+        )
+        np.testing.assert_array_equal(gaf.sum(axis=2), control.sum(axis=2))
+        assert part.name != "documents" or not np.array_equal(gaf, control)
+      if arm.control == "right":
+        kept = arrays[arm.name]["trace"]["accepted"]
+        for seed in range(2):
+          schedule = byte_text.Schedule(byte_text.load(), part, seed)
+          np.testing.assert_array_equal(kept[seed], ~schedule.wrong)
 
 
-def test_two_microbatches_have_a_choice_too():
-  (part, _) = command.parts(
-    command._parsed(["--num-microbatches", "2", "--parts", "shifted", "clean"])
-  )[::-1]
-  for arm in filter(lambda arm: arm.is_gaf, part.arms):
-    assert list(part.controls(arm.name)) == ["choice"]
+def _rows(path):
+  lines = (path / storage.METRICS).read_text().splitlines()
+  return [json.loads(line) for line in lines]
 
 
 def test_loss_falls(whole):
-  lines = (whole / storage.METRICS).read_text().splitlines()
-  rows = [json.loads(line) for line in lines]
-  for arm in {row["arm"] for row in rows}:
-    for seed in range(2):
-      losses = [
-        row["validation_loss"]
-        for row in rows
-        if (row["arm"], row["seed"]) == (arm, seed)
-      ]
-      assert len(losses) == 20 and losses[0] > 7.5  # 8 bits at the beginning
-      assert losses[-1] < losses[0] - 0.5, arm
+  rows = _rows(whole)
+  for key in {(row["part"], row["arm"], row["seed"]) for row in rows}:
+    losses = [
+      row["validation_loss"]
+      for row in rows
+      if (row["part"], row["arm"], row["seed"]) == key
+    ]
+    assert len(losses) == 10 and losses[0] > 7.5  # 8 bits at the beginning
+    # An average of weights lags behind.
+    assert losses[-1] < losses[0] - (0.05 if key[1] == "ema" else 0.5), key
+
+
+def test_lines_say_what_the_filter_did_and_what_the_memory_holds(whole, final_arrays):
+  learners = final_arrays(whole, "code-page")[_MEMORY]["learners"]
+  rows = [row for row in _rows(whole) if row["arm"] == _MEMORY]
+  for seed, learner in enumerate(learners):
+    (mean,) = [
+      leaf
+      for path, leaf in jax.tree_util.tree_leaves_with_path(learner)
+      if "memory" in jax.tree_util.keystr(path) and "mean" in jax.tree_util.keystr(path)
+    ]
+    # The second nearest of three others makes a majority of four with it.
+    others = np.sort(mean[0] - 9 * np.eye(4), axis=1)
+    last = [row for row in rows if row["seed"] == seed][-1]
+    said = [last[f"source_{i + 1}/agreement"] for i in range(4)]
+    np.testing.assert_allclose(said, others[:, -2], atol=1e-6)
+    accepted = final_arrays(whole, "code-page")[_MEMORY]["trace"]["accepted"][seed]
+    said = [last[f"source_{i + 1}/accept_rate"] for i in range(4)]
+    np.testing.assert_allclose(said, accepted.mean(axis=0), atol=1e-5)
+    assert last["gaf/num_accepted"] == accepted[-1].sum()
+    assert last["gaf/accept_rate"] == pytest.approx(accepted.mean(), abs=1e-5)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_and_resumed(
-  whole, tmp_path, monkeypatch, capsys, assert_same_run, number
+def test_stopped_within_the_memory_and_resumed(
+  uninterrupted, tmp_path, monkeypatch, capsys, assert_same_run, final_arrays, number
 ):
   append, appended = storage.RunDirectory.append_metrics, []
 
   def append_and_stop(self, row):
     append(self, row)
     appended.append(row)
-    if len(appended) == 70:
+    if len(appended) == 30:
       os.kill(os.getpid(), number)
 
   with monkeypatch.context() as patch:
@@ -310,11 +489,17 @@ def test_stopped_and_resumed(
     assert _run(tmp_path / "run") == 128 + number
   assert "--resume" in capsys.readouterr().err
   assert not (tmp_path / "run" / "results.md").exists()
+  held = final_arrays(tmp_path / "run", "code-page")
+  assert sorted(held) == [_MEMORY, "plain"]
+  steps = held[_MEMORY]["trace"]["accepted"].any(axis=(0, 2))
+  assert 0 < steps.sum() < len(steps)
   assert _run(tmp_path / "run", "--resume") == 0
-  assert_same_run(tmp_path / "run", whole, "code-page")
+  assert_same_run(tmp_path / "run", uninterrupted, "code-page")
 
 
-def test_dead_between_two_checkpoints(whole, tmp_path, monkeypatch, assert_same_run):
+def test_dead_between_two_checkpoints(
+  uninterrupted, tmp_path, monkeypatch, assert_same_run
+):
   class Died(BaseException):
     pass
 
@@ -322,7 +507,7 @@ def test_dead_between_two_checkpoints(whole, tmp_path, monkeypatch, assert_same_
 
   def die(*args):
     stopped.append(args)
-    if len(stopped) > 50:
+    if len(stopped) > 30:
       raise Died
     return stops(*args)
 
@@ -330,7 +515,7 @@ def test_dead_between_two_checkpoints(whole, tmp_path, monkeypatch, assert_same_
     patch.setattr(experiment.Trainer, "observed", die)
     _run(tmp_path / "run", "--checkpoint-seconds", "1000")
   assert _run(tmp_path / "run", "--resume") == 0
-  assert_same_run(tmp_path / "run", whole, "code-page")
+  assert_same_run(tmp_path / "run", uninterrupted, "code-page")
 
 
 @pytest.fixture
@@ -354,7 +539,7 @@ def refused(capsys):
 @pytest.mark.parametrize(
   "argv, said",
   [
-    (["--steps", "30"], "multiple of 20"),
+    (["--steps", "25"], "multiple of 10"),
     (["--steps", "0"], "at least 1"),
     (["--seeds", "none"], "at least 1, got 'none'"),
     (["--num-microbatches", "1"], "at least 2"),
@@ -370,7 +555,7 @@ def test_bad_options(refused, argv, said):
 
 def test_bad_directories(refused, whole, tmp_path):
   assert "already holds something" in refused("--out", whole)
-  other = refused(*_SMALL, "--out", whole, "--resume", "--seeds", "3")
+  other = refused(*_SMALL, "documents", "--out", whole, "--resume", "--seeds", "3")
   assert "--seeds was 2, now it is 3" in other
   said = refused("--out", whole / "results.md")
   assert "results.md cannot be written to: File exists." in said
@@ -381,7 +566,9 @@ def test_bad_directories(refused, whole, tmp_path):
 def test_another_text_is_not_resumed(refused, whole, tmp_path):
   config = json.loads((whole / "config.json").read_text())
   (tmp_path / "config.json").write_text(json.dumps(config | {"--text": "other"}))
-  assert "--text was other" in refused(*_SMALL, "--out", tmp_path, "--resume")
+  assert "--text was other" in refused(
+    *_SMALL, "documents", "--out", tmp_path, "--resume"
+  )
 
 
 def test_damaged_checkpoint(refused, whole, tmp_path):
@@ -389,56 +576,70 @@ def test_damaged_checkpoint(refused, whole, tmp_path):
   for file in (tmp_path / "run/checkpoints/code-page/plain").rglob("*"):
     if file.is_file():
       file.write_bytes(b"")
-  assert "cannot be read" in refused(*_SMALL, "--out", tmp_path / "run", "--resume")
+  assert "cannot be read" in refused(
+    *_SMALL, "documents", "--out", tmp_path / "run", "--resume"
+  )
 
 
 # The report.
 
 
 def test_summary_of_a_case_by_hand():
-  loss = np.full((20, 2), 5.0, np.float32)
-  loss[18:] = [[1.0, 9.0], [2.0, 3.0]]
-  wrong = np.zeros((20, 2), bool)
-  wrong[18, 1] = wrong[0, 0] = True
-  accepted = np.zeros((20, 2), bool)
-  accepted[0] = accepted[1] = True
-  distances = np.full((20, 2), [np.nan, 0.5], np.float32)
-  distances[0] = [np.nan, 1.75]
-  distances[19] = [1.0, 1.25]
-  validation = np.linspace(4, 3, 20)
-  validation[7] = 2.5
-  trace = byte_training.Trace(loss, distances, accepted, None)
-  twice = byte_training.Trace(*(x if x is None else np.stack([x, x]) for x in trace))
-  both = np.stack([wrong, wrong]), np.stack([validation, validation])
-  summary = byte_report.Summary.of(twice, *both)
+  accepted, wrong = np.zeros((2, 2, 20, 2), bool)
+  accepted[:, 0] = accepted[:, 1] = True
+  wrong[:, 0, 0] = wrong[:, 18, 1] = True
+  validation = np.tile(np.linspace(4, 3, 10), (2, 1))
+  validation[:, 7] = 2.5
+  held_out = np.full((2, 10), 5.0)
+  held_out[0, 2] = held_out[1, 9] = 4.0
+  summary = byte_report.Summary.of(accepted, wrong, validation, held_out)
   expected = dict(
-    best=2.5,
-    final=3.0,
-    training=2.0,  # of 1, 2 and 3
-    accepted=0.1,
-    from_wrong=0.25,
-    taken=0.1,
-    first_distance=1.125,
-    last_distance=2.75 / 3,
-    largest_mean=1.75,
-    largest=1.75,
+    final=[3.0] * 2,
+    best=[2.5] * 2,
+    picked=[4 - 2 / 9, 3.0],
+    accepted=[0.1] * 2,
+    from_wrong=[0.25] * 2,
+    taken=[0.1] * 2,
   )
   assert vars(summary).keys() == expected.keys()
   for name, values in vars(summary).items():
-    np.testing.assert_allclose(values, [expected[name]] * 2, err_msg=name)
+    np.testing.assert_allclose(values, expected[name], err_msg=name)
 
 
-def test_tables_compare_with_the_right_arms():
+def test_tables_compare_with_all_but_other_arms_controls():
   (part,) = command.parts(command._parsed(["--parts", "shifted", "--tau", "0.9"]))
-  final = {arm: np.array([float(i), i]) for i, arm in enumerate(part.arms)}
   summaries = {
-    arm: byte_report.Summary(value + 10, value, *[value] * 8)
-    for arm, value in final.items()
+    arm: byte_report.Summary(*(np.full(2, float(i + n)) for n in range(6)))
+    for i, arm in enumerate(part.arms)
   }
-  _, _, *lines = byte_report.differences_table(part, summaries).splitlines()
-  first, second = (
-    [cell.strip() for cell in line.strip("|").split("|")] for line in lines
-  )
-  # In the order of the arms: plain, two pairs of GAF and control, nothing wrong.
-  assert first == ["GAF sequential tau 0.9", *["+1.000", "-1.000", "-4.000"] * 2]
-  assert second == ["GAF most_neighbors tau 0.9", *["+3.000", "-1.000", "-2.000"] * 2]
+  memory = part.arm(_MEMORY)
+  place = part.arms.index(memory)
+  table = byte_report.differences_table(memory, part, summaries)
+  _, _, *lines = [
+    [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()
+  ]
+  expected = [
+    [arm.label, *[f"{place - i:+.3f}"] * 3]
+    for i, arm in enumerate(part.arms)
+    if arm != memory
+  ]
+  assert lines == expected and len(lines) == 8
+  (step,) = [arm for arm in part.arms if arm.is_gaf and arm != memory]
+  table = byte_report.differences_table(step, part, summaries)
+  assert "random choice" not in table and "right sources only" in table
+
+
+def test_scores_are_means_less_those_of_the_steps():
+  signal = np.array([[1.0, 3.0], [5.0, np.nan], [2.0, 4.0]])
+  documents = np.array([[0, 1], [1, 0], [1, 1]])
+  found = byte_documents.scores(signal, documents, 3)
+  np.testing.assert_allclose(found, [-1.0, (1 + 0 - 1 + 1) / 4, np.nan])
+
+
+def test_areas_and_the_share_of_wrong_ones_among_the_worst():
+  kinds = np.array([0, 0, 0, 1, 2, 3, 3])
+  score = np.array([1.0, 2.0, 3.0, 4.0, 2.5, 0.0, np.nan])
+  # Of nine pairs of a wrong and a right one that are known, five are in order.
+  expected = [5 / 9, 1.0, 2 / 3, 0.0]
+  np.testing.assert_allclose(byte_documents.areas(score, kinds), expected)
+  assert byte_documents.precision(score, kinds) == pytest.approx(2 / 3)
