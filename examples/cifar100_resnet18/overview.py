@@ -111,7 +111,7 @@ def regrets(path: pathlib.Path) -> str:
   lines = [["", *(f"{score}: {which}" for score in SCORES for which in _BEHIND)]]
   rows = []
   for name in in_all:
-    row, mean = [settings[0][name][0]["label"].partition(", as m")[0]], []
+    row, mean = [_short(settings[0][name][0]["label"])], []
     for score in SCORES:
       of = lambda seeds: _numbers(seeds, score).mean()
       behind = [max(map(of, eligible(a).values())) - of(a[name]) for a in settings]
@@ -144,7 +144,7 @@ def _gains(name, arms, sign):
       rival = max(rivals, key=lambda one: of[one].mean())
       chance[score] = Difference.of(of[arm], of[control])
       against[score] = Difference.of(of[arm], of[rival])
-      best[score] = first[rival]["label"].partition(",")[0]
+      best[score] = _short(first[rival]["label"])
     claim = line.get("claim") or claim_of(name)
     kept, wrong = (
       _numbers(arms[arm], field).mean() for field in ("accepted", "from_wrong")
@@ -153,6 +153,13 @@ def _gains(name, arms, sign):
       Gain(claim, line["title"], line["label"], kept, wrong, chance, against, best)
     )
   return found
+
+
+def _short(label):
+  """The label of an arm without what it imitates."""
+  what, _, imitated = label.partition(", as m")
+  average = ", weight EMA"
+  return what + average if imitated.endswith(average) else what
 
 
 def _numbers(seeds, field):

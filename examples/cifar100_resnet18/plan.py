@@ -24,7 +24,7 @@ CORRUPTIONS = {
   "pixels": "scrambled pixels",
   "normalization": "unnormalized pixels",
   "stale": "parameters up to 100 steps old",
-  HUMAN: "labels of --noisy-labels, the others right ones",
+  HUMAN: "labels that people got wrong",
 }
 
 

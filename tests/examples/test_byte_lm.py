@@ -34,7 +34,7 @@ command = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(command)
 
 _SMALL = ("--steps", "40", "--seeds", "2", "--num-microbatches", "4")
-_SMALL += ("--microbatch-size", "1", "--tau", "0.9", "--parts", "code-page")
+_SMALL += ("--microbatch-size", "2", "--tau", "0.9", "--parts", "code-page")
 _MEMORY = "majority_memory_0.98_adaptive"
 
 
@@ -61,7 +61,7 @@ _CONTROL = arms.Arm("control", "control", imitates="plain", control="choice")
 
 
 def _run(path, *argv):
-  return command.main([*_SMALL, "--out", str(path), *map(str, argv)])
+  return command.main([*_SMALL, *map(str, argv), "--out", str(path)])
 
 
 @pytest.fixture(scope="module")
