@@ -125,7 +125,7 @@ def test_main_job_has_its_parts_and_every_control():
       # With two microbatches random choice would be GAF itself. What is combined with
       # the simple ways is for those to be compared with.
       usual = ["choice"] if arm.by_example or part.num_microbatches > 2 else ["steps"]
-      assert kinds[:1] == ([] if arm.mixup else usual)
+      assert kinds[:1] == ([] if arm.ema_decay else usual)
       for control in part.controls(arm.name).values():
         before = part.arms[: part.arms.index(control)]
         assert arm in before and not control.is_gaf

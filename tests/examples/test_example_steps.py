@@ -353,18 +353,22 @@ def test_examples_are_compared_by_the_last_layer_with_their_nearest(images, ways
 
 
 @pytest.mark.parametrize(
-  "control, mixup, warm_up",
-  [("choice", True, 0), ("loss", False, 0), ("loss", True, 1)],
+  "control, mixup, step",
+  [
+    ("choice", True, 0),
+    # At first all take part: the losses of a new network say little.
+    ("loss", False, training.WARM_UP - 1),
+    ("loss", False, training.WARM_UP),
+  ],
 )
-def test_controls_of_examples(images, control, mixup, warm_up, monkeypatch):
-  monkeypatch.setattr(training, "WARM_UP", warm_up)
+def test_controls_of_examples(images, control, mixup, step):
   gaf, *controls = plan.gaf_arms(_K, quantile=0.5, mixup=mixup, **plan.BY_EXAMPLE)
   (arm,) = (one for one in controls if one.control == control)
-  part = _part([plan.PLAIN, gaf, *controls])
+  part = _part([plan.PLAIN, gaf, *controls], steps=step + 1)
   trainer = training.Trainer(part, images)
   learner = trainer.init(arm, 0)
   params = _host(learner.params)
-  seen = _seen(part, images, 0, 1)
+  seen = _seen(part, images, step, step + 1)
   losses, grads, *shown = _of_examples(images, part, seen, params)
   chosen = np.zeros((1, _K * _SIZE), bool)
   chosen[0, [1, 5, 6, 20]] = True
@@ -373,12 +377,13 @@ def test_controls_of_examples(images, control, mixup, warm_up, monkeypatch):
   )
   accepted = chosen[0]
   if control == "loss":
-    accepted = losses <= np.sort(losses)[-1 if warm_up else 3]
+    number = 4 if step >= training.WARM_UP else len(losses)
+    accepted = losses <= np.sort(losses)[number - 1]
     assert np.any(accepted != chosen[0])
   np.testing.assert_array_equal(trace.accepted[0], accepted)
   mean = _mean(grads, accepted)
   if mixup:
-    mean = _mixed_mean(params, 0, *shown, accepted)
+    mean = _mixed_mean(params, step, *shown, accepted)
   _assert_close(learner.params, jax.tree.map(lambda p, g: p - 0.1 * g, params, mean))
 
 
