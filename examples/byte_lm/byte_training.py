@@ -25,7 +25,7 @@ from common.experiment import Trainer
 
 _WIDTH = 64
 _LEARNING_RATE = 4e-3
-_WARM_UP = 0.1  # Share of the steps.
+_WARM_UP = 0.1  # Share of the steps: of the learning rate, and until losses decide.
 _WEIGHT_DECAY = 0.01
 # Of the losses of sources, as of their cosines.
 _MEMORY = 0.98
@@ -65,10 +65,11 @@ class ByteTrainer(Trainer):
     super().__init__()
     self._model = ByteTransformer(width=_WIDTH)
     self._text, self._num_microbatches = text, num_microbatches
+    self._warm_up = max(1, int(_WARM_UP * steps))
     # Outside of what is skipped, so that it goes by steps in every arm and all of
     # them end with the same learning rate. AdamW's moments and decay are inside.
     self._schedule = optax.warmup_cosine_decay_schedule(
-      0.0, _LEARNING_RATE, max(1, int(_WARM_UP * steps)), steps
+      0.0, _LEARNING_RATE, self._warm_up, steps
     )
 
   def init(self, arm: Arm, seed: int) -> Learner:
@@ -167,6 +168,9 @@ class ByteTrainer(Trainer):
       )
     return optax.chain(filtered, optax.scale_by_learning_rate(self._schedule))
 
+  def _warming_up(self, learner):
+    return learner.opt_state[-1].count < self._warm_up
+
   def _loss(self, params, inputs, targets, smoothing=0.0):
     logits = self._model.apply({"params": params}, inputs)
     wanted = optax.smooth_labels(jax.nn.one_hot(targets, logits.shape[-1]), smoothing)
@@ -181,7 +185,8 @@ class ByteTrainer(Trainer):
     source_losses = learner.source_losses
     if arm.control == "loss":
       source_losses = _MEMORY * source_losses + (1 - _MEMORY) * losses
-      chosen = smallest_loss(source_losses, jnp.sum(chosen.accepted))
+      number = jnp.sum(chosen.accepted)
+      chosen = smallest_loss(source_losses, number, self._warming_up(learner))
     transformation = self._transformation(arm, tau, chosen)
     updates, opt_state = transformation.update(grads, learner.opt_state, learner.params)
     state = opt_state[0].gaf_state
@@ -201,7 +206,8 @@ class ByteTrainer(Trainer):
     if arm.imitates:
       kept = chosen
       if arm.control == "loss":
-        kept = smallest_loss(losses, jnp.sum(chosen.accepted))
+        number = jnp.sum(chosen.accepted)
+        kept = smallest_loss(losses, number, self._warming_up(learner))
       accepted, agreed = kept.accepted, jnp.any(kept.accepted)
       weights = kept.weights / jnp.maximum(jnp.sum(kept.weights), 1e-30)
       each = jax.vmap(loss, (None, 0, 0))

@@ -37,8 +37,7 @@ _NO_CLASS = -1
 # Training images whose signals are looked at.
 _NUM_TOLD_APART = 256
 SIGNALS = ("distance", "loss", "gradient norm")
-# Steps that all examples take part in before the smallest losses decide: those of a new
-# network say little.
+# Steps that all take part in before the smallest losses decide.
 WARM_UP = 100
 # Of the losses of sources, as of their cosines.
 _MEMORY = 0.98
@@ -384,7 +383,8 @@ class Trainer(experiment.Trainer):
       deciding = losses
       if source_losses is not None:
         deciding = source_losses = _MEMORY * source_losses + (1 - _MEMORY) * losses
-      chosen = smallest_loss(deciding, jnp.sum(chosen.accepted))
+      number = jnp.sum(chosen.accepted)
+      chosen = smallest_loss(deciding, number, batch.steps < WARM_UP)
     transformation = self._transformation(arm, tau, chosen)
     updates, opt_state = transformation.update(grads, learner.opt_state, learner.params)
     if learner.plateau is not None:
@@ -433,8 +433,7 @@ class Trainer(experiment.Trainer):
       kept = chosen
       if arm.control == "loss":
         number = jnp.sum(chosen.accepted)
-        number = jnp.where(batch.steps < WARM_UP, len(y), number)
-        kept = smallest_loss(losses, number)
+        kept = smallest_loss(losses, number, batch.steps < WARM_UP)
       weights = kept.weights / jnp.maximum(jnp.sum(kept.weights), 1e-30)
       loss, accepted = jnp.mean(losses), kept.accepted
       agreed, nonfinite = jnp.any(accepted), jnp.int32(0)

@@ -57,7 +57,7 @@ class Arm:
     control: how it imitates: 'choice' keeps as many micro-gradients in each step,
       drawn at random; 'steps' takes as many steps with all micro-gradients, at
       random times; 'loss' keeps as many in each step, those with the smallest loss, of
-      persistent sources by its running mean, of examples after a warm-up;
+      persistent sources by its running mean, all of them in a warm-up;
       'right' keeps those of sources that are not wrong.
     clean: whether this arm is spared the wrong sources and labels.
   """
@@ -278,8 +278,15 @@ def random_choice(accepted: np.ndarray, weights: np.ndarray, *key: int) -> Chose
   return Chosen(*(np.take_along_axis(x, order, axis=1) for x in (accepted, weights)))
 
 
-def smallest_loss(losses: jax.Array, number: jax.Array) -> Chosen:
-  """The `number` micro-gradients or examples with the smallest losses `[k]`."""
+def smallest_loss(
+  losses: jax.Array, number: jax.Array, warming_up: jax.Array | bool = False
+) -> Chosen:
+  """The `number` micro-gradients or examples with the smallest losses `[k]`.
+
+  While warming up all are kept: the losses of a new network say little, and what is
+  left out from the first is not learned later.
+  """
+  number = jnp.where(warming_up, len(losses), number)
   kept = jnp.argsort(jnp.argsort(losses)) < number
   return Chosen(kept, kept.astype(jnp.float32))
 
