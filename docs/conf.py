@@ -51,10 +51,14 @@ _PAGES = {
   "examples/cifar100_resnet18/README.md": "experiments.md",
   "examples/cifar100_resnet18/RESULTS.md": "results.md",
 }
-_TABLES = _ROOT / "examples" / "cifar100_resnet18" / "results"
+_TABLES = [
+  _ROOT / folder / "results"
+  for folder in ("examples/cifar100_resnet18", "examples/byte_lm", "benchmarks")
+]
 _PAGES |= {
   path.relative_to(_ROOT).as_posix(): "tables.md"
-  for path in [_TABLES, *_TABLES.glob("*.md")]
+  for folder in _TABLES
+  for path in [folder, *folder.glob("*.md")]
 }
 
 

@@ -10,6 +10,7 @@ reads the csv files that `paper.py --keep results`, `../byte_lm/train.py` and
 import argparse
 import csv
 import dataclasses
+import itertools
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ _CLAIMS = {
   "by-example": "Labels wrong here and there, single examples compared",
   "noise": "Labels wrong here and there, two microbatches compared, as in the paper",
 }
+_AVERAGED = ", weight EMA"
 _MARKERS = {"chance": ("#0072B2", "s"), "rival": ("#CC79A7", "v")}
 _SIGNALS = {"distance": "#0072B2", "loss": "#009E73", "gradient norm": "#E69F00"}
 
@@ -65,6 +67,11 @@ class Gain:
   chance: dict[str, Difference]
   rival: dict[str, Difference]
   best: dict[str, str]
+
+  @property
+  def averaged(self) -> bool:
+    """Whether it is GAF with a moving average of the weights."""
+    return self.label.endswith(_AVERAGED)
 
   def verdict(self, score: str) -> str:
     """'beats' chance and rival beyond the interval, 'loses' to one, or 'ties'."""
@@ -158,8 +165,7 @@ def _gains(name, arms, sign):
 def _short(label):
   """The label of an arm without what it imitates."""
   what, _, imitated = label.partition(", as m")
-  average = ", weight EMA"
-  return what + average if imitated.endswith(average) else what
+  return what + _AVERAGED if imitated.endswith(_AVERAGED) else what
 
 
 def _numbers(seeds, field):
@@ -178,9 +184,12 @@ def everything(folders: Sequence[pathlib.Path] = _FOLDERS) -> list[Gain]:
 def table(gains: Sequence[Gain]) -> str:
   """A Markdown table with a line for each gain, after a count of the verdicts."""
   counts = [["", *(f"{score}: {verdict}" for score in SCORES for verdict in _VERDICTS)]]
-  for claim, said in _CLAIMS.items():
-    ours = [gain for gain in gains if gain.claim == claim]
-    counts.append([f"{said} ({len(ours)})"])
+  for (claim, said), averaged in itertools.product(_CLAIMS.items(), (False, True)):
+    ours = [g for g in gains if (g.claim, g.averaged) == (claim, averaged)]
+    if not ours:
+      continue
+    also = ", with weight EMA" * averaged
+    counts.append([f"{said}{also} ({len(ours)})"])
     for score in SCORES:
       verdicts = [gain.verdict(score) for gain in ours]
       counts[-1] += [str(verdicts.count(verdict)) for verdict in _VERDICTS]
