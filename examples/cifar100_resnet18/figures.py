@@ -265,10 +265,9 @@ def by_example(setting: Setting):
   parts = [
     part(f"flipped{share:g}", 1 - share, label_noise=share) for share in setting.flipped
   ]
-  of_all = len(labels.CONFUSED[setting.base["dataset"]]) / 10  # Share of the classes
-  parts.append(
-    part("confused", 1 - _FLIPPED * of_all, label_noise=_FLIPPED, asymmetric=True)
-  )
+  if pairs := labels.CONFUSED.get(setting.base["dataset"]):
+    right = 1 - _FLIPPED * len(pairs) / 10  # Of ten classes
+    parts.append(part("confused", right, label_noise=_FLIPPED, asymmetric=True))
   return (
     *parts,
     *(part(key, right, noisy_labels_key=key) for key, right in setting.people.items()),

@@ -17,6 +17,8 @@ SIZE = ("steps", "seeds", "eval_every")
 _OF_PART = [name for name in command.options_of(Part) if name not in SIZE]
 _OF_ARM = command.options_of(Arm)
 _DEFAULT_TAU = 0.97
+# Ways to train that go with GAF and with the plain mean.
+_WAYS = ("smoothing", "mixup", "ema_decay")
 # What takes the place of a number, by the name of its option.
 _THRESHOLDS = {
   "target": "target-accept-rate",
@@ -230,6 +232,8 @@ def parts(options: argparse.Namespace) -> tuple[Part, ...]:
   gaf.setdefault("rule", _default_rule(options))
   taus = gaf.pop("tau", [_DEFAULT_TAU])
   arms = [PLAIN]
+  if also := {name: gaf[name] for name in _WAYS if name in gaf}:
+    arms.append(Arm("plain_too", "plain mean, the same ways", **also))
   for one in [{}] if gaf.keys() & _THRESHOLDS else [{"tau": tau} for tau in taus]:
     arms += gaf_arms(k, **gaf, **one)
   if settings.get("wrong_sources"):

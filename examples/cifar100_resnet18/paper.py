@@ -86,7 +86,7 @@ def _said(argv):
   for word in argv:
     if said and said[-1] in unsaid:
       said.pop()
-    elif word != "--resume":
+    elif word != "--resume" and not word.startswith(tuple(f"{x}=" for x in unsaid)):
       said.append(word)
   return " ".join(["python paper.py", *said])
 
@@ -154,6 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.keep is not None:
       setting = "" if options.setting == figures.DIGITS else f"-{options.setting}"
       kept = pathlib.Path(options.keep, options.name + setting)
+      kept.parent.mkdir(parents=True, exist_ok=True)
       write_whole(kept.with_suffix(".md"), _kept(options.said, text))
       for name, suffix in ((picture.name, ".png"), ("results.csv", ".csv")):
         shutil.copyfile(directory.path / name, kept.with_suffix(suffix))

@@ -257,7 +257,8 @@ def comparison(part, summaries: Summaries) -> str:
     paragraphs.append(conclusion(measure, part.seeds, found))
   if part.wrong_sources:
     paragraphs.append(_sources(part, summaries))
-  number = sum(bool(cell) for line in lines[1:] for cell in line[2:])
+  # The best rival is one of the others, or is compared for being the best.
+  number = sum(bool(cell) for line in lines[1:] for cell in line[2:-1])
   if part.seeds >= FEWEST_SEEDS:
     paragraphs.append(
       f"A 95 % interval excludes zero by chance in 5 % of cases, so expect"

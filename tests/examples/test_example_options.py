@@ -294,3 +294,13 @@ def test_ways_to_filter(argv, asked, label, k):
     assert arm.label.endswith(label)
   assert len({arm.name for arm in part.arms}) == len({a.label for a in part.arms})
   assert len({arm.name for arm in part.arms}) == len(part.arms)
+
+
+def test_the_plain_mean_goes_the_same_ways_as_gaf():
+  (part,) = options.parts(options.parse("--mixup --ema-decay 0.9".split()))
+  plain, same, gaf, _ = part.arms
+  assert plain == plan.PLAIN and gaf.is_gaf and same.role == "rival"
+  for arm in (same, gaf):
+    assert arm.mixup and arm.ema_decay == 0.9 and not arm.smoothing
+  (part,) = options.parts(options.parse(["--tau", "0.9"]))
+  assert [arm.role for arm in part.arms] == ["rival", "gaf", "chance"]

@@ -443,3 +443,17 @@ def test_default_directory(tmp_path, monkeypatch):
     assert paper.main(argv) == 0
     path = tmp_path / "runs" / f"microbatch-distance-digits-{number}"
     assert (path / "microbatch-distance.png").exists()
+
+
+@pytest.mark.parametrize("spelt", ["--out {} --keep {} --data-dir {}"] + ["--out={}"])
+def test_the_command_that_is_kept(spelt):
+  argv = f"tau {spelt.replace('{}', 'x')} --resume --seeds 3 --only flipped0.4"
+  said = paper.parse(argv.split()).said
+  assert said == "python paper.py tau --seeds 3 --only flipped0.4"
+
+
+def test_confused_labels_are_of_data_whose_classes_are_known():
+  names = {part.name for part in _parts("by-example", "--setting", "patches")}
+  assert "confused" in names and "worse_label" in names
+  argv = ("--setting", "cifar100", "--model", "mlp")
+  assert "confused" not in {part.name for part in _parts("by-example", *argv)}
