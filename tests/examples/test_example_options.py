@@ -180,10 +180,10 @@ def test_by_example_compares_with_the_nearest_unless_told_otherwise():
 def test_ways_that_anybody_can_use():
   argv = "--label-smoothing 0.1 --mixup --ema-decay 0.9 --num-microbatches 3"
   (part,) = options.parts(options.parse(argv.split()))
-  plain, gaf, *controls = part.arms
-  # GAF and its controls have them; the plain mean is the same in all experiments.
-  assert plain == plan.PLAIN
-  for arm in (gaf, *controls):
+  plain, same, gaf, *controls = part.arms
+  # The plain mean with and without them; GAF and its controls have them.
+  assert plain == plan.PLAIN and same.role == "rival"
+  for arm in (same, gaf, *controls):
     assert (arm.smoothing, arm.mixup, arm.ema_decay) == (0.1, True, 0.9)
   assert gaf.label == "GAF sequential tau 0.97, smoothing 0.1, mixup, weight EMA"
   assert gaf.name == "sequential_tau0.97_smoothing_mixup_ema"
@@ -215,8 +215,7 @@ def test_noise_like_that_of_people():
   assert part.wrong_kind == plan.HUMAN and part.noisy_labels == "x.npz"
   # They are not everybody's.
   assert part.title == (
-    "cifar10, mlp, 1 of 2 microbatches with labels of --noisy-labels, the others right"
-    " ones"
+    "cifar10, mlp, 1 of 2 microbatches with labels that people got wrong"
   )
 
 
@@ -294,13 +293,3 @@ def test_ways_to_filter(argv, asked, label, k):
     assert arm.label.endswith(label)
   assert len({arm.name for arm in part.arms}) == len({a.label for a in part.arms})
   assert len({arm.name for arm in part.arms}) == len(part.arms)
-
-
-def test_the_plain_mean_goes_the_same_ways_as_gaf():
-  (part,) = options.parts(options.parse("--mixup --ema-decay 0.9".split()))
-  plain, same, gaf, _ = part.arms
-  assert plain == plan.PLAIN and gaf.is_gaf and same.role == "rival"
-  for arm in (same, gaf):
-    assert arm.mixup and arm.ema_decay == 0.9 and not arm.smoothing
-  (part,) = options.parts(options.parse(["--tau", "0.9"]))
-  assert [arm.role for arm in part.arms] == ["rival", "gaf", "chance"]
