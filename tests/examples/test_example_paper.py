@@ -381,7 +381,7 @@ def _write_cifar(root, name):
   path = root / folder
   path.mkdir()
   for file in (*files, "test" if name == "cifar100" else "test_batch"):
-    rows = 1_000
+    rows = 1_200
     batch = {
       key: (np.arange(rows) % _CLASSES[name]).tolist(),
       "data": rng.integers(0, 256, (rows, 3072)).astype(np.uint8),
