@@ -102,7 +102,7 @@ def test_outputs(whole):
   assert all(r["accept_rate"] == 1 for r in rows if r["arm"] == "plain")
   # By now mislabeled images differ from the others.
   for name in areas:
-    assert np.mean([row[name] for row in rows if row["step"] == 110]) > 0.6, name
+    assert np.mean([row[name] for row in rows if row["step"] == 110]) > 0.5, name
 
 
 _PICTURED = (
