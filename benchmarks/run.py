@@ -351,7 +351,7 @@ def _compared_resnet(batch, quick):
 
 
 def _compared_transformer(batch, quick):
-  """A decoder on bytes; its embedding is its output, so its last dense layer."""
+  """A decoder on bytes, compared by the last layer of its last block."""
   sys.path.append(str(_EXAMPLES / "byte_lm"))
   import byte_model
 
