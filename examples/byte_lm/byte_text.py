@@ -32,7 +32,7 @@ PARTS = {
   "clean": "nothing wrong",
   "code-page": "one shard wrong: targets in another code page (EBCDIC)",
   "shifted": "one shard wrong: targets shifted once too often",
-  "documents": "one document in five wrong, single sequences compared",
+  "documents": "one document in five wrong: single sequences compared",
 }
 _KIND_OF_SHARD = {"clean": 0, "code-page": 1, "shifted": 2}
 _CODE_PAGE = np.frombuffer(

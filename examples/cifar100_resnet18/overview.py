@@ -79,12 +79,12 @@ class Gain:
     return "loses" if -1 in signs else "beats" if signs == (1, 1) else "ties"
 
 
-def claim_of(name: str) -> str | None:
-  """The claim that a file of results is about, None for one without rivals."""
+def claim_of(name: str, part: str = "") -> str | None:
+  """The claim that a file's part is about, None for a file without rivals."""
+  if name.startswith("by-example") or part == "documents":
+    return "by-example"
   if name.startswith(("memory", "byte")):
     return "memory"
-  if name.startswith("by-example"):
-    return "by-example"
   return "noise" if name.startswith(("noise", "human")) else None
 
 
@@ -152,7 +152,7 @@ def _gains(name, arms, sign):
       chance[score] = Difference.of(of[arm], of[control])
       against[score] = Difference.of(of[arm], of[rival])
       best[score] = _short(first[rival]["label"])
-    claim = line.get("claim") or claim_of(name)
+    claim = line.get("claim") or claim_of(name, line["part"])
     kept, wrong = (
       _numbers(arms[arm], field).mean() for field in ("accepted", "from_wrong")
     )
