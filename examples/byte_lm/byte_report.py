@@ -11,7 +11,14 @@ import byte_plots
 from byte_text import CONTEXT
 from common.arms import Arm, Part
 from common.experiment import Experiment
-from common.tables import FEWEST_SEEDS, Difference, aligned, spread, write_results
+from common.tables import (
+  FEWEST_SEEDS,
+  Difference,
+  aligned,
+  seed_rows,
+  spread,
+  write_results,
+)
 
 _MEASURES = ("final", "best", "picked")
 _LOSSES = ("validation", "held_out")
@@ -81,7 +88,8 @@ def write(
     ]
     if part.name == "documents":
       found += byte_documents.write(path, one)
-    lines += csv_rows(part, summaries)
+    for arm, summary in summaries.items():
+      lines += seed_rows(part, arm, summary)
   byte_plots.draw(path, experiments, of_parts, rows)
   return write_results(path, "\n\n".join(found) + "\n", lines)
 
@@ -101,17 +109,6 @@ def _sizes(part, text):
     " that are as wrong as the training's. Differences are paired by seed, ± half of"
     " their 95 % confidence interval, bold where it excludes zero."
   )
-
-
-def csv_rows(part: Part, summaries: dict[Arm, Summary]) -> list[dict]:
-  """A dict for each arm and seed of a part."""
-  return [
-    {"part": part.name, "title": part.title, "arm": arm.name, "label": arm.label}
-    | {"role": arm.role, "imitates": arm.imitates or "", "seed": seed}
-    | {name: values[seed] for name, values in vars(summary).items()}
-    for arm, summary in summaries.items()
-    for seed in range(part.seeds)
-  ]
 
 
 def results_table(part: Part, summaries: dict[Arm, Summary]) -> str:

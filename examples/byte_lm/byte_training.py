@@ -13,12 +13,12 @@ import gaf_optax
 from byte_model import ByteTransformer
 from byte_text import CONTEXT, Batches, Text
 from common.arms import (
-  RULES,
   Arm,
   Chosen,
   Part,
   already_decided,
   relative,
+  rule_and_tau,
   smallest_loss,
 )
 from common.experiment import Trainer
@@ -86,7 +86,7 @@ class ByteTrainer(Trainer):
         learner = learner._replace(source_losses=jnp.zeros(self._num_microbatches))
       return learner
 
-    key = "init", arm.by_example, _has_memory(arm), arm.ema_decay, arm.control == "loss"
+    key = "init", arm.by_example, arm.has_memory, arm.ema_decay, arm.control == "loss"
     return self._cached(key, lambda: jax.jit(init), np.int32(seed))
 
   def empty_trace(self, part: Part, arm: Arm) -> Trace:
@@ -136,10 +136,10 @@ class ByteTrainer(Trainer):
     """`gaf_optax.metrics` and, of a memory, the table of sources, by name."""
 
     def read(opt_state):
-      columns = gaf_optax.sources(opt_state) if _has_memory(arm) else {}
+      columns = gaf_optax.sources(opt_state) if arm.has_memory else {}
       return gaf_optax.metrics(opt_state), columns
 
-    key = "state", _has_memory(arm)
+    key = "state", arm.has_memory
     scalars, columns = self._cached(key, lambda: jax.jit(read), learner.opt_state)
     found = {f"gaf/{name}": float(value) for name, value in scalars.items()}
     for name, column in columns.items():
@@ -156,14 +156,14 @@ class ByteTrainer(Trainer):
         adamw, lambda step, agreed: agreed, forward_extra_args=True
       )
     else:
-      rule, tau = _rule_and_tau(arm, tau)
+      rule, tau = rule_and_tau(arm, tau)
       if arm.imitates:
         rule, tau = already_decided(chosen), 2.0
       filtered = gaf_optax.apply_if_agreed(
         adamw,
         tau,
         rule=rule,
-        memory_decay=arm.memory_decay if _has_memory(arm) else None,
+        memory_decay=arm.memory_decay if arm.has_memory else None,
         num_microbatches=self._num_microbatches,
       )
     return optax.chain(filtered, optax.scale_by_learning_rate(self._schedule))
@@ -216,7 +216,7 @@ class ByteTrainer(Trainer):
       )
       grads = jax.grad(weighted)(params)
     else:
-      rule, tau = _rule_and_tau(arm, tau)
+      rule, tau = rule_and_tau(arm, tau)
       differentiate = gaf_optax.value_and_grad(
         loss, k, tau, rule=rule, compare=lambda path, leaf: path[0].key == _LAST_LAYER
       )
@@ -254,16 +254,3 @@ def _decision(arm):
   if arm.imitates:
     return "imitates", arm.by_example, arm.control == "loss"
   return dataclasses.replace(arm, name="", label="", tau=2.0, clean=False)
-
-
-def _has_memory(arm):
-  return arm.memory_decay is not None and not arm.imitates
-
-
-def _rule_and_tau(arm, tau):
-  """The rule of an arm, and its tau where that is not a number."""
-  if arm.quantile is not None:
-    tau = gaf_optax.tau_quantile(arm.quantile)
-  elif arm.adaptive:
-    tau = gaf_optax.adaptive_tau()
-  return RULES[arm.rule](), tau

@@ -384,17 +384,7 @@ def _forest(path, figure, results, rows):
         if any_rivals:
           shown["rival"] = report.against_best_rival(part, arm, summaries, measure)[1]
         for row, (kind, one) in enumerate({"plain": plain, **shown}.items()):
-          color, marker = _MARKERS[kind]
-          ax.errorbar(
-            one.mean,
-            at + 0.2 * (row - 1),
-            xerr=one.margin,
-            color=color,
-            marker=marker,
-            markersize=4 if one.sign else 3,
-            markerfacecolor=color if one.sign else "white",
-            linewidth=1,
-          )
+          plots.interval(ax, at + 0.2 * (row - 1), one, *_MARKERS[kind])
   for ax, said in ((left, "final"), (right, "picked")):
     ax.axvline(0, color="gray", linewidth=0.8, zorder=1)
     ax.set_xlabel(f"difference of the test accuracy, {said}")

@@ -47,7 +47,7 @@ class Setting:
   # Share of right ones by array in the file of labels by people.
   people: dict = dataclasses.field(default_factory=dict)
   # How many of eight sources are wrong, by what is wrong with them.
-  wrong: dict = dataclasses.field(default_factory=lambda: {"shifted-labels": (1, 2, 3)})
+  wrong: dict = dataclasses.field(default_factory=lambda: {"shifted-labels": _ALL})
 
   def part(self, name: str, arms, **changed) -> Part:
     """A part, still without a title, of this setting but for what is given."""
@@ -172,9 +172,7 @@ def tau(setting: Setting):
   for value in taus:
     arms += gaf_arms(2, tau=value)
   return tuple(
-    setting.part(
-      f"flipped{share:g}", arms, **{**_flipped(setting), "label_noise": share}
-    )
+    setting.part(f"flipped{share:g}", arms, **_flipped(setting, share))
     for share in (0.0, _FLIPPED)
   )
 
@@ -187,9 +185,9 @@ def _compared(setting, k=2):
   return arms
 
 
-def _flipped(setting):
+def _flipped(setting, share=_FLIPPED):
   """Flipped labels, and fewer steps, since there are many parts or arms."""
-  return dict(label_noise=_FLIPPED, steps=setting.base["steps"] // 2)
+  return dict(label_noise=share, steps=setting.base["steps"] // 2)
 
 
 def microbatch_size(setting: Setting):
@@ -203,9 +201,8 @@ def microbatch_size(setting: Setting):
 def noise(setting: Setting):
   shares = (0.0, 0.05, 0.15, 0.3, 0.4, 0.5, 0.6, 0.75, 0.8, 0.9)
   arms = [*_compared(setting), *RIVALS]
-  half = dict(steps=setting.base["steps"] // 2)
   return tuple(
-    setting.part(f"flipped{share:g}", arms, label_noise=share, **half)
+    setting.part(f"flipped{share:g}", arms, **_flipped(setting, share))
     for share in shares
   )
 

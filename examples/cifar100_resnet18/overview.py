@@ -40,8 +40,30 @@ _CLAIMS = {
   "noise": "Labels wrong here and there, two microbatches compared, as in the paper",
 }
 _AVERAGED = ", weight EMA"
+_TOLD_APART = "told-apart"
 _MARKERS = {"chance": ("#0072B2", "s"), "rival": ("#CC79A7", "v")}
 _SIGNALS = {"distance": "#0072B2", "loss": "#009E73", "gradient norm": "#E69F00"}
+
+_VERDICTS = ("beats", "ties", "loses")
+_BEHIND = ("mean", "worst")
+_HEADER = """# All settings
+
+Made by `python overview.py` from the csv files of results. *Chance*: as many chosen at
+random. *Best rival*: of the plain mean, label smoothing, mixup, weight EMA, the
+smallest losses and the like the one with the highest mean score. *Final*: the score
+after the last step; *picked*: where the score on noisy validation data is best, for
+both. Paired by seed, ± half of the 95 % interval, bold where that excludes zero. It
+*beats* chance and the best rival beyond it, *loses* to one of them beyond it, or
+*ties*. Sorted by the final gain over the best rival. Accuracies; of diabetes the share
+of variance explained, of text bits per byte saved.
+"""
+_ONE_WAY = """
+## One way for all settings
+
+Which way is best in a setting a user does not know before. To go the same way in all
+settings of a file is so far behind the best way of each, on average and at worst (only
+what knows the wrong ones, and chance, do not count):
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,9 +150,6 @@ def regrets(path: pathlib.Path) -> str:
   return aligned([*lines, *(row for _, row in sorted(rows))])
 
 
-_BEHIND = ("mean", "worst")
-
-
 def _gains(name, arms, sign):
   first = {arm: seeds[0] for arm, seeds in arms.items()}
   rivals = [arm for arm, line in first.items() if line["role"] == "rival"]
@@ -172,12 +191,19 @@ def _numbers(seeds, field):
   return np.array([float(line.get(field) or "nan") for line in seeds])
 
 
+def _files(folder):
+  """The csv files of a folder that hold simple rivals."""
+  return [
+    path
+    for path in sorted(folder.glob("*.csv"))
+    if not path.stem.endswith(_TOLD_APART)
+    and (claim_of(path.stem) or path.stem == "tabular")
+  ]
+
+
 def everything(folders: Sequence[pathlib.Path] = _FOLDERS) -> list[Gain]:
   """The gains of all kept results, the best against simple rivals first."""
-  files = [path for folder in folders for path in sorted(folder.glob("*.csv"))]
-  told = [path for path in files if not path.stem.endswith("told-apart")]
-  kept = [path for path in told if claim_of(path.stem) or path.stem == "tabular"]
-  gains = [gain for path in kept for gain in read(path)]
+  gains = [gain for folder in folders for path in _files(folder) for gain in read(path)]
   return sorted(gains, key=lambda gain: -gain.rival["final"].mean)
 
 
@@ -208,43 +234,15 @@ def table(gains: Sequence[Gain]) -> str:
   return f"{aligned(counts)}\n\n{aligned(lines)}"
 
 
-def one_way(folder: pathlib.Path = _FOLDERS[0]) -> str:
-  """Paragraphs and tables of `regrets`, for each file of several settings."""
-  files = [path for path in sorted(folder.glob("*.csv")) if claim_of(path.stem)]
-  kept = [
-    path
-    for path in files
-    if not path.stem.endswith("told-apart") and len(_settings(path)) > 1
-  ]
-  return "\n\n".join(f"{path.stem}:\n\n{regrets(path)}" for path in kept)
-
-
-_VERDICTS = ("beats", "ties", "loses")
-_HEADER = """# All settings
-
-Made by `python overview.py` from the csv files of results. *Chance*: as many chosen at
-random. *Best rival*: of the plain mean, label smoothing, mixup, weight EMA, the
-smallest losses and the like the one with the highest mean score. *Final*: the score
-after the last step; *picked*: where the score on noisy validation data is best, for
-both. Paired by seed, ± half of the 95 % interval, bold where that excludes zero. It
-*beats* chance and the best rival beyond it, *loses* to one of them beyond it, or
-*ties*. Sorted by the final gain over the best rival. Accuracies; of diabetes the share
-of variance explained, of text bits per byte saved.
-"""
+def one_way() -> str:
+  """Paragraphs and tables of `regrets`, for each file of the paper's experiments."""
+  files = [path for path in _files(_FOLDERS[0]) if len(_settings(path)) > 1]
+  return "\n\n".join(f"{path.stem}:\n\n{regrets(path)}" for path in files)
 
 
 def text(gains: Sequence[Gain]) -> str:
   """All of `settings.md`."""
   return f"{_HEADER}\n{table(gains)}\n{_ONE_WAY}\n{one_way()}\n"
-
-
-_ONE_WAY = """
-## One way for all settings
-
-Which way is best in a setting a user does not know before. To go the same way in all
-settings of a file is so far behind the best way of each, on average and at worst (only
-what knows the wrong ones, and chance, do not count):
-"""
 
 
 def forest(path: pathlib.Path, title: str, gains: Sequence[Gain]) -> None:
@@ -261,16 +259,7 @@ def forest(path: pathlib.Path, title: str, gains: Sequence[Gain]) -> None:
     for at, gain in enumerate(gains):
       for row, (kind, (color, marker)) in enumerate(_MARKERS.items()):
         one = getattr(gain, kind)[score]
-        ax.errorbar(
-          one.mean,
-          at + 0.24 * (row - 0.5),
-          xerr=one.margin,
-          color=color,
-          marker=marker,
-          markersize=4,
-          markerfacecolor=color if one.sign else "white",
-          linewidth=1,
-        )
+        plots.interval(ax, at + 0.24 * (row - 0.5), one, color, marker)
     ax.axvline(0, color="gray", linewidth=0.8, zorder=1)
     ax.grid(alpha=0.3)
     ax.set_xlabel(f"{score}: difference")
@@ -324,7 +313,7 @@ def main(argv: list[str] | None = None) -> None:
     ours = [gain for gain in gains if gain.claim == claim]
     if ours:
       forest(out / f"claim-{claim}.png", title, ours)
-  if files := sorted((HERE / "results").glob("*told-apart.csv")):
+  if files := sorted((HERE / "results").glob(f"*{_TOLD_APART}.csv")):
     areas(out / "claim-told-apart.png", files)
 
 

@@ -135,9 +135,8 @@ def _kept(command, text):
     f" {jax.default_backend().upper()}, {os.cpu_count()} cores, Python"
     f" {platform.python_version()}, {said}."
   )
-  return (
-    f"# {text.removeprefix('## ').replace(chr(10), chr(10) * 2 + made + chr(10), 1)}"
-  )
+  title, _, tables = text.removeprefix("## ").partition("\n")
+  return f"# {title}\n\n{made}\n{tables}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,7 +9,14 @@ import numpy as np
 import training
 from common.arms import CONTROLS, IMITATIONS, PLAIN
 from common.plots import curves
-from common.tables import FEWEST_SEEDS, Difference, aligned, spread, write_results
+from common.tables import (
+  FEWEST_SEEDS,
+  Difference,
+  aligned,
+  seed_rows,
+  spread,
+  write_results,
+)
 
 # Of each run: by the name of a `Summary`'s field, what it is.
 MEASURES = {
@@ -107,7 +114,7 @@ def write(path: pathlib.Path, experiments: list[Any], rows: list[dict]) -> str:
     paragraphs.append(comparison(part, summaries))
     paragraphs += told_apart([part], rows)
     texts.append("\n\n".join(paragraphs) + "\n")
-    table += csv_rows(part, summaries)
+    table += _rows(part, summaries)
   return write_results(path, "\n".join(texts), table)
 
 
@@ -134,8 +141,12 @@ def write_overview(path: pathlib.Path, title: str, results: list[Any], rows) -> 
       lines.append([part.title, *map(spread, values)])
     paragraphs.append(aligned(lines))
   paragraphs += told_apart([part for part, _ in of_parts], rows)
-  table = [row for pair in of_parts for row in csv_rows(*pair)]
+  table = [row for pair in of_parts for row in _rows(*pair)]
   return write_results(path, "\n\n".join(paragraphs) + "\n", table)
+
+
+def _rows(part, summaries):
+  return [row for arm in part.arms for row in seed_rows(part, arm, summaries[arm.name])]
 
 
 def told_apart(parts: list[Any], rows: list[dict]) -> list[str]:
@@ -176,20 +187,6 @@ def signals(parts: list[Any], rows: list[dict]) -> list[dict]:
 
 def _plus_minus(margin):
   return "" if margin is None else f" ± {margin:.3f}"
-
-
-def csv_rows(part, summaries: Summaries) -> list[dict]:
-  """A dict for each arm and seed of a part."""
-  return [
-    {"part": part.name, "title": part.title, "arm": arm.name, "label": arm.label}
-    | {"role": arm.role, "imitates": arm.imitates or "", "seed": seed}
-    | {
-      name: "" if values is None else values[seed]
-      for name, values in vars(summaries[arm.name]).items()
-    }
-    for arm in part.arms
-    for seed in range(part.seeds)
-  ]
 
 
 def size(part) -> str:

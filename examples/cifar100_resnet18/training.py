@@ -20,11 +20,11 @@ from common import experiment
 from common.arms import (
   PLAIN,
   RULES,
-  SOFT_RULES,
   Arm,
   Chosen,
   already_decided,
   relative,
+  rule_and_tau,
   smallest_loss,
 )
 from common.devices import AXIS
@@ -137,7 +137,7 @@ class Trainer(experiment.Trainer):
     nan = lambda: np.full(shape, np.nan, np.float32)
     accepted, weights = np.zeros((*shape, k), bool), np.zeros((*shape, k), np.float32)
     memory = None
-    if _has_memory(arm):
+    if arm.has_memory:
       memory = np.zeros((*shape, k, k), np.float16)
     nonfinite = np.zeros(shape, np.int32)
     return Trace(nan(), nan(), nan(), nonfinite, accepted, weights, memory)
@@ -316,7 +316,7 @@ class Trainer(experiment.Trainer):
   def _transformation(self, arm, tau, chosen):
     part = self._part
     anchor_decay, memory_decay = arm.anchor_decay, arm.memory_decay
-    rule, tau = _rule_and_tau(arm, tau)
+    rule, tau = rule_and_tau(arm, tau)
     if not arm.decides_itself:
       rule, anchor_decay, memory_decay = already_decided(chosen), None, None
       tau = 2.0
@@ -391,7 +391,7 @@ class Trainer(experiment.Trainer):
       updates = optax.tree.scale(learner.plateau.scale, updates)
     state = opt_state.gaf_state
     memory = None
-    if _has_memory(arm):
+    if arm.has_memory:
       memory = jnp.mean(state.memory.mean, axis=0).astype(jnp.float16)
     trace = Trace(
       loss=self._mean(losses),
@@ -421,7 +421,7 @@ class Trainer(experiment.Trainer):
     x, y = alone(self._seen(batch, images)), alone(batch.labels)
     params, targets = learner.params, self._targets(arm, y)
     if arm.decides_itself:
-      rule, tau = _rule_and_tau(arm, tau)
+      rule, tau = rule_and_tau(arm, tau)
       differentiate = gaf_optax.value_and_grad(
         self._loss, len(y), tau, rule=rule, compare=_in_last_layer
       )
@@ -584,27 +584,9 @@ def _averaged(arm, step, average, params):
   return optax.incremental_update(params, average, 1 - decay)
 
 
-def _has_memory(arm):
-  return arm.memory_decay is not None and arm.decides_itself
-
-
 def _in_last_layer(path, leaf):
   del leaf
   return path[0].key == _LAST_LAYER
-
-
-def _rule_and_tau(arm, tau):
-  """The rule of an arm, None with an anchor, and its tau, where not a number."""
-  if arm.target is not None:
-    tau = gaf_optax.target_accept_rate(arm.target)
-  elif arm.quantile is not None:
-    tau = gaf_optax.tau_quantile(arm.quantile)
-  elif arm.adaptive:
-    tau = gaf_optax.adaptive_tau()
-  if arm.anchor_decay is not None:
-    return None, tau
-  softness = {"softness": arm.softness} if arm.rule in SOFT_RULES else {}
-  return RULES[arm.rule](**softness), tau
 
 
 def _shuffled(rule):

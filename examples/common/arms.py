@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import gaf_optax
 from common.command import (
   COUNT,
   DECAY,
@@ -148,6 +149,11 @@ class Arm:
     return "gaf" if self.is_gaf else "rival"
 
   @property
+  def has_memory(self) -> bool:
+    """Whether its own gradients fill a memory."""
+    return self.memory_decay is not None and self.decides_itself
+
+  @property
   def decides_itself(self) -> bool:
     """Whether its choices depend on its own gradients.
 
@@ -257,6 +263,20 @@ def gaf_arms(
     )
     arms.append(dataclasses.replace(arm, imitates=name, control=kind, **control))
   return arms
+
+
+def rule_and_tau(arm: Arm, tau: Any) -> tuple[Any, Any]:
+  """The rule of an arm, None with an anchor, and its tau, where not a number."""
+  if arm.target is not None:
+    tau = gaf_optax.target_accept_rate(arm.target)
+  elif arm.quantile is not None:
+    tau = gaf_optax.tau_quantile(arm.quantile)
+  elif arm.adaptive:
+    tau = gaf_optax.adaptive_tau()
+  if arm.anchor_decay is not None:
+    return None, tau
+  softness = {"softness": arm.softness} if arm.rule in SOFT_RULES else {}
+  return RULES[arm.rule](**softness), tau
 
 
 class Chosen(NamedTuple):

@@ -55,6 +55,20 @@ def band(axes, steps, values, label, style):
     axes.fill_between(steps, mean - spread, mean + spread, **around)
 
 
+def interval(axes, at: float, difference, color: str, marker: str) -> None:
+  """A `tables.Difference` at a height; hollow where it is not significant."""
+  axes.errorbar(
+    difference.mean,
+    at,
+    xerr=difference.margin,
+    color=color,
+    marker=marker,
+    markersize=4 if difference.sign else 3,
+    markerfacecolor=color if difference.sign else "white",
+    linewidth=1,
+  )
+
+
 def spread_note(part) -> str:
   if part.seeds == 1:
     return "one seed"

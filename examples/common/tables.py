@@ -70,6 +70,22 @@ def aligned(lines: list[list[str]]) -> str:
   )
 
 
+def seed_rows(part: Any, arm: Any, summary: Any) -> list[dict[str, Any]]:
+  """A dict for each seed of an arm: which it is, and the fields of its summary.
+
+  `summary` is a dataclass of arrays `[seeds]`; None is written as nothing.
+  """
+  return [
+    {"part": part.name, "title": part.title, "arm": arm.name, "label": arm.label}
+    | {"role": arm.role, "imitates": arm.imitates or "", "seed": seed}
+    | {
+      name: "" if values is None else values[seed]
+      for name, values in vars(summary).items()
+    }
+    for seed in range(part.seeds)
+  ]
+
+
 def write_results(path: pathlib.Path, text: str, table: list[dict[str, Any]]) -> str:
   """Writes `results.md` and, with a line for each dict, `results.csv`; the text."""
   write_whole(path / "results.md", text)
