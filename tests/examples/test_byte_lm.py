@@ -322,13 +322,13 @@ def _advanced(trainer, arm, name="shifted", kept=None):
 
 
 def test_average_of_the_weights_alone_is_validated(trainer):
-  ema = dataclasses.replace(arms.PLAIN, ema_decay=0.5)
+  ema = dataclasses.replace(arms.PLAIN, ema_decay=0.75)
   schedule, learner = _schedule("shifted", k=4, size=1), trainer.init(ema, 0)
   expected = learner.params
   for step in range(3):
     seen = schedule.batches(step, step + 1, False)
     learner, _ = trainer.advance(ema, learner, seen, None)
-    expected = jax.tree.map(lambda a, b: (a + b) / 2, expected, learner.params)
+    expected = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, expected, learner.params)
   close = functools.partial(np.testing.assert_allclose, atol=1e-6)
   jax.tree.map(close, learner.average, expected)
   plain = learner._replace(average=None, params=learner.average)
