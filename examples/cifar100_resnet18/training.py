@@ -237,23 +237,24 @@ class Trainer(experiment.Trainer):
     """Areas under ROC of mislabeled training examples by what a filter could see."""
     rows = np.arange(min(_NUM_TOLD_APART, len(schedule.labels)))
     wrong = schedule.mislabeled[rows]
-    alone = self._mesh is None and not models.KINDS[self._part.model].normalizes
-    if arm.clean or not alone or wrong.all() or not wrong.any():
+    if arm.clean or self._mesh is not None or wrong.all() or not wrong.any():
       return {}
 
-    def signals(params, images, labels):
+    def signals(params, stats, images, labels):
       x, targets = self._inputs(images[rows]), self._targets(PLAIN, labels)
-      gradients = self._of_last_layer(params, x, targets)
+      gradients = self._of_last_layer(params, x, targets, stats)
       rule, tau = RULES["nearest_neighbors"](), jnp.float32(2)
       valid = jnp.ones(len(rows), bool)
       decision = rule(gradients @ gradients.T, valid, tau)
-      losses = jax.vmap(self._loss, (None, 0, 0))(params, x[:, None], targets[:, None])
+      loss = lambda x, targets: self._loss(params, x[None], targets[None], stats)
+      losses = jax.vmap(loss)(x, targets)
       return decision.distances, losses, jnp.linalg.norm(gradients, axis=1)
 
     found = self._cached(
       "signals",
       lambda: jax.jit(signals),
       learner.params,
+      learner.batch_stats,
       self._images,
       schedule.labels[rows],
     )
@@ -465,16 +466,18 @@ class Trainer(experiment.Trainer):
     number = self._dataset.num_classes
     return optax.smooth_labels(jax.nn.one_hot(labels, number), arm.smoothing)
 
-  def _loss(self, params, x, targets):
-    """The mean loss of a model without BatchNorm; targets `[b, c]` may be weighted."""
-    logits = self._model.apply({"params": params}, x, train=True)
+  def _loss(self, params, x, targets, stats=None):
+    """The mean loss, by BatchNorm's running statistics; targets may be weighted."""
+    variables = {"params": params, "batch_stats": stats or {}}
+    logits = self._model.apply(variables, x, train=False)
     return jnp.mean(optax.softmax_cross_entropy(logits, targets))
 
-  def _of_last_layer(self, params, x, targets):
+  def _of_last_layer(self, params, x, targets, stats=None):
     """Gradients `[b, P]` of single examples with respect to the last layer."""
 
     def gradient(x, targets):
-      grads = jax.grad(self._loss)(params, x[None], targets[None])[_LAST_LAYER]
+      loss = lambda params: self._loss(params, x[None], targets[None], stats)
+      grads = jax.grad(loss)(params)[_LAST_LAYER]
       return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(grads)])
 
     return jax.vmap(gradient)(x, targets)

@@ -33,7 +33,7 @@ class _Normed(nn.Module):
   def __call__(self, x, train):
     x = nn.Dense(self.width)(x.reshape(len(x), -1))
     x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
-    return nn.Dense(self.num_classes)(x)
+    return nn.Dense(self.num_classes, name="head")(x)
 
 
 @pytest.fixture(scope="session")

@@ -65,7 +65,7 @@ def _assert_close_run(path, other, final_arrays, rtol=2e-3):
 def test_as_on_one_device(model, number, tmp_path, monkeypatch, final_arrays, normed):
   """One microbatch on each of four devices, and two on each of two."""
   if model == "normed":
-    monkeypatch.setitem(models.KINDS, "mlp", models.Kind(normed, longest=100))
+    monkeypatch.setitem(models.KINDS, "mlp", models.Kind(normed, normalizes=True))
   one, many = tmp_path / "one", tmp_path / "many"
   argv = (*_SMALL, "--wrong-sources", "1", "--num-microbatches", "4")
   argv = (*argv, "--label-smoothing", "0.1", "--ema-decay", "0.9")

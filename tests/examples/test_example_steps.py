@@ -479,6 +479,29 @@ def test_areas_of_what_tells_wrong_labels_apart(images):
     assert found.keys() == {"test_loss", "test_accuracy", "validation_accuracy"}
 
 
+def test_areas_by_running_statistics(images, monkeypatch, normed):
+  monkeypatch.setitem(models.KINDS, "mlp", models.Kind(normed, normalizes=True))
+  part = dataclasses.replace(_part(), depth=None)
+  trainer, schedule = training.Trainer(part, images), _schedule(part, images)
+  learner = trainer.init(plan.PLAIN, 0)
+  learner, _ = trainer.advance(plan.PLAIN, learner, schedule.batches(0, 10, False))
+  found = trainer.evaluate(plan.PLAIN, learner, schedule)
+  params, kept = _host(learner.params), _host(learner.batch_stats)["BatchNorm_0"]
+  x = _normalized(images, images.train_images[:256]).reshape(256, -1)
+  hidden = x @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"]
+  hidden = (hidden - kept["mean"]) / np.sqrt(kept["var"] + 1e-5)
+  hidden = hidden * params["BatchNorm_0"]["scale"] + params["BatchNorm_0"]["bias"]
+  logits = hidden @ params["head"]["kernel"] + params["head"]["bias"]
+  probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+  errors = probabilities - np.eye(3)[schedule.labels[:256]]
+  # The bias's gradient is the error, the kernel's its product with the hidden layer.
+  norms = np.linalg.norm(errors, axis=1) * np.sqrt(1 + np.sum(hidden**2, axis=1))
+  losses = -np.log(probabilities[np.arange(256), schedule.labels[:256]])
+  wrong = schedule.mislabeled[:256]
+  for name, signal in (("loss", losses), ("gradient norm", norms)):
+    assert found[f"auc/{name}"] == pytest.approx(_area(wrong, signal), abs=2e-3)
+
+
 def test_lines_of_the_metrics_file(images):
   """Of a step on: loss and distance; of all so far: counts, and rates of sources."""
   trainer = training.Trainer(_part(), images)

@@ -413,7 +413,7 @@ def test_evaluation_is_of_the_whole_test_set(digits, looped):
 def test_batch_norm_statistics_are_averaged_over_microbatches(
   digits, monkeypatch, normed
 ):
-  monkeypatch.setitem(models.KINDS, "mlp", models.Kind(normed, longest=100))
+  monkeypatch.setitem(models.KINDS, "mlp", models.Kind(normed, normalizes=True))
   part = _part()
   plain = part.arms[0]
   seen = _schedule(part, digits).batches(0, 2, clean=True)
