@@ -55,7 +55,8 @@ class Learner(NamedTuple):
   opt_state: Any  # Of the optimizer, with GAF's unless single examples are compared
   plateau: Any = None  # Of `optax.contrib.reduce_on_plateau`; None without it
   stale: Any = None  # Older parameters, where some sources have those; else None
-  average: Any = None  # Moving average of the parameters, where that is tested
+  # Moving average of `(params, batch_stats)`, where that is tested
+  average: Any = None
   # float32 `[k]`, running mean of the losses of each source, where those decide.
   source_losses: Any = None
 
@@ -109,7 +110,7 @@ class Trainer(experiment.Trainer):
       transformation = self._optimizer_by_example()
     else:
       transformation = self._transformation(arm, arm.tau, None)
-    copied = lambda wanted: jax.tree.map(jnp.copy, params) if wanted else None
+    copied = lambda tree, wanted: jax.tree.map(jnp.copy, tree) if wanted else None
     plateau = source_losses = None
     if self._part.optimizer == optimizers.PLATEAU:
       plateau = self._plateau.init(params)
@@ -120,8 +121,8 @@ class Trainer(experiment.Trainer):
       batch_stats,
       transformation.init(params),
       plateau,
-      copied(self._has_stale_sources),
-      copied(arm.ema_decay is not None),
+      copied(params, self._has_stale_sources),
+      copied((params, batch_stats), arm.ema_decay is not None),
       source_losses,
     )
 
@@ -209,11 +210,10 @@ class Trainer(experiment.Trainer):
   ) -> dict[str, float]:
     """Loss and accuracy on the test images, and on those held out, labels as given.
 
-    Where training labels are wrong and single examples can be compared, also how well
-    three signals tell which: areas under ROC of distance, loss and gradient norm.
+    Where training labels are wrong, on one device also how well three signals tell
+    which: areas under ROC of distance, loss and gradient norm.
     """
-    tested = learner.params if learner.average is None else learner.average
-    variables = tested, learner.batch_stats
+    variables = learner.average or (learner.params, learner.batch_stats)
     accuracy, loss = self._measured(variables, self._test_images, self._test_labels)
     found = {"test_loss": loss, "test_accuracy": accuracy}
     if len(self._dataset.validation_images):
@@ -404,13 +404,14 @@ class Trainer(experiment.Trainer):
       memory=memory,
     )
     params = optax.apply_updates(learner.params, updates)
+    stats = jax.tree.map(self._mean, stats)
     learner = Learner(
       params,
-      jax.tree.map(self._mean, stats),
+      stats,
       opt_state,
       learner.plateau,
       stale,
-      _averaged(arm, batch.steps, learner.average, params),
+      _averaged(arm, batch.steps, learner.average, (params, stats)),
       source_losses,
     )
     return learner, trace
@@ -457,7 +458,9 @@ class Trainer(experiment.Trainer):
       memory=None,
     )
     params = optax.apply_updates(params, updates)
-    average = _averaged(arm, batch.steps, learner.average, params)
+    average = _averaged(
+      arm, batch.steps, learner.average, (params, learner.batch_stats)
+    )
     learner = learner._replace(params=params, opt_state=opt_state, average=average)
     return learner, trace
 
@@ -579,12 +582,12 @@ def _mixed(step, x, targets):
   return mix(x), mix(targets)
 
 
-def _averaged(arm, step, average, params):
-  """The moving average of the parameters, at first a shorter one."""
+def _averaged(arm, step, average, variables):
+  """The moving average of parameters and statistics, at first a shorter one."""
   if average is None:
     return None
   decay = jnp.minimum(arm.ema_decay, (1 + step) / (10 + step))
-  return optax.incremental_update(params, average, 1 - decay)
+  return optax.incremental_update(variables, average, 1 - decay)
 
 
 def _in_last_layer(path, leaf):

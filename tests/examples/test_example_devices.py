@@ -78,7 +78,7 @@ def test_as_on_one_device(model, number, tmp_path, monkeypatch, final_arrays, no
   assert config["--devices"] == number
   arrays = final_arrays(many)
   gaf = arrays["sequential_tau0.9_smoothing_ema"]
-  assert jax.tree.map(np.shape, gaf["learners"][0]["average"]) == jax.tree.map(
+  assert jax.tree.map(np.shape, gaf["learners"][0]["average"][0]) == jax.tree.map(
     np.shape, gaf["learners"][0]["params"]
   )
   assert 0.1 < gaf["trace"]["accepted"].mean() < 0.9

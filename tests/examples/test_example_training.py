@@ -415,7 +415,7 @@ def test_batch_norm_statistics_are_averaged_over_microbatches(
 ):
   monkeypatch.setitem(models.KINDS, "mlp", models.Kind(normed, normalizes=True))
   part = _part()
-  plain = part.arms[0]
+  plain = dataclasses.replace(part.arms[0], ema_decay=0.05)
   seen = _schedule(part, digits).batches(0, 2, clean=True)
   # At this rate the weights stay what they are.
   part = dataclasses.replace(part, learning_rate=1e-30)
@@ -427,14 +427,17 @@ def test_batch_norm_statistics_are_averaged_over_microbatches(
   images = digits.train_images.reshape(1197, 64) / 16
   hidden = images[seen.indices] @ dense["kernel"] + dense["bias"]  # [2, 2, 5, 8]
   found = learner.batch_stats["BatchNorm_0"]
+  averaged = learner.average[1]["BatchNorm_0"]
   for name, before, now in (
     ("mean", 0.0, hidden.mean(axis=2)),
     ("var", 1.0, hidden.var(axis=2)),
   ):
-    expected = before
+    expected = average = before
     for step in range(2):
       expected = 0.9 * expected + 0.1 * now[step].mean(axis=0)
+      average = 0.05 * average + 0.95 * expected
     np.testing.assert_allclose(found[name], expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(averaged[name], average, rtol=1e-4, atol=1e-6)
 
 
 def test_plateau_survives_an_interruption(tmp_path, monkeypatch, assert_same_run):
