@@ -489,8 +489,8 @@ def main(argv: list[str] | None = None) -> None:
     help="tiny sizes: whether it runs, and not what it takes",
   )
   args = parser.parse_args(argv)
-  parts = [measure.environment() + "."]
-  print(parts[0], flush=True)
+  parts = [f"# Times with jax {jax.__version__}", measure.environment() + "."]
+  print(*parts, sep="\n\n", flush=True)
   for name in args.only:
     section = SECTIONS[name]
     heading = (section.__doc__ or "").rstrip(".")

@@ -252,7 +252,8 @@ def by_example(setting: Setting):
   def part(name, right, **changed):
     arms = [PLAIN, *RIVALS]
     if right < 1:
-      arms += gaf_arms(2, quantile=right, **plan.BY_EXAMPLE)
+      told = dict(quantile=right, **plan.BY_EXAMPLE)
+      arms += [*gaf_arms(2, **told), *gaf_arms(2, ema_decay=EMA_DECAY, **told)]
     adaptive = dict(adaptive=True, **plan.BY_EXAMPLE)
     arms += gaf_arms(2, ["choice"], **adaptive)
     arms += gaf_arms(2, ema_decay=EMA_DECAY, **adaptive)

@@ -12,6 +12,7 @@ import csv
 import dataclasses
 import itertools
 import pathlib
+import re
 import sys
 from collections.abc import Sequence
 
@@ -182,8 +183,10 @@ def _gains(name, arms, sign):
 
 
 def _short(label):
-  """The label of an arm without what it imitates."""
+  """The label of an arm without what it imitates, but with a share that it is told."""
   what, _, imitated = label.partition(", as m")
+  if told := re.search(r"best (\S+%)", imitated):
+    what += f" of {told[1]}"
   return what + _AVERAGED if imitated.endswith(_AVERAGED) else what
 
 
