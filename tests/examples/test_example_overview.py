@@ -78,6 +78,23 @@ def test_verdicts(tmp_path, arms, verdict):
   assert gain.verdict("final") == verdict
 
 
+@pytest.mark.parametrize(
+  "label, short",
+  [
+    ("mixup", "mixup"),
+    ("random choice, as many as adaptive", "random choice"),
+    ("smallest loss, as many as adaptive, weight EMA", "smallest loss, weight EMA"),
+    (
+      "smallest loss, as many as best 60%, weight EMA",
+      "smallest loss of 60%, weight EMA",
+    ),
+  ],
+)
+def test_names_of_rivals(label, short):
+  """Two that imitate GAF are told apart by the share that one of them is told."""
+  assert overview._short(label) == short
+
+
 def test_losses_are_better_when_lower(tmp_path, monkeypatch):
   monkeypatch.setattr(overview, "_LOWER_IS_BETTER", tmp_path)
   path = tmp_path / "byte-lm.csv"
