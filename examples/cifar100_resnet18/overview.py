@@ -316,7 +316,8 @@ def main(argv: list[str] | None = None) -> None:
     ours = [gain for gain in gains if gain.claim == claim]
     if ours:
       forest(out / f"claim-{claim}.png", title, ours)
-  if files := sorted((HERE / "results").glob(f"*{_TOLD_APART}.csv")):
+  # Other files have runs of the same settings with other batches.
+  if files := sorted((HERE / "results").glob(f"by-example*{_TOLD_APART}.csv")):
     areas(out / "claim-told-apart.png", files)
 
 
