@@ -387,6 +387,7 @@ def _forest(path, figure, results, rows):
           plots.interval(ax, at + 0.2 * (row - 1), one, *_MARKERS[kind])
   for ax, said in ((left, "final"), (right, "picked")):
     ax.axvline(0, color="gray", linewidth=0.8, zorder=1)
+    ax.locator_params("x", nbins=7)
     ax.set_xlabel(f"difference of the test accuracy, {said}")
   left.set_yticks(ticks, labels, fontsize=7)
   left.set_ylim(at + 0.8, 0.4)

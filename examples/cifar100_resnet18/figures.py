@@ -371,7 +371,9 @@ FIGURES = {
   "microbatch-size": Figure(
     microbatch_size, "over_x", "Accuracy against microbatch size", "microbatch_size"
   ),
-  "noise": Figure(noise, "over_x", "Accuracy against label noise", "label_noise"),
+  "noise": Figure(
+    noise, "over_x", "Accuracy against label noise (Table 1)", "label_noise"
+  ),
   "human": Figure(human, "curves", "Labels that people got wrong"),
   "optimizers": Figure(optimizers, "forest", "Across optimizers"),
   "rules": Figure(rules, "forest", "Rules, eight microbatches"),

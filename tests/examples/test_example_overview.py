@@ -10,7 +10,7 @@ import overview
 
 _FIELDS = (
   *("part", "title", "arm", "label", "role", "imitates", "seed"),
-  *("final", "picked", "accepted", "from_wrong"),
+  *("best", "final", "picked", "accepted", "from_wrong"),
 )
 _PLAIN = [0.50, 0.52, 0.51, 0.53]
 _HIGH = [0.71, 0.72, 0.70, 0.74]
@@ -26,7 +26,7 @@ def _write(path, arms):
         writer.writerow(
           dict(part="p", title="a setting", arm=arm, label=f"GAF {arm}", role=role)
           | dict(imitates="ours" if role == "chance" else "", seed=seed)
-          | dict(zip(("final", "picked"), scores))
+          | dict(zip(("final", "picked"), scores), best=max(scores))
           | dict(accepted=0.5, from_wrong="" if role == "rival" else 0.25)
         )
 
@@ -95,6 +95,26 @@ def test_names_of_rivals(label, short):
   assert overview._short(label) == short
 
 
+def test_accuracy_by_share_of_flipped_labels(tmp_path):
+  path = tmp_path / "noise.csv"
+  _write(path, {"plain": ("rival", [0.5, 0.7], [0.4, 0.4])})
+  first = path.read_text().replace("\np,", "\nflipped0.05,")
+  _write(path, {"plain": ("rival", [0.3, 0.3], [0.2, 0.4])})
+  second = path.read_text().replace("\np,", "\nflipped0.6,").partition("\n")[2]
+  path.write_text(first + second)
+  _, best, after, where = overview.table_1(path).split(":\n\n")
+  cells = lambda text: [
+    [cell.strip() for cell in line.split("|")[1:-1]]
+    for line in text.splitlines()
+    if line.startswith("|")
+  ]
+  header, _, plain = cells(after)
+  assert header == ["", "5%", "60%"]
+  assert plain == ["GAF plain", "0.600 ± 0.141", "0.300 ± 0.000"]
+  assert cells(best)[2] == ["GAF plain", "0.600 ± 0.141", "0.350 ± 0.071"]
+  assert cells(where)[2] == ["GAF plain", "0.400 ± 0.000", "0.300 ± 0.141"]
+
+
 def test_losses_are_better_when_lower(tmp_path, monkeypatch):
   monkeypatch.setattr(overview, "_LOWER_IS_BETTER", tmp_path)
   path = tmp_path / "byte-lm.csv"
@@ -134,6 +154,34 @@ def test_one_way_for_all_settings(tmp_path):
   ]
 
 
+def test_the_right_share_is_one_way(tmp_path):
+  """Whatever it is; where nothing is wrong it is all, plain or averaged."""
+  path = tmp_path / "by-example.csv"
+  _write(path, {"plain": ("rival", [0.9], [0.9]), "ema": ("rival", [0.8], [0.8])})
+  found = path.read_text()
+  for part, name, share in (("q", "0.75", "75%"), ("r", "0.6", "60%")):
+    arms = {
+      "plain": ("rival", [0.5], [0.5]),
+      "ema": ("rival", [0.5], [0.5]),
+      f"x_quantile{name}": ("gaf", [0.6], [0.6]),
+      f"x_quantile{name}_ema": ("gaf", [0.7], [0.7]),
+    }
+    _write(path, arms)
+    text = path.read_text().replace("\np,", f"\n{part},").partition("\n")[2]
+    text = text.replace(f"GAF x_quantile{name}_ema", f"GAF best {share} averaged")
+    found += text.replace(f"GAF x_quantile{name}", f"GAF best {share}")
+  path.write_text(found)
+  _, _, *lines = overview.regrets(path).splitlines()
+  cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+  behind = {name: float(worst) for name, _, worst, *_ in cells}
+  assert behind == {
+    "GAF of the right share": 0.1,
+    "GAF of the right share averaged": 0.1,
+    "GAF plain": 0.2,
+    "GAF ema": 0.2,
+  }
+
+
 def test_from_files_to_table_and_pictures(tmp_path):
   for name in ("memory", "by-example", "rules"):
     _write(tmp_path / f"{name}.csv", _arms())
@@ -160,5 +208,8 @@ def test_what_is_kept_is_what_the_command_makes():
   gains = overview.everything()
   kept = (overview.HERE / "results" / "settings.md").read_text(encoding="utf-8")
   assert kept == overview.text(gains)
+  noise = overview.HERE / "results" / "noise.csv"
+  kept = (overview.HERE / "results" / "table-1.md").read_text(encoding="utf-8")
+  assert kept == overview.table_1(noise)
   counts = overview.table(gains).partition("\n\n")[0]
   assert counts in (overview.HERE / "RESULTS.md").read_text(encoding="utf-8")
