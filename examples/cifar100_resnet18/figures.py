@@ -291,10 +291,11 @@ def batch_size(setting: Setting):
 
 
 def kept_share(setting: Setting):
-  arms = [PLAIN]
+  compared = dict(ema_decay=EMA_DECAY, **plan.BY_EXAMPLE)
+  arms = [PLAIN, *RIVALS]
   for share in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
-    arms += gaf_arms(2, quantile=share, **plan.BY_EXAMPLE)
-  arms += gaf_arms(2, ["choice"], adaptive=True, **plan.BY_EXAMPLE)
+    arms += gaf_arms(2, quantile=share, **compared)
+  arms += gaf_arms(2, ["choice"], adaptive=True, **compared)
   return (setting.part("share", arms, label_noise=_FLIPPED, **setting.examples),)
 
 

@@ -314,7 +314,8 @@ def forest(path: pathlib.Path, title: str, gains: Sequence[Gain]) -> None:
     ax.axvline(0, color="gray", linewidth=0.8, zorder=1)
     ax.grid(alpha=0.3)
     ax.set_xlabel(f"{score}: difference")
-  names = [f"{gain.setting}: {gain.label.removeprefix('GAF ')}" for gain in gains]
+  short = lambda label: re.sub("^GAF (by example nearest_neighbors )?", "", label)
+  names = [f"{gain.setting}: {short(gain.label)}" for gain in gains]
   axes[0].set_yticks(range(len(gains)), names, fontsize=7)
   axes[0].set_ylim(len(gains) - 0.4, -0.6)
   for kind, said in (("chance", "as much at random"), ("rival", "the best rival")):
