@@ -7,6 +7,7 @@ import os
 import pickle
 import signal
 
+import jax
 import numpy as np
 import pytest
 
@@ -16,7 +17,7 @@ import models
 import optimizers
 import paper
 import plan
-from common import arms, storage
+from common import arms, experiment, storage
 from common.arms import RIGHT
 from common.command import UserError
 
@@ -310,6 +311,32 @@ def test_stopped_and_resumed(forest, tmp_path, monkeypatch, capsys, assert_same_
   assert _run("forest", path, "--resume") == 0
   assert_same_run(path, forest, "shifted-labels1")
   assert (path / "memory.png").read_bytes() == (forest / "memory.png").read_bytes()
+
+
+def test_programs_are_freed_after_the_last_part_that_needs_them(tmp_path, monkeypatch):
+  """Those of many parts take more pieces of memory than a process may map."""
+  happened = []
+
+  class Trainer(experiment.Trainer):
+    def forget(self):
+      super().forget()
+      happened.append(self)
+
+  def run(self, _):
+    happened.append(self.part.name)
+    self.trainer._cached("a", lambda: jax.jit(lambda x: x + 1), 1)
+    if self.part.name == "flipped0.3":
+      raise experiment.Stopped
+
+  monkeypatch.setattr(experiment.Experiment, "run", run)
+  one, two, three = Trainer(), Trainer(), Trainer()
+  options = paper.parse(["noise", "--out", str(tmp_path / "run")])
+  parts = zip(_parts("noise"), (one, one, two, three))
+  made = [experiment.Experiment(part, [], trainer) for part, trainer in parts]
+  assert experiment.run_all("paper.py", options, "noise", made, [], None) > 128
+  names = ("flipped0", "flipped0.05", one, "flipped0.15", two, "flipped0.3")
+  assert happened == [*names]
+  assert [bool(t._compiled) for t in (one, two, three)] == [False, False, True]
 
 
 def test_what_is_kept(over_x, tmp_path, monkeypatch):
