@@ -43,6 +43,12 @@ _CLAIMS = {
 _AVERAGED = ", weight EMA"
 _TOLD_APART = "told-apart"
 _MARKERS = {"chance": ("#0072B2", "s"), "rival": ("#CC79A7", "v")}
+# What goes without saying within the picture of a claim.
+_UNSAID = (
+  r"(, mlp|, patches-mlp, [0-9,]+ training images)\b"
+  "|(by example nearest_neighbors|majority memory 0.98) "
+)
+_LINEAR = 0.02  # Most differences are smaller, and some twenty times as large.
 _SIGNALS = {"distance": "#0072B2", "loss": "#009E73", "gradient norm": "#E69F00"}
 
 _VERDICTS = ("beats", "ties", "loses")
@@ -302,7 +308,7 @@ def forest(path: pathlib.Path, title: str, gains: Sequence[Gain]) -> None:
   figure = Figure(figsize=size, dpi=100, layout="constrained")
   figure.suptitle(
     f"{title}: what GAF gains\nmean of paired seeds and its 95 % confidence interval;"
-    " hollow: not significant",
+    f" hollow: not significant; logarithmic beyond ±{_LINEAR}",
     fontsize=10,
   )
   axes = figure.subplots(1, 2, sharey=True)
@@ -313,9 +319,14 @@ def forest(path: pathlib.Path, title: str, gains: Sequence[Gain]) -> None:
         plots.interval(ax, at + 0.24 * (row - 0.5), one, color, marker)
     ax.axvline(0, color="gray", linewidth=0.8, zorder=1)
     ax.grid(alpha=0.3)
+    ax.set_xscale("symlog", linthresh=_LINEAR, linscale=0.8)
+    ax.set_xticks([-0.3, -0.1, -_LINEAR, 0, _LINEAR, 0.1, 0.3], minor=False)
+    ax.xaxis.set_major_formatter("{x:g}")
     ax.set_xlabel(f"{score}: difference")
-  short = lambda label: re.sub("^GAF (by example nearest_neighbors )?", "", label)
-  names = [f"{gain.setting}: {short(gain.label)}" for gain in gains]
+  names = [
+    re.sub(_UNSAID, "", f"{gain.setting}: {gain.label.removeprefix('GAF ')}")
+    for gain in gains
+  ]
   axes[0].set_yticks(range(len(gains)), names, fontsize=7)
   axes[0].set_ylim(len(gains) - 0.4, -0.6)
   for kind, said in (("chance", "as much at random"), ("rival", "the best rival")):
