@@ -274,10 +274,12 @@ def by_example(setting: Setting):
 
 def batch_size(setting: Setting):
   """Single examples of batches that have `2 * microbatch_size`."""
+  compared = dict(ema_decay=EMA_DECAY, **plan.BY_EXAMPLE)
   arms = [
     PLAIN,
-    *gaf_arms(2, quantile=1 - _FLIPPED, **plan.BY_EXAMPLE),
-    *gaf_arms(2, ["choice"], adaptive=True, **plan.BY_EXAMPLE),
+    *RIVALS,
+    *gaf_arms(2, quantile=1 - _FLIPPED, **compared),
+    *gaf_arms(2, ["choice"], adaptive=True, **compared),
   ]
   return tuple(
     setting.part(
