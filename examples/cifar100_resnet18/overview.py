@@ -23,7 +23,7 @@ sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
 
 from common import plots
 from common.storage import write_whole
-from common.tables import Difference, aligned
+from common.tables import Difference, aligned, spread
 
 HERE = pathlib.Path(__file__).resolve().parent
 SCORES = ("final", "picked")
@@ -290,8 +290,7 @@ def table_1(path: pathlib.Path) -> str:
   for score, said in _TABLE_1.items():
     lines = [header]
     for name, (first, *_) in settings[0].items():
-      found = [_numbers(arms[name], score) for arms in settings]
-      cells = [f"{x.mean():.3f} ± {np.std(x, ddof=1):.3f}" for x in found]
+      cells = [spread(_numbers(arms[name], score)) for arms in settings]
       lines.append([first["label"], *cells])
     tables.append(f"{said}:\n\n{aligned(lines)}")
   return "\n\n".join([_TABLE_1_HEADER, *tables]) + "\n"
@@ -372,8 +371,7 @@ def main(argv: list[str] | None = None) -> None:
   out = parser.parse_args(argv).out
   gains = everything()
   write_whole(out / "settings.md", text(gains))
-  if (noise := _FOLDERS[0] / "noise.csv").exists():
-    write_whole(out / "table-1.md", table_1(noise))
+  write_whole(out / "table-1.md", table_1(_FOLDERS[0] / "noise.csv"))
   for claim, title in _CLAIMS.items():
     ours = [gain for gain in gains if gain.claim == claim]
     if ours:

@@ -97,9 +97,9 @@ def test_names_of_rivals(label, short):
 
 def test_accuracy_by_share_of_flipped_labels(tmp_path):
   path = tmp_path / "noise.csv"
-  _write(path, {"plain": ("rival", [0.5, 0.7], [0.4, 0.4])})
+  _write(path, {"plain": ("rival", [0.459, 0.6, 0.741], [0.4, 0.4, 0.4])})
   first = path.read_text().replace("\np,", "\nflipped0.05,")
-  _write(path, {"plain": ("rival", [0.3, 0.3], [0.2, 0.4])})
+  _write(path, {"plain": ("rival", [0.3, 0.3, 0.3], [0.15, 0.319, 0.431])})
   second = path.read_text().replace("\np,", "\nflipped0.6,").partition("\n")[2]
   path.write_text(first + second)
   _, best, after, where = overview.table_1(path).split(":\n\n")
