@@ -1,7 +1,7 @@
 """Mesh: over which devices values are spread: axes, their checks, sums over them."""
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gaf_optax import _jax_types, _tree
+from gaf_optax import _compat, _tree
 
 # For each dimension the names of the axes that it is sharded over.
 _Spec = tuple[tuple[str, ...], ...]
@@ -37,45 +37,35 @@ class Axes(NamedTuple):
 
 
 class Shards(NamedTuple):
-  """How inner products over rows are completed, where devices hold parts of them.
+  """How inner products are completed where devices hold parts of the rows.
 
   Attributes:
     axis_names: names of the axes that sums go over.
-    primary: for each leaf of rows None, or a bool scalar that is True on the one
-      device of those holding the same values whose products count. () for None.
-    unpadded: for each leaf of rows None, or bool `[1, c]`: False for padding. () for
-      None.
+    replicated: for each leaf names of axes over which devices hold the same values, so
+      that one of them counts; () where there are none.
   """
 
   axis_names: tuple[Hashable, ...]
-  primary: tuple[jax.Array | None, ...]
-  unpadded: tuple[jax.Array | None, ...]
+  replicated: tuple[tuple[Hashable, ...], ...]
 
   def sum(self, x: jax.Array) -> jax.Array:
     return lax.psum(x, self.axis_names) if self.axis_names else x
 
-  def max(self, x: jax.Array) -> jax.Array:
-    return lax.pmax(x, self.axis_names) if self.axis_names else x
+  def counts(self, leaf: int) -> jax.Array | None:
+    """Whether this device's products of a leaf count, a bool scalar or None."""
+    if not self.replicated or not self.replicated[leaf]:
+      return None
+    first = [lax.axis_index(name) == 0 for name in self.replicated[leaf]]
+    return jnp.all(jnp.stack(first))
 
 
 # Everything is on this device.
-WHOLE = Shards((), (), ())
+WHOLE = Shards((), ())
 
 
-def shards(axes: Axes, num_others: int = 0) -> Shards:
-  """Of leaves that are whole on this device but for `axes.param_axes`.
-
-  `num_others` are how many more leaves follow those of which `axes` speaks.
-  """
-  flags = tuple(primary(names) for names in axes.replicated)
-  return Shards(axes.param_axes, flags + (None,) * num_others if flags else (), ())
-
-
-def primary(replicated: tuple[Hashable, ...]) -> jax.Array | None:
-  """Whether this device's products count, of devices that hold the same values."""
-  if not replicated:
-    return None
-  return jnp.all(jnp.stack([lax.axis_index(name) == 0 for name in replicated]))
+def shards(axes: Axes) -> Shards:
+  """Of leaves that are whole on this device but for `axes.param_axes`."""
+  return Shards(axes.param_axes, axes.replicated)
 
 
 def axes(
@@ -104,12 +94,12 @@ def axes(
   _check_bound("axis_name", axis_names)
   _check_bound("param_axes", param_axes)
   for name in axis_names:
-    if _jax_types.checks_replication(name):
+    if _compat.checks_replication(name):
       for path, x in named:
-        if name not in _jax_types.varying(x):
+        if name not in _compat.varying(x):
           raise ValueError(_summed(path, name))
   for path, x in named if axis_names else ():
-    unmapped = sum(_jax_types.explicit_spec(x), ())
+    unmapped = sum(_compat.explicit_spec(x), ())
     if unmapped:
       raise ValueError(
         f"micro-gradient leaf {_tree.name(path)} is sharded over axis {unmapped[0]!r}"
@@ -144,9 +134,9 @@ def _replicated(path, x, param_axes, param_specs):
     sharded = _named_in(param_specs, path)
   else:
     for name in param_axes:
-      if not _jax_types.checks_replication(name):
+      if not _compat.checks_replication(name):
         raise ValueError(_unseen(name))
-    sharded = _jax_types.varying(x)
+    sharded = _compat.varying(x)
   return tuple(name for name in param_axes if name not in sharded)
 
 
@@ -209,7 +199,7 @@ class Placement(NamedTuple):
 
 def is_sharded(arrays: Sequence[jax.Array]) -> bool:
   """Whether the type of any array says that it is sharded over an Explicit mesh."""
-  return any(any(_jax_types.explicit_spec(x)) for x in arrays)
+  return any(any(_compat.explicit_spec(x)) for x in arrays)
 
 
 def placement(arrays: Sequence[jax.Array], paths: Sequence[Any]) -> Placement:
@@ -219,7 +209,7 @@ def placement(arrays: Sequence[jax.Array], paths: Sequence[Any]) -> Placement:
     ValueError: if the leading axes are sharded differently, or other dimensions
       over the same mesh axes.
   """
-  specs = [_jax_types.explicit_spec(x) for x in arrays]
+  specs = [_compat.explicit_spec(x) for x in arrays]
   leading = _leading(specs, paths)
   inner = [spec[1:] for spec in specs]
   axes = _axes_of(leading, inner)
@@ -235,34 +225,6 @@ def placement(arrays: Sequence[jax.Array], paths: Sequence[Any]) -> Placement:
   return Placement(_mesh(arrays), axes, stacked, [_partition(spec) for spec in inner])
 
 
-def reduce_shards(
-  per_shard: Callable[[Any, Shards], Any], leaves: Sequence[Sequence[jax.Array]]
-) -> Any:
-  """A function of leaves and `Shards` that each device calls with its own parts.
-
-  Args:
-    per_shard: what it returns is the same on all devices.
-    leaves: for each leaf its blocks of rows `[k_b, *shape]`, whole rows of which are
-      sharded alike.
-  """
-  specs = [max(_jax_types.explicit_spec(b)[1:] for b in blocks) for blocks in leaves]
-  axes = _axes_of((), specs)
-  mesh = _mesh([block for blocks in leaves for block in blocks])
-  rows = [_partition(((), *spec)) for spec in specs]
-  mapped = jax.shard_map(
-    lambda leaves: per_shard(leaves, shards(axes)),
-    mesh=mesh,
-    in_specs=(rows,),
-    out_specs=P(),
-  )
-  return jax.jit(mapped)(
-    [
-      tuple(reshard(blocks, [spec] * len(blocks), mesh))
-      for blocks, spec in zip(leaves, rows)
-    ]
-  )
-
-
 def reshard(leaves: Sequence[jax.Array], specs: Sequence[P], mesh) -> list[jax.Array]:
   """The leaves, sharded over an Explicit mesh as the specs say."""
   return [
@@ -271,37 +233,40 @@ def reshard(leaves: Sequence[jax.Array], specs: Sequence[P], mesh) -> list[jax.A
 
 
 def split_rows(x: jax.Array, k: int, at_once: bool) -> jax.Array:
-  """Rows `[batch, ...]` as `[k, batch // k, ...]`, k microbatches.
+  """Rows `[batch, ...]` as `[k, batch // k, ...]`; microbatch i has rows i, i + k, ...
 
-  Of an array that is sharded over an Explicit mesh each microbatch is sharded as the
-  rows were; with `at_once` the k of them are, if the devices divide k.
+  So rows that are sharded over devices stay where they are. On an Explicit mesh whose
+  devices do not divide the rows of a microbatch, with `at_once` the k of them are
+  sharded instead.
 
   Raises:
     ValueError: if the devices divide neither.
   """
-  shape = (k, x.shape[0] // k, *x.shape[1:])
-  spec = _jax_types.explicit_spec(x)
+  shape = (x.shape[0] // k, k, *x.shape[1:])
+  spec = _compat.explicit_spec(x)
   if not any(spec):
-    return jnp.reshape(x, shape)
+    return jnp.swapaxes(jnp.reshape(x, shape), 0, 1)
   mesh = _mesh([x])
   number = math.prod(mesh.shape[name] for name in spec[0])
-  if at_once and k % number == 0:
-    leading: _Spec = (spec[0], ())
-  elif shape[1] % number == 0:
-    leading = ((), spec[0])
-  else:
+  of_rows = shape[0] % number == 0
+  if not of_rows and not (at_once and k % number == 0):
     raise ValueError(
       f"a batch of {x.shape[0]} rows is sharded over {number} devices (mesh axes"
-      f" {spec[0]}), which do not divide its {k} microbatches of {shape[1]} rows each."
+      f" {spec[0]}), which do not divide its {k} microbatches of {shape[0]} rows each."
     )
-  sharding = NamedSharding(mesh, _partition((*leading, *spec[1:])))
-  return jnp.reshape(x, shape, out_sharding=sharding)
+  rows = spec[0] if of_rows else ()
+  if not of_rows:
+    (x,) = reshard([x], [_partition(((), *spec[1:]))], mesh)
+  sharding = NamedSharding(mesh, _partition((rows, (), *spec[1:])))
+  result = jnp.swapaxes(jnp.reshape(x, shape, out_sharding=sharding), 0, 1)
+  leading = ((), rows) if of_rows else (spec[0], ())
+  return reshard([result], [_partition((*leading, *spec[1:]))], mesh)[0]
 
 
 def copies(x: jax.Array, k: int, batch: Sequence[jax.Array]) -> jax.Array:
   """The array k times, `[k, *shape]`, sharded as the k microbatches of a batch."""
   result = jnp.broadcast_to(gathered(x)[None], (k, *x.shape))
-  leading = [_jax_types.explicit_spec(leaf)[0] for leaf in batch]
+  leading = [_compat.explicit_spec(leaf)[0] for leaf in batch]
   if not any(leading):
     return result
   spec = _partition((max(leading), *[()] * x.ndim))
@@ -310,10 +275,10 @@ def copies(x: jax.Array, k: int, batch: Sequence[jax.Array]) -> jax.Array:
 
 def beside(leaves: Sequence[Any], batch: Sequence[jax.Array]) -> list[Any]:
   """The leaves, gathered over the mesh axes that the microbatches are sharded over."""
-  taken = {name for x in batch for name in _jax_types.explicit_spec(x)[0]}
+  taken = {name for x in batch for name in _compat.explicit_spec(x)[0]}
 
   def free(x):
-    spec = _jax_types.explicit_spec(x)
+    spec = _compat.explicit_spec(x)
     if not taken & {*sum(spec, ())}:
       return x
     rest = _partition(tuple(tuple(n for n in e if n not in taken) for e in spec))
@@ -339,7 +304,7 @@ def gathered(x: jax.Array) -> jax.Array:
 
 def explicit_partition(x: jax.Array) -> P:
   """The `PartitionSpec` of an array on an Explicit mesh."""
-  return _partition(_jax_types.explicit_spec(x))
+  return _partition(_compat.explicit_spec(x))
 
 
 def _axes_of(leading, inner: Sequence[_Spec]) -> Axes:
@@ -352,7 +317,7 @@ def _axes_of(leading, inner: Sequence[_Spec]) -> Axes:
 
 def _mesh(arrays):
   return next(
-    jax.typeof(x).sharding.mesh for x in arrays if any(_jax_types.explicit_spec(x))
+    jax.typeof(x).sharding.mesh for x in arrays if any(_compat.explicit_spec(x))
   )
 
 

@@ -1,19 +1,22 @@
 """Multi steps: the filter on one micro-gradient per call, as Optax accumulates."""
 
-from typing import Any, NamedTuple, Unpack
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from gaf_optax import (
+  _compat,
+  _conditional,
   _gaf,
-  _jax_types,
   _options,
   _state,
   _stream,
+  _tau,
   _tree,
   _validate,
+  rules,
 )
 
 
@@ -56,19 +59,28 @@ class MultiSteps(optax.GradientTransformationExtraArgs):
     return self
 
 
-@_options.shown(_gaf.gaf, _options.StreamOptions)
 def multi_steps(
   inner: optax.GradientTransformation,
-  every_k_schedule: int | _options.Schedule,
+  every_k_schedule: int | _tau.Schedule,
   tau: _options.Tau = 0.97,
-  **options: Unpack[_options.StreamOptions],
+  *,
+  rule: rules.RuleFn | None = None,
+  embed: _options.Embed | None = None,
+  axis_name: _options.AxisNames | None = None,
+  param_axes: _options.ParamAxes = (),
+  stacked: bool | None = None,
+  groups: _options.Groups | None = None,
+  anchor_decay: float | None = None,
+  memory_decay: float | None = None,
+  num_microbatches: int | None = None,
+  max_norm_ratio: float | None = None,
 ) -> MultiSteps:
   """Takes one micro-gradient per call and runs `inner` on every k-th, if they agree.
 
   The drop-in for `optax.MultiSteps`: calls before the k-th of a cycle emit zero
   updates, the k-th emits the update of `inner` for the filtered mean of the k
-  micro-gradients. One running mean is kept, whatever k is (with `embed` a second
-  one, with `anchor_decay` the moving average and a second one). A rejected
+  micro-gradients. One running mean is kept, whatever k is (with `anchor_decay` the
+  moving average and a second one). A rejected
   micro-gradient uses up its slot. A cycle without agreement emits zeros and leaves
   the state of `inner` as it was.
 
@@ -77,13 +89,15 @@ def multi_steps(
     every_k_schedule: micro-gradients in a cycle, at least 2 (1 with an anchor), or
       a function from the number of finished cycles to it.
     tau: see :func:`gaf`; a schedule is called with the number of finished cycles.
-    **options: `rule` (`rules.sequential()` or `rules.running_average()`),
-      `embed`, `param_axes`, `groups`, `anchor_decay` and `num_microbatches`, see
-      :func:`gaf`.
+    rule: `rules.sequential()` (the default) or `rules.running_average()`.
+    param_axes, groups, anchor_decay, num_microbatches: see :func:`gaf`.
+    embed, axis_name, stacked, memory_decay, max_norm_ratio: refused, since they need
+      all micro-gradients at once.
 
   Returns:
     A transformation whose `update(micro_grad, state, params=None)` takes and
-    returns leaves shaped like the parameters. Extra arguments go to `inner`.
+    returns leaves shaped like the parameters. With each call, `microbatch_weights`
+    takes a scalar, see :func:`gaf`; the other extra arguments go to `inner`.
     :func:`metrics` reads its state and speaks of the last finished cycle. As with
     `optax.MultiSteps`, `has_updated(state)` tells whether the last call ran `inner`,
     and the state has `mini_step`, `gradient_step` (finished cycles),
@@ -109,7 +123,19 @@ def multi_steps(
     Chaubard et al., `Beyond Gradient Averaging in Parallel Optimization
     <https://arxiv.org/abs/2412.18052>`_, 2024, algorithm 1.
   """
-  checked = _stream.check_options(tau, **options)
+  checked = _options.checked_streamed(
+    tau,
+    rule=rule,
+    embed=embed,
+    axis_name=axis_name,
+    param_axes=param_axes,
+    stacked=stacked,
+    groups=groups,
+    anchor_decay=anchor_decay,
+    memory_decay=memory_decay,
+    num_microbatches=num_microbatches,
+    max_norm_ratio=max_norm_ratio,
+  )
   k = checked.num_microbatches
   if not callable(every_k_schedule):
     _validate.count(checked.min_accepted, every_k_schedule=every_k_schedule)
@@ -128,15 +154,16 @@ def multi_steps(
     return MultiStepsState(
       mini_step=jnp.zeros((), jnp.int32),
       gaf_state=_state.init(params, checked),
-      inner_opt_state=_gaf.init_inner(inner, params),
+      inner_opt_state=_conditional.init_inner(inner, params),
       stream=_stream.start(params, checked, k),
     )
 
-  def update_fn(micro_grad, state, params=None, **extra_args):
+  def update_fn(
+    micro_grad, state, params=None, *, microbatch_weights=None, **extra_args
+  ):
     _state.check_type(state, MultiStepsState)
     gaf_state = state.gaf_state
     _state.check(gaf_state, checked)
-    _state.warn_if_identical(gaf_state, stacklevel=3)
     _tree.check_not_empty(micro_grad)
     like = state.stream.means if params is None else params
     leaves = _tree.flatten(micro_grad, like, checked.groups, stacked=False)
@@ -146,27 +173,25 @@ def multi_steps(
     _tree.check_kept(state.stream.means, leaves)
     _tree.check_num_groups(layout, state.stream.num_in_mean.shape[0])
     plan = checked.plan(leaves)
-    threshold = checked.threshold(gaf_state.num_updates, gaf_state.steered)
+    tau = checked.tau.at(gaf_state.steered, gaf_state.num_updates)
+    weight = _gaf.gathered_weights(microbatch_weights, None, ())
     has_anchor = checked.anchor_decay is not None
     anchor = _tree.pick(gaf_state.anchor, layout) if has_anchor else None
-    stream, _ = _stream.push(
-      state.stream, leaves.arrays, threshold, anchor, gaf_state.anchored, plan=plan
+    stream = _stream.push(
+      state.stream, leaves.arrays, tau, weight, anchor, gaf_state.anchored, plan=plan
     )
 
     def end_of_cycle():
-      means, decision = _stream.finish(
-        stream, leaves.arrays, layout, checked.min_accepted
-      )
-      step = _stream.outcome(stream, decision, checked.min_accepted)
+      means, step = _stream.finish(stream, leaves.arrays, plan, checked.min_accepted)
       new_state = gaf_state
       if has_anchor:
         plain = _tree.pick(stream.plain, layout)
         new_state = _state.move_anchor(
-          gaf_state, layout, checked.anchor_decay, plain, stream.num_finite > 0
+          gaf_state, layout, checked.anchor_decay, plain, stream.num_valid > 0
         )
-      new_state = _state.advance(new_state, plan.steering, threshold, step)
+      new_state = _state.advance(new_state, plan.tau, tau, step)
       grads = leaves.unflatten(means)
-      updates, inner_state = _gaf.run_if(
+      updates, inner_state = _conditional.run_if(
         step.agreed, inner, grads, state.inner_opt_state, params, extra_args
       )
       empty = jax.tree.map(jnp.zeros_like, state.stream)
@@ -184,6 +209,6 @@ def multi_steps(
     every_k: Any = every_k_schedule
     if callable(every_k):
       every_k = every_k(gaf_state.num_updates)
-    return _jax_types.cond(state.mini_step + 1 >= every_k, end_of_cycle, within_cycle)
+    return _compat.cond(state.mini_step + 1 >= every_k, end_of_cycle, within_cycle)
 
   return MultiSteps(init_fn, update_fn)

@@ -1,86 +1,38 @@
 """Options: the arguments that every form of the filter shares, checked once."""
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Hashable
-from typing import (
-  Any,
-  Literal,
-  NamedTuple,
-  TypeAlias,
-  TypedDict,
-  TypeVar,
-  get_type_hints,
-)
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 
-from gaf_optax import _mesh, _threshold, _tree, _validate, rules
+from gaf_optax import _mesh, _rules, _tau, _tree, _validate, rules
 
-# An `optax.Schedule`, spelt out: where Optax has no types, as for mypy, its name would
-# let everything pass.
-Schedule: TypeAlias = Callable[[jax.Array], jax.typing.ArrayLike]
-# A float, an array of one, a schedule, a `target_accept_rate`, or a tau that is read
-# off each step's distances.
-Tau: TypeAlias = (
-  float | jax.Array | Schedule | _threshold.TargetAcceptRate | rules.StepTau
-)
+# A float, an array of one, a schedule, or what the functions of `_tau` return.
+Tau: TypeAlias = float | jax.Array | _tau.Schedule | _tau.Tau
 AxisNames: TypeAlias = Hashable | tuple[Hashable, ...]
 # Names of axes, or a tree of `PartitionSpec`.
 ParamAxes: TypeAlias = Any
 Groups: TypeAlias = Literal["leaf"] | _tree.GroupsFn
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-class SharedOptions(TypedDict, total=False):
-  """Options of `gaf` that every form takes."""
-
-  rule: rules.RuleFn | None
-  embed: Callable[[jax.Array], jax.Array] | None
-  param_axes: ParamAxes
-  groups: Groups | None
-
-
-class BatchOptions(SharedOptions, total=False):
-  """Those of `value_and_grad`, which keeps no state."""
-
-  axis_name: AxisNames | None
-
-
-class StreamOptions(SharedOptions, total=False):
-  """Those of `multi_steps`, which sees one micro-gradient after the other."""
-
-  anchor_decay: float | None
-  num_microbatches: int | None
-
-
-class StackOptions(StreamOptions, total=False):
-  """Those of `apply_if_agreed`: all."""
-
-  axis_name: AxisNames | None
-  stacked: bool | None
-  memory_decay: float | None
+Embed: TypeAlias = Callable[[jax.Array], jax.Array]
 
 
 class Plan(NamedTuple):
-  """What is fixed when a step is traced; hashable.
+  """The options of a step on certain leaves, without values; hashable.
 
   Attributes:
-    rule: an `AnchorRule` with an anchor, a `RememberingRule` with a memory.
+    rule: a rule.
+    tau: what kind of tau it is.
     embed: a function or None.
     layout: which leaves take part in which decision.
     axes: over which devices they are spread.
-    steering: how tau moves, if it is steered.
-    step_tau: how tau is read off a step's distances, if it is.
   """
 
   rule: Any
-  embed: Callable[[jax.Array], jax.Array] | None
+  tau: _tau.Tau
+  embed: Embed | None
   layout: _tree.Layout
   axes: _mesh.Axes
-  steering: _threshold.TargetAcceptRate | None
-  step_tau: rules.StepTau | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +40,8 @@ class Options:
   """Checked arguments of `gaf`.
 
   Attributes:
-    tau: as it was given.
-    rule: a rule, an `AnchorRule` with an anchor, a `RememberingRule` with a memory.
+    tau: what kind of tau it is, with its value.
+    rule: hashable.
     embed: hashable, or None.
     axis_names: names of the axes along which the micro-gradients lie, () without.
     stacked: whether a device holds several micro-gradients, on a leading axis.
@@ -99,11 +51,12 @@ class Options:
     anchor_decay: None without an anchor.
     memory_decay: None without a memory.
     num_microbatches: None, or how many micro-gradients a step has.
+    max_norm_ratio: None, or how many times as long as the median one may be.
   """
 
-  tau: Any
+  tau: _tau.Tau
   rule: Any
-  embed: Callable[[jax.Array], jax.Array] | None
+  embed: Embed | None
   axis_names: tuple[Hashable, ...]
   stacked: bool
   param_axes: tuple[Hashable, ...]
@@ -112,18 +65,15 @@ class Options:
   anchor_decay: Any
   memory_decay: Any
   num_microbatches: int | None
+  max_norm_ratio: Any
 
   @property
   def min_accepted(self) -> int:
     """How many micro-gradients a step needs, and a decision of streamed ones."""
     return 2 if self.anchor_decay is None else 1
 
-  def threshold(self, num_updates, steered) -> jax.Array:
-    """Tau of a step, a scalar; see `_threshold.value`."""
-    return _threshold.value(self.tau, num_updates, steered)
-
   def plan(self, leaves: _tree.Leaves) -> Plan:
-    """What is fixed for a step on these leaves.
+    """The plan of a step on these leaves.
 
     Raises:
       ValueError: see `_mesh.axes`.
@@ -131,15 +81,20 @@ class Options:
     axes = _mesh.axes(
       leaves, self.axis_names, self.stacked, self.param_axes, self.param_specs
     )
-    steered = isinstance(self.tau, _threshold.TargetAcceptRate)
-    return Plan(
-      self.rule,
-      self.embed,
-      leaves.layout,
-      axes,
-      self.tau if steered else None,
-      self.tau if _threshold.is_step_tau(self.tau) else None,
-    )
+    return Plan(self.rule, self.tau.static(), self.embed, leaves.layout, axes)
+
+  def check_number(self, k: int) -> None:
+    """Raises for a number of micro-gradients that does not fit."""
+    if k < self.min_accepted:
+      raise ValueError(
+        f"there is one micro-gradient (k = {k}) and nothing to compare it with. Split"
+        " the batch into at least two microbatches, or give anchor_decay to compare"
+        " with past steps."
+      )
+    if self.num_microbatches not in (None, k):
+      raise ValueError(
+        f"num_microbatches is {self.num_microbatches}, but {k} micro-gradients arrived."
+      )
 
 
 def checked(
@@ -154,13 +109,14 @@ def checked(
   anchor_decay=None,
   memory_decay=None,
   num_microbatches=None,
+  max_norm_ratio=None,
 ) -> Options:
   """Checks the arguments of `gaf` as far as they can be known without data.
 
   Raises:
     ValueError: naming the argument, what was found and what was expected.
   """
-  _threshold.check(tau)
+  tau = _tau.checked(tau)
   axis_names = () if axis_name is None else as_names("axis_name", axis_name)
   if axis_name is not None and not axis_names:
     raise ValueError("axis_name must name at least one axis, got ().")
@@ -178,31 +134,25 @@ def checked(
     )
   _check_stacked(stacked, axis_name)
   if anchor_decay is not None:
-    if rule is not None:
+    _check_anchor(anchor_decay, rule)
+  rule = rules.sequential() if rule is None else _checked_rule(rule)
+  if tau.reads_distances and isinstance(rule, _rules.Sequential | _rules.MostNeighbors):
+    if anchor_decay is None:
       raise ValueError(
-        "anchor_decay and rule exclude each other: an anchor replaces the"
-        f" comparison among micro-gradients. Got anchor_decay={anchor_decay!r}"
-        f" and rule={rule!r}."
+        f"tau {tau!r} is read off the distances of a step, which for rule {rule!r}"
+        " depend on tau themselves. Use a rule whose distances do not, for instance"
+        " rules.leave_one_out(), rules.majority() or rules.nearest_neighbors(5)."
       )
-    _validate.in_interval(0, 1, anchor_decay=anchor_decay, open_end=True)
-    rule = rules.AnchorRule()
-  elif rule is None:
-    rule = rules.sequential()
-  else:
-    _validate.function(
-      " Rules are made by gaf_optax.rules, for instance rules.most_neighbors().",
-      rule=rule,
-    )
-    if getattr(rules, getattr(rule, "__name__", ""), None) is rule:
-      raise ValueError(
-        f"rule must be a rule, not what makes one, got {rule!r}. Was the call"
-        " forgotten, as in rules.most_neighbors()?"
-      )
-  if _threshold.is_step_tau(tau):
-    _check_step_tau(tau, rule)
   if memory_decay is not None:
     _check_memory(memory_decay, anchor_decay, num_microbatches)
-    rule = rules.RememberingRule(_hashable(rule))
+  if max_norm_ratio is not None:
+    _validate.in_interval(
+      1,
+      float("inf"),
+      " It is how many times as long as the median a micro-gradient may be.",
+      open_end=True,
+      max_norm_ratio=max_norm_ratio,
+    )
   if embed is not None:
     _validate.function(" An elementwise function such as jnp.sign.", embed=embed)
   if groups is not None and groups != "leaf":
@@ -211,15 +161,12 @@ def checked(
       groups=groups,
     )
   if num_microbatches is not None:
-    least = 1 if anchor_decay is not None else 2
-    _validate.count(
-      least,
-      ""
-      if least == 1
-      else " One micro-gradient alone has nothing to compare with"
-      " (anchor_decay compares it with the past).",
-      num_microbatches=num_microbatches,
+    hint = (
+      " One micro-gradient alone has nothing to compare with (anchor_decay compares it"
+      " with the past)."
     )
+    least = 2 if anchor_decay is None else 1
+    _validate.count(least, hint if least > 1 else "", num_microbatches=num_microbatches)
   return Options(
     tau,
     _hashable(rule),
@@ -232,44 +179,77 @@ def checked(
     anchor_decay,
     memory_decay,
     None if num_microbatches is None else int(num_microbatches),
+    max_norm_ratio,
   )
 
 
-def shown(
-  like: Callable[..., Any], options: type[SharedOptions]
-) -> Callable[[_Function], _Function]:
-  """A decorator: `**options` becomes options of `like` in the signature.
+# Why a form of the filter that sees one micro-gradient at a time refuses an option.
+_NOT_STREAMED = {
+  "embed": "its running mean is of gradients, not of embedded ones",
+  "axis_name": (
+    "they are filtered on the device that they are on. To filter across devices give"
+    " the result to gaf(axis_name=...), or let each device stack its micro-gradients"
+    " and use gaf(axis_name=..., stacked=True)"
+  ),
+  "stacked": "there is one in each call. Stack them and use gaf",
+  "memory_decay": (
+    "it remembers how all pairs compare, but they are compared with a running mean"
+    " alone. Stack them and use gaf"
+  ),
+  "max_norm_ratio": "the median norm is known at the end alone. Stack them and use gaf",
+}
 
-  For `help`, and for `optax.inject_hyperparams`, which binds by the signature.
 
-  Args:
-    like: a function.
-    options: which of its keyword arguments.
+def checked_streamed(tau, **options) -> Options:
+  """Checked options, without what needs all micro-gradients at once.
+
+  Raises:
+    ValueError: as `checked`, and for what streamed forms refuse.
   """
-  names = get_type_hints(options)
-
-  def decorate(function: _Function) -> _Function:
-    own = inspect.signature(function)
-    parameters = [p for p in own.parameters.values() if p.kind != p.VAR_KEYWORD]
-    parameters += [
-      p
-      for name, p in inspect.signature(like).parameters.items()
-      if name in names and name not in own.parameters
-    ]
-    decorated: Any = function
-    decorated.__signature__ = own.replace(parameters=parameters)
-    return function
-
-  return decorate
-
-
-def _check_step_tau(tau, rule):
-  if isinstance(rule, rules.SequentialRule | rules.MostNeighborsRule):
+  refuse(options, _NOT_STREAMED, "micro-gradients that come one at a time")
+  result = checked(tau, **options)
+  if result.tau.reads_distances:
     raise ValueError(
-      f"tau {tau!r} is read off the distances of a step, which for rule {rule!r} depend"
-      " on tau themselves. Use a rule whose distances do not, for instance"
-      " rules.leave_one_out(), rules.min_neighbors(0.5) or rules.nearest_neighbors(5)."
+      f"tau {tau!r} is read off the distances of all micro-gradients of a step, but"
+      " streamed ones show one at a time. Stack them and use gaf."
     )
+  if result.anchor_decay is None and not isinstance(result.rule, _rules.Sequential):
+    raise ValueError(
+      f"rule {result.rule!r} has to see all micro-gradients at once. Streamed"
+      " micro-gradients are compared with a running mean: use rules.sequential(),"
+      " rules.running_average() or anchor_decay, or stack them and use gaf."
+    )
+  return result
+
+
+def refuse(options: dict[str, Any], reasons: dict[str, str], what: str) -> None:
+  """Raises for options that are given and have no meaning for `what`."""
+  for name, reason in reasons.items():
+    if options.get(name) not in (None, ()):
+      raise ValueError(f"{name}={options[name]!r} does not go with {what}: {reason}.")
+
+
+def _checked_rule(rule):
+  _validate.function(
+    " Rules are made by gaf_optax.rules, for instance rules.most_neighbors().",
+    rule=rule,
+  )
+  if getattr(rules, getattr(rule, "__name__", ""), None) is rule:
+    raise ValueError(
+      f"rule must be a rule, not what makes one, got {rule!r}. Was the call"
+      " forgotten, as in rules.most_neighbors()?"
+    )
+  return rule
+
+
+def _check_anchor(anchor_decay, rule):
+  if rule is not None:
+    raise ValueError(
+      "anchor_decay and rule exclude each other: an anchor replaces the"
+      f" comparison among micro-gradients. Got anchor_decay={anchor_decay!r}"
+      f" and rule={rule!r}."
+    )
+  _validate.in_interval(0, 1, anchor_decay=anchor_decay, open_end=True)
 
 
 def _check_memory(memory_decay, anchor_decay, num_microbatches):

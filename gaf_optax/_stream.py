@@ -8,50 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from gaf_optax import (
-  _combine,
-  _gram,
-  _inner_products,
-  _jax_types,
+  _compat,
+  _kernels,
   _mesh,
   _options,
+  _rules,
   _state,
-  _threshold,
   _tree,
-  rules,
 )
-
-
-def check_options(tau, **options) -> _options.Options:
-  """Checked options, without what needs all micro-gradients at once."""
-  for name in ("axis_name", "stacked"):
-    if options.get(name) is not None:
-      raise ValueError(
-        f"{name}={options[name]!r}: micro-gradients that come one at a time are"
-        " filtered on the device that they are on. To filter across devices give"
-        " the result to gaf(axis_name=...), or let each device stack its"
-        " micro-gradients and use gaf(axis_name=..., stacked=True)."
-      )
-  if options.get("memory_decay") is not None:
-    raise ValueError(
-      f"memory_decay={options['memory_decay']!r} remembers how all pairs of"
-      " micro-gradients compare, but streamed ones are compared with a running mean"
-      " alone. Stack them and use gaf."
-    )
-  if _threshold.is_step_tau(tau):
-    raise ValueError(
-      f"tau {tau!r} is read off the distances of all micro-gradients of a step, but"
-      " streamed ones show one after the other. Stack them and use gaf."
-    )
-  checked = _options.checked(tau, **options)
-  if checked.anchor_decay is None and not isinstance(
-    checked.rule, rules.SequentialRule
-  ):
-    raise ValueError(
-      f"rule {checked.rule!r} has to see all micro-gradients at once. Streamed"
-      " micro-gradients are compared with a running mean: use rules.sequential(),"
-      " rules.running_average() or anchor_decay, or stack them and use gaf."
-    )
-  return checked
 
 
 class Stream(NamedTuple):
@@ -60,27 +24,29 @@ class Stream(NamedTuple):
   Attributes:
     means: like the parameters, the weighted mean of what each leaf's group
       accepted.
-    embedded: with `embed`, the same of the embedded leaves, else None.
-    plain: with an anchor, the mean of all finite ones, else None.
-    mean: a `rules.RunningMean` `[m]`.
+    plain: with an anchor, the mean of all that are valid, else None.
+    mean: a `Mean` of arrays `[m]`.
+    plain_weight: scalar, the sum of the weights of all that are valid.
     num_in_mean: int32 `[m]`, how many were accepted.
     distance_sum: float32 `[m]`, over the micro-gradients that were compared.
     num_compared: int32 `[m]`, how many those are.
     num_pushed: int32 scalar.
-    num_finite: int32 scalar, how many of those pushed are finite.
-    each: the weights, `accepted` and distances `[m, k]` of a `rules.Decision`, where k
-      is known; else None. A plain tuple, so that `optax.tree.get` finds them once.
+    num_present: int32 scalar, how many of those have a weight above 0.
+    num_valid: int32 scalar, how many of those are finite.
+    each: the weights, `accepted` and distances `[m, k]` of a `Decision`, where k is
+      known; else None. A plain tuple, so that `optax.tree.get` finds them once.
   """
 
   means: Any
-  embedded: Any
   plain: Any
-  mean: rules.RunningMean
+  mean: _rules.Mean
+  plain_weight: jax.Array
   num_in_mean: jax.Array
   distance_sum: jax.Array
   num_compared: jax.Array
   num_pushed: jax.Array
-  num_finite: jax.Array
+  num_present: jax.Array
+  num_valid: jax.Array
   each: tuple[jax.Array, jax.Array, jax.Array] | None
 
 
@@ -89,157 +55,103 @@ def start(
 ) -> Stream:
   """An empty stream for micro-gradients shaped like the parameters."""
   leaves = _tree.flatten(params, None, options.groups, stacked=False)
-  with_anchor = options.anchor_decay is not None
-  with_embed = options.embed is not None and not with_anchor
-  return _empty(
-    params, leaves.arrays, leaves.layout, num_microbatches, with_embed, with_anchor
-  )
-
-
-def _empty(params, arrays, layout, k, with_embed=False, with_anchor=False):
-  zeros = lambda: _tree.accumulators(params)
-  m = layout.num_groups
-  dtype = _jax_types.real_accumulator_dtype(x.dtype for x in arrays)
+  m, k = leaves.layout.num_groups, num_microbatches
+  dtype = _compat.real_accumulator_dtype(leaves.arrays)
   counts = lambda *shape: jnp.zeros(shape, jnp.int32)
   numbers = lambda *shape: jnp.zeros(shape, jnp.float32)
   each = None
   if k is not None:
-    nothing = jnp.full((m, k), _gram.NOTHING, jnp.float32)
-    each = numbers(m, k), jnp.zeros((m, k), bool), nothing
+    each = numbers(m, k), jnp.zeros((m, k), bool), _state.nothing(m, k)
   return Stream(
-    means=zeros(),
-    embedded=zeros() if with_embed else None,
-    plain=zeros() if with_anchor else None,
-    mean=rules.RunningMean(jnp.zeros((m,), dtype), jnp.zeros((m,), dtype), counts(m)),
+    means=_tree.accumulators(params),
+    plain=None if options.anchor_decay is None else _tree.accumulators(params),
+    mean=_rules.Mean(jnp.zeros((m,), dtype), jnp.zeros((m,), dtype)),
+    plain_weight=jnp.zeros((), dtype),
     num_in_mean=counts(m),
     distance_sum=numbers(m),
     num_compared=counts(m),
     num_pushed=counts(),
-    num_finite=counts(),
+    num_present=counts(),
+    num_valid=counts(),
     each=each,
   )
-
-
-def filter_rows(
-  arrays: Sequence[jax.Array],
-  group_ids: tuple[int, ...],
-  threshold: jax.Array,
-  plan: _options.Plan,
-) -> tuple[list[jax.Array], rules.Decision, "Pushed"]:
-  """Filters stacked leaves `[k, *shape]` by pushing one row after the other.
-
-  Args:
-    arrays: the leaves.
-    group_ids: for each the number of its group.
-    threshold: tau.
-    plan: of the leaves of the tree, which these are made of.
-
-  Returns:
-    The means, the decision `[m, k]`, and a `Pushed` of arrays `[k, ...]`.
-  """
-  first = [x[0] for x in arrays]
-  paths = tuple((jax.tree_util.SequenceKey(i),) for i in range(len(arrays)))
-  layout = _tree.Layout(paths, group_ids, plan.layout.num_groups)
-  plan = plan._replace(layout=layout)
-  empty = _empty(first, first, layout, arrays[0].shape[0])
-  empty = _jax_types.typed_like(empty, (arrays, threshold))
-  stream, pushed = jax.lax.scan(
-    lambda stream, row: push(stream, row, threshold, plan=plan), empty, list(arrays)
-  )
-  means, decision = finish(stream, first, layout, min_accepted=2)
-  return means, decision, pushed
-
-
-class Pushed(NamedTuple):
-  """What was seen of one micro-gradient.
-
-  Attributes:
-    finite: bool scalar.
-    squares: `[m]`, the squared norm in each group, in units of `4**exponents`.
-    exponents: int32 `[m]`.
-  """
-
-  finite: jax.Array
-  squares: jax.Array
-  exponents: jax.Array
 
 
 @functools.partial(jax.jit, static_argnames="plan")
 def push(
   stream: Stream,
   arrays: Sequence[jax.Array],
-  threshold: jax.Array,
+  tau: jax.Array,
+  weight: jax.Array | None = None,
   anchor: Sequence[jax.Array] | None = None,
   anchored: jax.Array | None = None,
   *,
   plan: _options.Plan,
-) -> tuple[Stream, Pushed]:
+) -> Stream:
   """Compares a micro-gradient with the running mean, or the anchor, and takes it up."""
-  layout, dtype = plan.layout, stream.mean.total_weight.dtype
-  embedded = arrays
-  if anchor is not None:
-    gram, finite = _pair(anchor, arrays, (), plan, plan.embed)
-    mean, step = _against_anchor(stream.mean, gram, finite, threshold, anchored, plan)
+  layout, dtype = plan.layout, stream.plain_weight.dtype
+  where = (layout.group_ids, layout.num_groups, None, _mesh.shards(plan.axes))
+  rows = [x[None] for x in arrays]
+  gram, (finite,) = _kernels.gram(rows, *where)
+  against = _tree.pick(stream.means, layout) if anchor is None else anchor
+  square, products = _kernels.dots(against, rows, *where)
+  products = jnp.where(finite, products, 0)
+  weight = jnp.ones((), dtype) if weight is None else weight.astype(dtype)
+  valid = finite & (weight > 0)
+  if anchor is None:
+    pair = (square, products[:, 0], gram[:, 0, 0])
+    mean, step = plan.rule.step(stream.mean, *pair, tau, valid, weight)
   else:
-    if plan.embed is not None:
-      embedded = [_inner_products.embedded(x, plan.embed, dtype) for x in arrays]
-    kept = stream.means if plan.embed is None else stream.embedded
-    unread = () if plan.embed is None else arrays
-    gram, finite = _pair(_tree.pick(kept, layout), embedded, unread, plan, None)
-    products, exponents = gram
-    pair = rules.Pair(
-      products[:, 0, 0],
-      products[:, 0, 1],
-      products[:, 1, 1],
-      exponents[:, 0],
-      exponents[:, 1],
+    mean, step = _against_anchor(
+      stream.mean, square, products, gram, tau, valid, weight, anchored
     )
-    mean, step = plan.rule.step(stream.mean, pair, finite, threshold)
 
-  # One more slot at the end: the mean of all finite ones, which leaves of no group
+  # One more slot at the end: the mean of all that are valid, which leaves of no group
   # have and which moves the anchor.
-  number = stream.num_finite.astype(dtype)
-  share = jnp.where(finite, 1 / (number + 1), 0)
-  keeps, adds = jnp.append(step.keep, 1 - share), jnp.append(step.add, share)
+  plain_weight = stream.plain_weight + jnp.where(valid, weight, 0)
+  plain = weight / jnp.where(plain_weight > 0, plain_weight, 1)
+  shares = jnp.append(step.share, jnp.where(valid, plain, 0))
 
-  def taken_up(tree, values, group_ids):
+  def taken_up(tree, group_ids):
     if tree is None:
       return None
-    mixed = [
-      _mixed(mean, keeps[g], value, adds[g])
-      for mean, value, g in zip(_tree.pick(tree, layout), values, group_ids)
-    ]
+    found = zip(_tree.pick(tree, layout), arrays, group_ids)
+    mixed = [_mixed(mean, value, shares[group]) for mean, value, group in found]
     return _tree.put(tree, layout, mixed)
 
-  all_plain = (layout.num_groups,) * len(layout.group_ids)
   compared = jnp.isfinite(step.distance)
   distance = jnp.where(compared, step.distance, 0).astype(jnp.float32)
-  stream = Stream(
-    means=taken_up(stream.means, arrays, layout.group_ids),
-    embedded=taken_up(stream.embedded, embedded, layout.group_ids),
-    plain=taken_up(stream.plain, arrays, all_plain),
+  count = lambda number, flag: number + flag.astype(jnp.int32)
+  return Stream(
+    means=taken_up(stream.means, layout.group_ids),
+    plain=taken_up(stream.plain, (layout.num_groups,) * len(arrays)),
     mean=mean,
-    num_in_mean=stream.num_in_mean + step.accepted.astype(jnp.int32),
+    plain_weight=plain_weight,
+    num_in_mean=count(stream.num_in_mean, step.accepted),
     distance_sum=stream.distance_sum + distance,
-    num_compared=stream.num_compared + compared.astype(jnp.int32),
+    num_compared=count(stream.num_compared, compared),
     num_pushed=stream.num_pushed + 1,
-    num_finite=stream.num_finite + finite.astype(jnp.int32),
+    num_present=count(stream.num_present, weight > 0),
+    num_valid=count(stream.num_valid, valid),
     each=_recorded(stream, step),
   )
-  return stream, Pushed(finite, gram.products[:, 1, 1], gram.exponents[:, 1])
 
 
-def _against_anchor(mean, gram, finite, threshold, anchored, plan):
+def _against_anchor(mean, square, products, gram, tau, valid, weight, anchored):
   """As the `step` of a sequential rule, but compared with the anchor."""
-  valid = jnp.stack([jnp.asarray(anchored, bool), finite])
-  decision, _, _ = rules.decide_groups(plan.rule, gram, valid, threshold)
+
+  def decide(square, products, gram):
+    ones = jnp.ones_like(products)
+    rows = _rules.Rows(gram, valid[None], ones, ones, 0)
+    return _rules.against_anchor(square, products, rows, anchored, tau)
+
+  decision = jax.vmap(decide)(square, products, gram)
   accepted, distance = decision.accepted[:, 0], decision.distances[:, 0]
-  weight = accepted.astype(mean.total_weight.dtype)
-  total = mean.total_weight + weight
-  add = weight / jnp.where(total > 0, total, 1)
-  keep = jnp.where(mean.total_weight > 0, 1 - add, 0)
-  step = rules.Step(keep, add, jnp.ones_like(add), weight, accepted, distance)
-  return mean._replace(total_weight=total), step
+  own = accepted.astype(weight.dtype)
+  total = mean.weight + own * weight
+  share = own * weight / jnp.where(total > 0, total, 1)
+  step = _rules.Step(share, jnp.ones_like(share), own, accepted, distance)
+  return mean._replace(weight=total), step
 
 
 def _recorded(stream, step):
@@ -248,86 +160,63 @@ def _recorded(stream, step):
     return None
   i = stream.num_pushed
   weights, accepted, distances = stream.each
-  weights = weights * step.keep[:, None].astype(jnp.float32)
+  share = step.share.astype(jnp.float32)
   return (
-    weights.at[:, i].set(step.add.astype(jnp.float32)),
+    (weights * (1 - share)[:, None]).at[:, i].set(share),
     accepted.at[:, i].set(step.accepted),
     distances.at[:, i].set(_state.or_nothing(step.distance)),
   )
 
 
-def _pair(left, right, unread, plan, embed):
-  """The Gram of two vectors, and whether the second is finite.
-
-  `unread` are the leaves of the second as they were before an embedding.
-  """
-  layout = plan.layout
-  pairs = [(a[None], b[None]) for a, b in zip(left, right)]
-  pairs += [(jnp.zeros_like(x)[None], x[None]) for x in unread]
-  gram, finite = _inner_products.gram(
-    pairs,
-    layout.group_ids + (layout.num_groups,) * len(unread),
-    layout.num_groups,
-    embed,
-    _mesh.shards(plan.axes, len(unread)),
-  )
-  return gram, finite[1]
-
-
-def _mixed(mean, keep, value, add):
-  """`keep * mean + add * value`, without a value that is not taken up."""
-  value = jnp.where(add != 0, value.astype(mean.dtype), 0)
-  mixed = _combine.scaled(mean, keep) + _combine.scaled(value, add)
-  return _combine.without_overflow(mixed)
+def _mixed(mean, value, share):
+  """`(1 - share) * mean + share * value`, without a value that is not taken up."""
+  value = jnp.where(share != 0, value.astype(mean.dtype), 0)
+  return (1 - share).astype(mean.dtype) * mean + share.astype(mean.dtype) * value
 
 
 def finish(
   stream: Stream,
   arrays: Sequence[jax.Array],
-  layout: _tree.Layout,
+  plan: _options.Plan,
   min_accepted: int,
-) -> tuple[list[jax.Array], Any]:
-  """The result of a cycle, of the dtypes of `arrays`, and the decision `[m, k]`.
+) -> tuple[list[jax.Array], _state.Outcome]:
+  """The result of a cycle, of the dtypes of `arrays`, and its outcome.
 
-  `min_accepted` is how many micro-gradients have to be accepted. The decision is None
-  where the stream has no record of it.
+  `min_accepted` is how many micro-gradients have to be accepted.
   """
-  agreed = _agreed(stream, min_accepted)
-  slots = jnp.append(agreed, True)
-  results = [
-    jnp.where(slots[g], mean, 0).astype(x.dtype)
-    for mean, x, g in zip(_tree.pick(stream.means, layout), arrays, layout.group_ids)
-  ]
-  if stream.each is None:
-    return results, None
-  weights, accepted, distances = stream.each
-  return results, rules.Decision(
-    jnp.where(agreed[:, None], weights, 0), accepted & agreed[:, None], distances
+  layout = plan.layout
+  agreed = stream.num_in_mean >= min_accepted
+  slots = jnp.append(agreed, jnp.any(agreed))
+  found = zip(_tree.pick(stream.means, layout), layout.group_ids)
+  means = [jnp.where(slots[group], mean, 0) for mean, group in found]
+  square, _ = _kernels.gram(
+    [x[None] for x in means],
+    layout.group_ids,
+    layout.num_groups,
+    None,
+    _mesh.shards(plan.axes),
   )
-
-
-def _agreed(stream, min_accepted):
-  return stream.num_in_mean >= min_accepted
-
-
-def outcome(
-  stream: Stream, decision: rules.Decision | None, min_accepted: int
-) -> _state.Outcome:
-  """The outcome of a cycle, with the decision that `finish` gave."""
-  agreed = _agreed(stream, min_accepted)
-  mean = jnp.where(
-    stream.num_compared > 0,
-    stream.distance_sum / jnp.maximum(stream.num_compared, 1).astype(jnp.float32),
-    _gram.NOTHING,
+  mean_distance = stream.distance_sum / jnp.maximum(stream.num_compared, 1).astype(
+    jnp.float32
   )
-  mean_distance = _state.mean_known(mean)
-  return _state.Outcome(
+  mean_distance = _state.mean_known(
+    jnp.where(stream.num_compared > 0, mean_distance, _state.NOTHING)
+  )
+  decision = None
+  if stream.each is not None:
+    weights, accepted, distances = stream.each
+    weights = jnp.where(agreed[:, None], weights, 0)
+    decision = _rules.Decision(weights, accepted & agreed[:, None], distances)
+    decision = _state.over_groups(decision)
+  outcome = _state.Outcome(
     agreed=jnp.any(agreed),
     num_accepted=jnp.mean(jnp.where(agreed, stream.num_in_mean, 0).astype(jnp.float32)),
     mean_distance=mean_distance,
-    num_seen=stream.num_pushed,
-    nonfinite=stream.num_pushed - stream.num_finite,
+    num_seen=stream.num_present,
+    nonfinite=stream.num_present - stream.num_valid,
     identical=_state.are_copies(mean_distance),
-    noise_scale=jnp.full((), _gram.NOTHING, jnp.float32),
-    each=None if decision is None else _state.over_groups(decision),
+    noise_scale=_state.nothing(),
+    grad_norm=jnp.sqrt(jnp.sum(square)).astype(jnp.float32),
+    each=decision,
   )
+  return [mean.astype(x.dtype) for mean, x in zip(means, arrays)], outcome

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gaf_optax import _jax_types
+from gaf_optax import _compat
 
 GroupsFn = Callable[[Any, jax.ShapeDtypeStruct], Hashable]
 
@@ -86,7 +86,7 @@ def flatten(
     if label is not _EXCLUDED:
       labels.setdefault(label, len(labels))
     leaf_labels.append(label)
-    if _jax_types.is_unreduced(leaf):
+    if _compat.is_unreduced(leaf):
       raise ValueError(
         f"micro-gradient leaf {name(path)} is unreduced, a sum over devices that has"
         " yet to be made. Give gaf one gradient for each microbatch, stacked or by"
@@ -136,7 +136,7 @@ def accumulators(tree: Any) -> Any:
     dtype = _dtype(leaf)
     if not jnp.issubdtype(dtype, jnp.inexact):
       return _zeros(leaf_shape(leaf), dtype)
-    return _jax_types.zeros_like(leaf, _jax_types.accumulator_dtype(dtype))
+    return _compat.zeros_like(leaf, _compat.accumulator_dtype(dtype))
 
   return jax.tree.map(zeros, tree)
 

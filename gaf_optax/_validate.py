@@ -79,3 +79,25 @@ def count(minimum: int, hint: str = "", **arguments: Any) -> None:
       raise ValueError(f"{name} must be an int, got {value!r}.{hint}")
     if value < minimum:
       raise ValueError(f"{name} must be at least {minimum}, got {value}.{hint}")
+
+
+def weights(shape: tuple[int, ...], **arguments: Any) -> jax.Array:
+  """The one argument as a float array of this shape; what is not above 0 is 0.
+
+  Raises:
+    ValueError: for another shape, and where concrete for negative values, NaN and Inf.
+  """
+  ((name, value),) = arguments.items()
+  array = jax.numpy.asarray(value)
+  if array.shape != shape:
+    raise ValueError(
+      f"{name} must have shape {shape}, one number for each micro-gradient here, got"
+      f" {array.shape}."
+    )
+  if is_concrete(array):
+    values = np.asarray(array)
+    if not np.all(np.isfinite(values) & (values >= 0)):
+      raise ValueError(f"{name} must be finite and at least 0, got {values}.")
+  array = array.astype(float)
+  usable = (array > 0) & jax.numpy.isfinite(array)
+  return jax.numpy.where(usable, array, 0)

@@ -1,45 +1,53 @@
 """Value and grad: the filter on microbatches, while a batch is differentiated."""
 
-import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, Unpack
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gaf_optax import (
-  _by_example,
-  _gaf,
-  _jax_types,
+  _compat,
   _mesh,
   _options,
   _state,
   _stream,
-  _threshold,
+  _tau,
   _tree,
+  _two_pass,
   _validate,
   rules,
 )
 
 
-@_options.shown(_gaf.gaf, _options.BatchOptions)
 def value_and_grad(
   fun: Callable[..., Any],
   num_microbatches: int,
-  tau: float | jax.Array | rules.StepTau = 0.97,
+  tau: float | jax.Array | _tau.Tau = 0.97,
   *,
   argnums: int | Sequence[int] = 0,
   batch_argnums: int | Sequence[int] | None = None,
   has_aux: bool = False,
-  compare: _by_example.Compare | None = None,
-  **options: Unpack[_options.BatchOptions],
+  compare: _two_pass.Compare | None = None,
+  microbatch_weights: Callable[..., jax.typing.ArrayLike] | None = None,
+  rule: rules.RuleFn | None = None,
+  embed: _options.Embed | None = None,
+  axis_name: _options.AxisNames | None = None,
+  param_axes: _options.ParamAxes = (),
+  stacked: bool | None = None,
+  groups: _options.Groups | None = None,
+  anchor_decay: float | None = None,
+  memory_decay: float | None = None,
+  max_norm_ratio: float | None = None,
 ) -> Callable[..., tuple[Any, Any, _state.Agreement]]:
   """`jax.value_and_grad` over microbatches, filtered while it goes.
 
-  Splits the batch into k microbatches of consecutive rows, visits one after the
-  other in a `jax.lax.scan`, and keeps one running mean of the micro-gradients that
-  agree (with `embed` a second one), so that memory does not grow with k.
+  Splits the batch into k microbatches, visits one after the other in a `jax.lax.scan`,
+  and keeps one running mean of the micro-gradients that agree, so that memory does not
+  grow with k. Microbatch i has the rows i, i + k, i + 2k, ..., as `optax.microbatching`
+  has it: a batch that is sharded over devices stays where it is.
 
   With `compare` there are two passes and every rule works: the gradients of the leaves
   that it selects, typically the last layer's, are formed for each microbatch at once
@@ -59,30 +67,36 @@ def value_and_grad(
       :func:`adaptive_tau`.
     argnums: which positional arguments to differentiate with respect to.
     batch_argnums: which positional arguments hold the batch: pytrees of arrays
-      `[batch, ...]`; all but those of `argnums` if None. A typed PRNG key among them,
-      a scalar, is split into one for each microbatch.
+      `[batch, ...]`; all but those of `argnums` if None. Keyword arguments that are
+      arrays or trees of them are of the batch, too. A typed PRNG key, a scalar, is
+      split into one for each microbatch.
     has_aux: whether `fun` returns a pair.
     compare: None, or a predicate `(path, leaf) -> bool` on the parameters, where `path`
       is a JAX key path: which leaves' gradients are compared.
-    **options: see :func:`gaf`. Without `compare`: `rule` (`rules.sequential()` or
-      `rules.running_average()`), `embed`, `param_axes` and `groups`. With it: any
-      `rule`, `embed`, and `axis_name`: each replica splits its own batch, all
-      microbatches are compared with each other, and every replica gets the value and
-      gradient of the whole and the agreement's arrays of its own microbatches.
+    microbatch_weights: None, or a function of the batch arguments of one microbatch
+      that returns a scalar: how much it counts, for instance its number of valid
+      tokens. See :func:`gaf`.
+    rule, embed, axis_name, param_axes, groups, max_norm_ratio: see :func:`gaf`.
+      Without `compare`: `rule` (`rules.sequential()` or `rules.running_average()`),
+      `param_axes` and `groups`. With it: any `rule`, `embed`, `max_norm_ratio` and
+      `axis_name`: each replica splits its own batch, all microbatches are compared with
+      each other, and every replica gets the value and gradient of the whole and the
+      agreement's arrays of its own microbatches.
 
   Returns:
     A function with the signature of `fun` that returns `(value, grads, agreement)`,
     or `((value, aux), grads, agreement)` with `has_aux`. `value` is the mean over
-    all microbatches, leaves of `aux` are stacked `[k, ...]`, `grads` is like the
-    arguments, zero where no two micro-gradients agree, and `agreement` is an
-    :class:`Agreement`.
+    all microbatches (with `microbatch_weights` the weighted one), leaves of `aux` are
+    stacked `[k, ...]`, `grads` is like the arguments, zero where no two
+    micro-gradients agree, and `agreement` is an :class:`Agreement`.
 
   Raises:
     ValueError: for arguments outside their ranges, for a rule that has to see all
       micro-gradients at once, and for `anchor_decay`, since there is no state to
       hold the average (:func:`multi_steps` has one). The returned function raises
-      it for a batch whose leading axis k does not divide, and for a `compare` that
-      selects no leaf, or one without a gradient, or that does not return a bool.
+      it for a batch whose leading axis k does not divide, for an array by keyword
+      without a row for each example, and for a `compare` that selects no leaf, or one
+      without a gradient, or that does not return a bool.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -99,26 +113,38 @@ def value_and_grad(
     <https://arxiv.org/abs/2412.18052>`_, 2024, algorithm 1.
   """
   _validate.function(fun=fun)
-  several_replicas = compare is not None and options.get("axis_name") is not None
+  several_replicas = compare is not None and axis_name is not None
   _validate.count(
     1 if several_replicas else 2,
     " One micro-gradient alone has nothing to compare with.",
     num_microbatches=num_microbatches,
   )
+  options = {
+    "rule": rule,
+    "embed": embed,
+    "axis_name": axis_name,
+    "param_axes": param_axes,
+    "stacked": stacked,
+    "groups": groups,
+    "memory_decay": memory_decay,
+    "anchor_decay": anchor_decay,
+    "max_norm_ratio": max_norm_ratio,
+  }
+  tau = _tau.checked_without_state(tau)
   if compare is not None:
-    checked = _by_example.check_compared_options(tau, compare, **options)
+    checked = _two_pass.checked(tau, compare, **options)
   else:
-    checked = _check_streamed(tau, **options)
-  if not _threshold.is_step_tau(tau):
-    _validate.scalar(
-      " A schedule or a target_accept_rate needs a state; pass the value itself.",
-      tau=tau,
-    )
-  wanted_args = _positions(argnums, "argnums")
-  batch_args = None
+    no_state = "there is no state to hold the average; use multi_steps or gaf"
+    _options.refuse(options, {"anchor_decay": no_state}, "value_and_grad")
+    checked = _options.checked_streamed(tau, **options)
+  if microbatch_weights is not None:
+    hint = " A function of the batch arguments of one microbatch."
+    _validate.function(hint, microbatch_weights=microbatch_weights)
+  wanted = _positions(argnums, "argnums")
+  given = None
   if batch_argnums is not None:
-    batch_args = _positions(batch_argnums, "batch_argnums")
-    both = set(batch_args) & set(wanted_args)
+    given = _positions(batch_argnums, "batch_argnums")
+    both = set(given) & set(wanted)
     if both:
       raise ValueError(
         f"argument {min(both)} is named in argnums and in batch_argnums."
@@ -126,70 +152,71 @@ def value_and_grad(
   k = int(num_microbatches)
 
   def filtered(*args, **kwargs):
-    params: Any = tuple(args[i] for i in wanted_args)
+    params: Any = tuple(args[i] for i in wanted)
     if not isinstance(argnums, Sequence):
       (params,) = params
-    positions = batch_args
-    if positions is None:
-      positions = _others(wanted_args, len(args))
-    batch = _split(args, positions, k, at_once=compare is not None)
+    positions = _others(wanted, len(args), kwargs) if given is None else given
+    batch, rebuild = _split(args, positions, kwargs, k, at_once=compare is not None)
 
     def loss(params, microbatch):
       own = list(args)
+      arguments, keywords = rebuild(microbatch)
       values = params if isinstance(argnums, Sequence) else (params,)
-      for i, value in [*zip(wanted_args, values), *zip(positions, microbatch)]:
+      for i, value in [*zip(wanted, values), *zip(positions, arguments)]:
         own[i] = value
-      out = fun(*own, **kwargs)
+      out = fun(*own, **{**kwargs, **keywords})
       return out if has_aux else (out, None)
 
+    def weigh(microbatch):
+      if microbatch_weights is None:
+        return None
+      arguments, keywords = rebuild(microbatch)
+      found = microbatch_weights(*arguments, **keywords)
+      return _validate.weights((), microbatch_weights=found)
+
     if compare is None:
-      result = _one_by_one(loss, params, batch, k, checked)
+      result = _one_by_one(loss, params, batch, k, weigh, checked)
     else:
-      result = _by_example.two_pass(loss, params, batch, k, compare, checked)
+      weights = jax.vmap(weigh)(batch)
+      result = _two_pass.two_pass(loss, params, batch, k, compare, weights, checked)
     value, aux, grads, agreement = result
     return (value, aux) if has_aux else value, grads, agreement
 
   return filtered
 
 
-def _check_streamed(tau, **options):
-  if options.get("anchor_decay") is not None:
-    raise ValueError(
-      "value_and_grad keeps no state from one call to the next, so anchor_decay"
-      f"={options['anchor_decay']!r} has nowhere to keep its average. Use"
-      " multi_steps or gaf."
-    )
-  return _stream.check_options(tau, **options)
-
-
-def _one_by_one(loss, params, batch, k, options):
+def _one_by_one(loss, params, batch, k, weigh, options):
   """Value, aux `[k, ...]`, gradient and `Agreement`, in one scan over microbatches."""
   differentiate = jax.value_and_grad(loss, has_aux=True)
-  threshold = options.threshold(0, None)
+  tau = options.tau.at(None, jnp.zeros((), jnp.int32))
 
   def visit(stream, microbatch):
-    out, grads = differentiate(params, microbatch)
+    (value, aux), grads = differentiate(params, microbatch)
     leaves = _tree.flatten(grads, params, options.groups, stacked=False)
+    weight = weigh(microbatch)
     plan = options.plan(leaves)
-    stream, _ = _stream.push(stream, leaves.arrays, threshold, plan=plan)
-    return stream, out
+    return _stream.push(stream, leaves.arrays, tau, weight, plan=plan), (
+      value,
+      aux,
+      weight,
+    )
 
   like = _tree.flatten(params, None, options.groups, stacked=False)
-  empty = _jax_types.typed_like(_stream.start(params, options, k), params)
-  stream, (values, aux) = jax.lax.scan(visit, empty, batch)
-  means, decision = _stream.finish(stream, like.arrays, like.layout, 2)
-  agreement = _state.agreement(_stream.outcome(stream, decision, 2))
-  return jnp.mean(values, axis=0), aux, like.unflatten(means), agreement
+  empty = _compat.typed_like(_stream.start(params, options, k), params)
+  stream, (values, aux, weights) = jax.lax.scan(visit, empty, batch)
+  means, outcome = _stream.finish(stream, like.arrays, options.plan(like), 2)
+  value = _two_pass.mean_loss(values, weights)
+  return value, aux, like.unflatten(means), _state.agreement(outcome)
 
 
-def _others(argnums, num_args):
+def _others(argnums, num_args, kwargs):
   """The positional arguments that are not differentiated."""
   wanted = {i % num_args for i in argnums if -num_args <= i < num_args}
   others = tuple(i for i in range(num_args) if i not in wanted)
-  if not others:
+  if not others and not kwargs:
     raise ValueError(
       f"there is no batch among the {num_args} positional arguments: all of them are"
-      " differentiated (argnums). Pass the batch by position, after the parameters."
+      " differentiated (argnums). Pass the batch after the parameters."
     )
   return others
 
@@ -207,47 +234,71 @@ def _positions(argnums, name):
     ) from None
 
 
-def _split(args, positions, k, at_once):
-  """The batch arguments, leaves `[k, batch // k, ...]`, a key for each microbatch.
+def _split(args, positions, kwargs, k, at_once):
+  """The arrays of the batch, `[k, batch // k, ...]`, and what makes arguments of them.
 
-  On an Explicit mesh the microbatches are sharded over the devices that the batch is
-  sharded over: each of them, or `at_once` the k of them, where n devices divide k.
+  A key becomes one for each microbatch. On an Explicit mesh the microbatches are
+  sharded over the devices that the batch is sharded over: the rows of each, or
+  `at_once` the k of them, where n devices divide k alone.
   """
-  first = None
-
-  def split(path, leaf, argument):
-    nonlocal first
-    if _is_key(leaf) and not leaf.shape:
-      return jax.random.split(leaf, k)
-    shape = _tree.leaf_shape(leaf)
-    name = f"batch argument {argument}{jax.tree_util.keystr(path)} has shape {shape}"
-    if not shape or shape[0] % k or not shape[0]:
-      hint = ""
-      if shape == (2,) and leaf.dtype == jnp.uint32:
-        hint = " Is it a PRNG key? One of jax.random.key is split, not of PRNGKey."
-      raise ValueError(
-        f"{name}: its leading axis does not split into {k} microbatches of equal"
-        f" size.{hint}"
-      )
-    first = first or (shape[0], argument, path)
-    if shape[0] != first[0]:
-      raise ValueError(
-        f"{name}, but batch argument {first[1]}{jax.tree_util.keystr(first[2])} has"
-        f" {first[0]} rows. All of batch_argnums are split alike; name there only what"
-        " has a row for each example."
-      )
-    return _mesh.split_rows(leaf, k, at_once)
-
-  batch = []
   for i in positions:
     if not -len(args) <= i < len(args):
       raise ValueError(
         f"batch_argnums names argument {i}, but there are {len(args)} positional"
         " arguments. Batch arguments are passed by position."
       )
-    of_argument = functools.partial(split, argument=i)
-    batch.append(jax.tree_util.tree_map_with_path(of_argument, args[i]))
-  return batch
+  arrays = lambda tree: [x for x in jax.tree.leaves(tree) if _is_array(x)]
+  keywords = {name: value for name, value in kwargs.items() if arrays(value)}
+  whole = [args[i] for i in positions], keywords
+  flat, treedef = jax.tree_util.tree_flatten_with_path(whole)
+  first = None
+  batch: dict[int, Any] = {}
+  for number, (path, leaf) in enumerate(flat):
+    by_keyword = path[0].idx == 1
+    if by_keyword and not _is_array(leaf):
+      continue  # Passed on as it is.
+    if _is_key(leaf) and not leaf.shape:
+      batch[number] = jax.random.split(leaf, k)
+      continue
+    owner = path[1].key if by_keyword else positions[path[1].idx]
+    rest = jax.tree_util.keystr(path[2:])
+    shape = _tree.leaf_shape(leaf)
+    name = f"batch argument {owner}{rest} has shape {shape}"
+    if first is None and (not shape or shape[0] % k or not shape[0]):
+      hint = ""
+      if shape == (2,) and leaf.dtype == jnp.uint32:
+        hint = " Is it a PRNG key? One of jax.random.key is split, not of PRNGKey."
+      raise ValueError(
+        f"{name}: its leading axis does not split into {k} microbatches of equal"
+        f" size.{hint}{_CLOSE_OVER if by_keyword else ''}"
+      )
+    first = first or (shape[0], owner, rest)
+    if shape[:1] != first[:1]:
+      hint = " All of batch_argnums are split alike; name there only what has a row for"
+      hint = _CLOSE_OVER if by_keyword else hint + " each example."
+      raise ValueError(
+        f"{name}, but batch argument {first[1]}{first[2]} has {first[0]} rows.{hint}"
+      )
+    batch[number] = _mesh.split_rows(jnp.asarray(leaf), k, at_once)
+  if first is None and not batch:
+    raise ValueError("there is no array among the batch arguments to split.")
+
+  def rebuild(microbatch):
+    leaves = [microbatch.get(number, leaf) for number, (_, leaf) in enumerate(flat)]
+    return jax.tree.unflatten(treedef, leaves)
+
+  return batch, rebuild
+
+
+_CLOSE_OVER = (
+  " An array by keyword is of the batch, with a row for each example. To give all"
+  " microbatches the same array, close over it:"
+  " value_and_grad(lambda params, x: fun(params, x, array), k)."
+)
+
+
+def _is_array(leaf):
+  return isinstance(leaf, jax.Array | np.ndarray | np.generic)
 
 
 def _is_key(leaf):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import oracle
-from gaf_optax import _inner_products
+from gaf_optax import _kernels
 
 
 def dense(gram, group=0):
@@ -32,7 +32,7 @@ def draw(seed, *shape):
 @pytest.mark.parametrize("k", [1, 2, 5, 33])
 def test_sizes_below_at_and_above_a_block(size, k):
   x = draw(0, k, size)
-  gram, finite = jax.jit(lambda x: _inner_products.gram([(x,)], [0], 1))(
+  gram, finite = jax.jit(lambda x: _kernels.gram([(x,)], [0], 1))(
     jnp.asarray(x, jnp.float32)
   )
   x = np.asarray(x, np.float32).astype(np.float64)
@@ -49,7 +49,7 @@ def test_few_long_rows(split, dtype):
     x = x + 1j * draw(8, *x.shape)
   x = jnp.asarray(x).astype(dtype)
   blocks = tuple(jnp.split(x, np.cumsum(split)[:-1]))
-  gram, finite = jax.jit(lambda blocks: _inner_products.gram([blocks], [0], 1))(blocks)
+  gram, finite = jax.jit(lambda blocks: _kernels.gram([blocks], [0], 1))(blocks)
   v = oracle.vectors([x])
   assert finite.all()
   np.testing.assert_allclose(dense(gram), v @ v.T, rtol=0, atol=5e-6 * (v @ v.T).max())
@@ -66,15 +66,15 @@ def test_sums_of_positive_values_do_not_drift(k, size, dtype, kind):
   if dtype == "float16" and kind == "equal":
     values[:] = 0.7
   x = jnp.asarray(values).astype(dtype)
-  gram, _ = jax.jit(lambda x: _inner_products.gram([(x,)], [0], 1))(x)
+  gram, _ = jax.jit(lambda x: _kernels.gram([(x,)], [0], 1))(x)
   v = oracle.vectors([x])
   np.testing.assert_allclose(dense(gram), v @ v.T, rtol=2e-6)
 
 
 def test_sums_over_many_leaves_do_not_drift():
   x = jnp.full((2, 8), 0.8083)
-  one = _inner_products.gram([(x,)], [0], 1)[0].products[0]
-  total = _inner_products._pairwise_sum([one] * 600)
+  one = _kernels.gram([(x,)], [0], 1)[0].products[0]
+  total = _kernels._pairwise_sum([one] * 600)
   v = oracle.vectors([x] * 600)
   np.testing.assert_allclose(total, v @ v.T, rtol=2e-6)
 
@@ -85,7 +85,7 @@ def test_rows_in_blocks(split, scale):
   """An anchor and a stack, or two vectors, are the rows of one matrix."""
   x = (scale * draw(1, sum(split), 3, 4)).astype(np.float32)
   blocks = tuple(jnp.asarray(b) for b in np.split(x, [split[0]]))
-  gram, _ = _inner_products.gram([blocks], [0], 1)
+  gram, _ = _kernels.gram([blocks], [0], 1)
   v = oracle.vectors([x])
   np.testing.assert_allclose(dense(gram) / scale**2, v @ v.T / scale**2, atol=1e-5)
 
@@ -93,7 +93,7 @@ def test_rows_in_blocks(split, scale):
 def test_blocks_of_different_dtypes():
   a, b = draw(2, 1, 50).astype(np.float32), draw(3, 3, 50)
   b = jnp.asarray(b).astype(jnp.bfloat16)
-  gram, _ = _inner_products.gram([(jnp.asarray(a), b)], [0], 1)
+  gram, _ = _kernels.gram([(jnp.asarray(a), b)], [0], 1)
   v = np.concatenate([a, np.asarray(b, np.float32)]).astype(np.float64)
   np.testing.assert_allclose(dense(gram), v @ v.T, rtol=1e-5, atol=1e-5)
 
@@ -101,7 +101,7 @@ def test_blocks_of_different_dtypes():
 def test_groups_and_leaves_outside_them():
   leaves = [jnp.asarray(draw(s, 3, 4), jnp.float32) for s in range(4)]
   leaves[3] = leaves[3].at[1, 2].set(jnp.nan)
-  gram, finite = _inner_products.gram([(x,) for x in leaves], [0, 1, 0, 2], 2)
+  gram, finite = _kernels.gram([(x,) for x in leaves], [0, 1, 0, 2], 2)
   np.testing.assert_array_equal(finite, [True, False, True])
   clean = [np.where(np.asarray(finite)[:, None], x, 0) for x in leaves]
   for group, members in enumerate([[0, 2], [1]]):
@@ -121,8 +121,8 @@ def test_one_value_that_is_not_finite(shape, dtype, mapped):
   clean = jnp.ones_like(x)
 
   def finite(x, clean):
-    compared = _inner_products.gram([(x,), (clean,)], [0, 0], 1)[1]
-    beside = _inner_products.gram([(x,), (clean,)], [1, 0], 1)[1]
+    compared = _kernels.gram([(x,), (clean,)], [0, 0], 1)[1]
+    beside = _kernels.gram([(x,), (clean,)], [1, 0], 1)[1]
     return compared, beside
 
   if mapped:
@@ -138,9 +138,9 @@ def test_both_forms_are_the_same(dtype):
   """The rescaled form, which one bad row calls for, keeps all other products."""
   skip_where_xla_has_no(dtype)
   x = jnp.asarray(draw(4, 4, 500)).astype(dtype)
-  usual, _ = _inner_products.gram([(x,)], [0], 1)
+  usual, _ = _kernels.gram([(x,)], [0], 1)
   bad = jnp.concatenate([x, jnp.full((1, 500), jnp.nan, dtype)])
-  rescaled, finite = _inner_products.gram([(bad,)], [0], 1)
+  rescaled, finite = _kernels.gram([(bad,)], [0], 1)
   assert np.asarray(rescaled.exponents).any(), "the case took the usual form"
   np.testing.assert_array_equal(finite, [True] * 4 + [False])
   np.testing.assert_allclose(
@@ -152,7 +152,7 @@ def test_both_forms_are_the_same(dtype):
 def test_ends_of_the_floating_range():
   info = np.finfo(np.float32)
   rows = np.array([[info.max, -info.max], [info.tiny, info.tiny], [1, 0], [0, 0]])
-  gram, finite = _inner_products.gram([(jnp.asarray(rows, jnp.float32),)], [0], 1)
+  gram, finite = _kernels.gram([(jnp.asarray(rows, jnp.float32),)], [0], 1)
   assert finite.all()
   np.testing.assert_allclose(dense(gram), rows @ rows.T, rtol=1e-6)
 
@@ -161,7 +161,7 @@ def test_ends_of_the_floating_range():
 def test_scaled_matrix_has_largest_norm_1(spread):
   rows = draw(5, 4, 6) * 10.0 ** np.array([[-spread], [0], [spread], [1]])
   rows[1] = 0
-  gram, _ = _inner_products.gram([(jnp.asarray(rows, jnp.float32),)], [0], 1)
+  gram, _ = _kernels.gram([(jnp.asarray(rows, jnp.float32),)], [0], 1)
   matrix = np.asarray(jax.tree.map(lambda x: x[0], gram).scaled())
   unit = rows / np.linalg.norm(rows, axis=1).max()
   np.testing.assert_allclose(matrix, unit @ unit.T, atol=1e-6)
@@ -169,7 +169,7 @@ def test_scaled_matrix_has_largest_norm_1(spread):
 
 
 def test_all_zero():
-  gram, finite = _inner_products.gram([(jnp.zeros((3, 4)),)], [0], 1)
+  gram, finite = _kernels.gram([(jnp.zeros((3, 4)),)], [0], 1)
   np.testing.assert_array_equal(dense(gram), np.zeros((3, 3)))
   one = jax.tree.map(lambda x: x[0], gram)
   np.testing.assert_array_equal(one.scaled(), np.zeros((3, 3)))
@@ -180,6 +180,6 @@ def test_all_zero():
 def test_needs_no_copy_of_the_micro_gradients():
   """Temporary memory, read from the compiled program, of a stack of 8 MB."""
   x = jnp.zeros((8, 512, 512))
-  run = jax.jit(lambda x: _inner_products.gram([(x,)], [0], 1))
+  run = jax.jit(lambda x: _kernels.gram([(x,)], [0], 1))
   compiled = run.lower(x).compile()
   assert compiled.memory_analysis().temp_size_in_bytes < 0.2 * x.nbytes

@@ -1,7 +1,4 @@
-"""JAX types: dtypes of sums, what values vary or are sharded over; for every release.
-
-What JAX releases name differently is looked up here alone.
-"""
+"""Compat: what JAX releases name differently, and the types of sums and branches."""
 
 import functools
 from collections.abc import Callable, Hashable, Iterable
@@ -23,9 +20,9 @@ def accumulator_dtype(dtype) -> jnp.dtype:
   return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
-def real_accumulator_dtype(dtypes: Iterable[Any]) -> jnp.dtype:
+def real_accumulator_dtype(leaves: Iterable[Any]) -> jnp.dtype:
   """The real dtype of inner products summed over leaves of several dtypes."""
-  wide = any(jnp.dtype(d) in (jnp.float64, jnp.complex128) for d in dtypes)
+  wide = any(x.dtype in (jnp.float64, jnp.complex128) for x in leaves)
   return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
@@ -116,9 +113,9 @@ def all_to_all(x: jax.Array, names: tuple[Hashable, ...]) -> jax.Array:
 
 
 def cond(condition: Any, true: Callable[[], Any], false: Callable[[], Any]) -> Any:
-  """`lax.cond` whose results may differ in what they vary or are sharded over.
+  """`lax.cond` whose results may differ in dtype, or in what they vary or lie over.
 
-  Of results that are sharded differently, that of `true` decides.
+  Where they differ in dtype or sharding, that of `true` decides.
   """
   results = jax.eval_shape(true), jax.eval_shape(false)
 
@@ -133,6 +130,8 @@ def cond(condition: Any, true: Callable[[], Any], false: Callable[[], Any]) -> A
 
 def _as_both(x, a, b):
   """`x` with a type that values of both types can be turned into."""
+  if x.dtype != a.dtype:
+    x = x.astype(a.dtype)
   x = as_varying(x, varying(a) | varying(b))
   sharding = a.sharding or b.sharding
   if sharding is not None and any(sharding.spec):

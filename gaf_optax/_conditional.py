@@ -1,0 +1,215 @@
+"""Conditional: an inner transformation that is left out on steps without agreement."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gaf_optax import _compat, _gaf, _options, _state, rules
+
+
+class ApplyIfAgreedState(NamedTuple):
+  """State of `apply_if_agreed`.
+
+  Attributes:
+    gaf_state: a `GafState`.
+    inner_state: the state of the inner transformation.
+  """
+
+  gaf_state: _state.GafState
+  inner_state: Any
+
+
+def apply_if_agreed(
+  inner: optax.GradientTransformation,
+  tau: _options.Tau = 0.97,
+  *,
+  rule: rules.RuleFn | None = None,
+  embed: Callable[[jax.Array], jax.Array] | None = None,
+  axis_name: _options.AxisNames | None = None,
+  param_axes: _options.ParamAxes = (),
+  stacked: bool | None = None,
+  groups: _options.Groups | None = None,
+  anchor_decay: float | None = None,
+  memory_decay: float | None = None,
+  num_microbatches: int | None = None,
+  max_norm_ratio: float | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """`gaf` followed by `inner`, which is left out on steps without agreement.
+
+  As `optax.chain(gaf(tau), inner)`, but on a step without agreement `inner` is not
+  run: the update is zero and its state stays as it was. That is what the paper's
+  algorithm does.
+
+  ==================  ==========================  =======================
+  without agreement   `chain(gaf(), inner)`       `apply_if_agreed(inner)`
+  ==================  ==========================  =======================
+  momentum            decays, moves the weights   stays, moves nothing
+  weight decay        goes on                     pauses
+  Adam's moments      decay                       stay
+  Adam's counter      goes on                     stays
+  schedules in inner  go on                       pause
+  ==================  ==========================  =======================
+
+  Args:
+    inner: the transformation that takes the filtered gradient.
+    tau: see :func:`gaf`.
+    rule, embed, axis_name, param_axes, stacked, groups, anchor_decay, memory_decay,
+      num_microbatches, max_norm_ratio: see :func:`gaf`.
+
+  Returns:
+    A transformation like that of :func:`gaf`, which takes `microbatch_weights`; the
+    other extra arguments go to `inner`.
+
+  Raises:
+    ValueError: as :func:`gaf`.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax
+    >>> from gaf_optax import apply_if_agreed
+    >>> tx = apply_if_agreed(optax.adam(0.1), tau=0.97)
+    >>> state = tx.init(jnp.zeros(2))
+    >>> opposed = jnp.array([[1.0, 0.0], [-1.0, 0.0]])
+    >>> updates, state = tx.update(opposed, state)
+    >>> print(updates, int(optax.tree.get(state, 'count')))
+    [0. 0.] 0
+
+  References:
+    Chaubard et al., `Beyond Gradient Averaging in Parallel Optimization
+    <https://arxiv.org/abs/2412.18052>`_, 2024, algorithm 1.
+  """
+  outer = _gaf.gaf(
+    tau,
+    rule=rule,
+    embed=embed,
+    axis_name=axis_name,
+    param_axes=param_axes,
+    stacked=stacked,
+    groups=groups,
+    anchor_decay=anchor_decay,
+    memory_decay=memory_decay,
+    num_microbatches=num_microbatches,
+    max_norm_ratio=max_norm_ratio,
+  )
+  inner = optax.with_extra_args_support(inner)
+
+  def init_fn(params):
+    return ApplyIfAgreedState(outer.init(params), init_inner(inner, params))
+
+  def update_fn(
+    micro_grads, state, params=None, *, microbatch_weights=None, **extra_args
+  ):
+    _state.check_type(state, ApplyIfAgreedState)
+    grads, gaf_state = outer.update(
+      micro_grads, state.gaf_state, params, microbatch_weights=microbatch_weights
+    )
+    updates, inner_state = run_if(
+      gaf_state.ready, inner, grads, state.inner_state, params, extra_args
+    )
+    return updates, ApplyIfAgreedState(gaf_state, inner_state)
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class ApplyIfNonzeroState(NamedTuple):
+  """State of `apply_if_nonzero`.
+
+  Attributes:
+    skipped_steps: int32 scalar, steps with a gradient of zeros since `init`.
+    inner_state: the state of the inner transformation.
+  """
+
+  skipped_steps: jax.Array
+  inner_state: Any
+
+
+def apply_if_nonzero(
+  inner: optax.GradientTransformation, *, param_axes: Any = ()
+) -> optax.GradientTransformationExtraArgs:
+  """`inner`, which is left out on steps whose gradient is all zeros.
+
+  For what :func:`value_and_grad` returns, whose gradient is exactly zero where no two
+  micro-gradients agreed. `inner` then is not run, as with :func:`apply_if_agreed`: the
+  update is zero and its state stays as it was. Nothing but the gradient has to be
+  passed on, so that it fits any trainer: `TrainState.apply_gradients(grads=grads)`,
+  `nnx.Optimizer.update(model, grads)`, `tx.update(grads, state, params)`.
+
+  Args:
+    inner: the transformation that takes the filtered gradient.
+    param_axes: under `jax.shard_map` the name of the mesh axis, or a tuple of names,
+      over which the parameters are sharded: `inner` is run where any device's part of
+      the gradient is not zero.
+
+  Returns:
+    A transformation whose state is an :class:`ApplyIfNonzeroState`. Extra arguments go
+    to `inner`.
+
+  Raises:
+    ValueError: if `inner` has a filter in it, whose place is in front.
+
+  Examples:
+    >>> import jax.numpy as jnp, optax
+    >>> from gaf_optax import apply_if_nonzero, value_and_grad
+    >>> loss = lambda w, x: jnp.mean(x @ w)
+    >>> tx = apply_if_nonzero(optax.adam(0.1))
+    >>> w = jnp.zeros(2)
+    >>> state = tx.init(w)
+    >>> opposed = jnp.array([[1.0, 0.0], [-1.0, 0.0]])
+    >>> _, grads, agreement = value_and_grad(loss, num_microbatches=2)(w, opposed)
+    >>> updates, state = tx.update(grads, state, w)
+    >>> print(agreement.agreed, updates, state.skipped_steps)
+    False [0. 0.] 1
+  """
+  inner = optax.with_extra_args_support(inner)
+  names = _options.as_names("param_axes", param_axes)
+
+  def init_fn(params):
+    inner_state = init_inner(inner, params)
+    return ApplyIfNonzeroState(jnp.zeros((), jnp.int32), inner_state)
+
+  def update_fn(grads, state, params=None, **extra_args):
+    _state.check_type(state, ApplyIfNonzeroState)
+    leaves = [x for x in jax.tree.leaves(grads) if x.dtype != jax.dtypes.float0]
+    nonzero = functools.reduce(
+      jnp.logical_or, [jnp.any(x != 0) for x in leaves], jnp.zeros((), bool)
+    )
+    if names:
+      nonzero = jax.lax.psum(nonzero.astype(jnp.int32), names) > 0
+    updates, inner_state = run_if(
+      nonzero, inner, grads, state.inner_state, params, extra_args
+    )
+    skipped = optax.safe_increment(state.skipped_steps)
+    skipped = jnp.where(nonzero, state.skipped_steps, skipped)
+    return updates, ApplyIfNonzeroState(skipped, inner_state)
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def init_inner(inner, params):
+  """The state of a transformation that gets filtered gradients.
+
+  Raises:
+    ValueError: if it filters, too.
+  """
+  state = inner.init(params)
+  if _state.find(state):
+    raise ValueError(
+      "inner has a gaf in it, but what it gets is filtered already. Leave the gaf out:"
+      " apply_if_agreed(optax.sgd(0.1), tau), for instance."
+    )
+  return state
+
+
+def run_if(condition, inner, grads, inner_state, params, extra_args):
+  """The update and state of `inner`, or zeros and the old state."""
+
+  def run():
+    return inner.update(grads, inner_state, params, **extra_args)
+
+  def leave():
+    return optax.tree.zeros_like(jax.eval_shape(run)[0]), inner_state
+
+  return _compat.cond(condition, run, leave)

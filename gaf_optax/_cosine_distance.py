@@ -1,0 +1,71 @@
+"""Cosine distance of two pytrees."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gaf_optax import _kernels, _rules
+
+
+def cosine_distance(a: Any, b: Any) -> jax.Array:
+  r"""Cosine distance of two pytrees, each taken as one long vector.
+
+  .. math::
+    d(a, b) = 1 - \frac{\langle a, b \rangle}{|a| |b|}
+
+  Inner products accumulate in at least float32; a norm whose square overflows counts
+  as not finite, one whose square is below the smallest normal number over epsilon as
+  zero. Of complex leaves the real part of the Hermitian product is taken.
+  Leaves that are not floating point or complex take no part.
+
+  Args:
+    a: a pytree of arrays.
+    b: a pytree of the same structure and shapes.
+
+  Returns:
+    float32 scalar in [0, 2]: 0 for the same direction, 1 for orthogonal vectors
+    or if either is zero, 2 for opposite ones; NaN if either is not finite.
+
+  Raises:
+    ValueError: if the structures or the shapes differ.
+
+  Examples:
+    >>> import jax.numpy as jnp
+    >>> from gaf_optax import cosine_distance
+    >>> a = {'w': jnp.array([1.0, 0.0]), 'b': jnp.array(0.0)}
+    >>> b = {'w': jnp.array([0.0, 2.0]), 'b': jnp.array(0.0)}
+    >>> float(cosine_distance(a, b))
+    1.0
+
+  References:
+    Chaubard et al., `Beyond Gradient Averaging in Parallel Optimization
+    <https://arxiv.org/abs/2412.18052>`_, 2024, equation 1.
+  """
+  structures: list[Any] = [jax.tree.structure(tree) for tree in (a, b)]
+  if structures[0] != structures[1]:
+    raise ValueError(
+      "cosine_distance compares two pytrees of one structure, got "
+      f"{structures[0]} and {structures[1]}."
+    )
+  pairs = []
+  paths = jax.tree_util.tree_flatten_with_path(a)[0]
+  for (path, x), y in zip(paths, jax.tree.leaves(b)):
+    if jnp.shape(x) != jnp.shape(y):
+      raise ValueError(
+        "cosine_distance compares leaves of one shape, got "
+        f"{jnp.shape(x)} and {jnp.shape(y)} at leaf "
+        f"{jax.tree_util.keystr(path) or '(the whole tree)'}."
+      )
+    if jnp.issubdtype(jnp.result_type(x), jnp.inexact):
+      pairs.append((jnp.asarray(x), jnp.asarray(y)))
+  if not pairs:
+    raise ValueError(
+      "cosine_distance found no floating-point or complex leaf to compare."
+    )
+  leaves, others = zip(*pairs)
+  stacks = [jnp.stack([x, y.astype(x.dtype)]) for x, y in zip(leaves, others)]
+  (gram,), finite = _kernels.gram(stacks, [0] * len(stacks), num_groups=1)
+  with jax.debug_nans(False):
+    found = _rules.distance("cosine", gram[0, 1], gram[0, 0], gram[1, 1])
+    return jnp.where(jnp.all(finite), found, jnp.nan).astype(jnp.float32)

@@ -1,0 +1,113 @@
+"""Example weights: examples compared by their gradients of dense layers."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gaf_optax import _compat, _decide, _kernels, _options, _state, _tau, rules
+
+
+def example_weights(
+  activations: jax.Array | Sequence[jax.Array],
+  cotangents: jax.Array | Sequence[jax.Array],
+  tau: float | jax.Array | _tau.Tau = 0.97,
+  *,
+  rule: rules.RuleFn | None = None,
+) -> _state.Agreement:
+  r"""Compares the examples of a batch by their gradients of one dense layer.
+
+  For models whose examples cannot be separated (BatchNorm) and for losses that are
+  written by hand. The gradient of example i's loss with respect to the kernel of a
+  dense layer is the outer product of the layer's input :math:`a_i` and of the loss's
+  cotangent :math:`d_i` at its output, and with respect to its bias :math:`d_i`. So
+  their inner products are known without forming one of them:
+
+  .. math:: G = (A A^\top + 1) \odot (D D^\top)
+
+  Matrices of several layers are added up. Two products of `B^2 d` and `B^2 c`
+  operations; the last layer usually says as much as all of them.
+
+  Args:
+    activations: the inputs `[B, d]` of a dense layer with a bias; or a sequence of
+      them, one for each layer.
+    cotangents: the gradients `[B, c]` of each example's own loss (not of the mean)
+      with respect to the layer's outputs; or a sequence of them. For the softmax
+      cross-entropy of logits they are `softmax(logits) - one_hot(labels)`.
+    tau: the largest distance that is accepted, in [0, 2], traced or not; or a
+      :func:`tau_quantile` or :func:`adaptive_tau`.
+    rule: see :func:`gaf`; for examples of several classes
+      `rules.nearest_neighbors(5)` fits, since an example agrees with its kind.
+
+  Returns:
+    An :class:`Agreement` of the B examples: the weighted mean of the examples' losses
+    with its `weights` (which sum to 1) has the filtered gradient. No gradient flows
+    through it.
+
+  Raises:
+    ValueError: for arrays that are not `[B, features]` with the same B of at least 2,
+      different numbers of layers, and arguments outside their ranges.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp
+    >>> from gaf_optax import example_weights, rules, tau_quantile
+    >>> inputs = jnp.array([[1., 0.], [1., .1], [.9, 0.], [1., 0.]])
+    >>> logits, labels = jnp.zeros((4, 2)), jnp.array([0, 0, 0, 1])
+    >>> cotangents = jax.nn.softmax(logits) - jax.nn.one_hot(labels, 2)
+    >>> rule = rules.nearest_neighbors(2)
+    >>> example_weights(inputs, cotangents, tau_quantile(.75), rule=rule).accepted
+    Array([ True,  True,  True, False], dtype=bool)
+  """
+  layers = _layers(activations, cotangents)
+  options = _options.checked(_tau.checked_without_state(tau), rule=rule)
+  value = options.tau.at(None, jnp.zeros((), jnp.int32))
+  return _of_layers(layers, value, rule=options.rule, tau=options.tau.static())
+
+
+@functools.partial(jax.jit, static_argnames=("rule", "tau"))
+def _of_layers(layers, value, *, rule, tau):
+  gram = sum(_layer_gram(*layer) for layer in layers)
+  gram, finite = _kernels.cleaned(gram[None], jnp.ones(gram.shape[0], bool))
+  decided = _decide.decide(rule, tau, gram, finite, _decide.Inputs(value))
+  return _state.agreement(_state.outcome(decided, gram, knows_norms=True))
+
+
+def _layer_gram(activations, cotangents):
+  """The Gram matrix of one layer's per-example gradients, not `cleaned` yet."""
+  dot = lambda x: jnp.matmul(x, x.mT, precision=lax.Precision.HIGHEST)
+  wide = lambda x: x.astype(_compat.real_accumulator_dtype([x]))
+  return (dot(wide(activations)) + 1) * dot(wide(cotangents))
+
+
+def _layers(activations, cotangents):
+  """Pairs of arrays `[B, features]`, checked, cut off from differentiation."""
+  several = [isinstance(x, list | tuple) for x in (activations, cotangents)]
+  if any(several) and not (all(several) and len(activations) == len(cotangents) > 0):
+    raise ValueError(
+      "activations and cotangents must be two arrays, or two sequences of one array for"
+      f" each layer, got {_described(activations)} and {_described(cotangents)}."
+    )
+  layers = list(zip(activations, cotangents)) if any(several) else None
+  layers = layers or [(activations, cotangents)]
+  size = jnp.shape(layers[0][0])[:1]
+  for pair in layers:
+    for name, x in zip(("activations", "cotangents"), pair):
+      shape = jnp.shape(x)
+      if len(shape) != 2 or shape[:1] != size:
+        raise ValueError(
+          f"{name} must have the shape [B, features], with the same B in every array"
+          f" ({size[0] if size else 'unknown'} in the first), got {shape}. A layer that"
+          " is applied at several positions of an example has no such form; compare"
+          " the layer after the pooling."
+        )
+  if size[0] < 2:
+    raise ValueError("there is one example, and nothing to compare it with.")
+  return jax.tree.map(lambda x: lax.stop_gradient(jnp.asarray(x)), layers)
+
+
+def _described(value):
+  if isinstance(value, list | tuple):
+    return f"a sequence of {len(value)}"
+  return f"an array of shape {jnp.shape(value)}"
