@@ -127,7 +127,7 @@ def weighted_means(
   for bundle in _plan(leaves, group_ids, _mesh.WHOLE):
     x, first = _joined(leaves, bundle), bundle[0]
     dtype = _compat.accumulator_dtype(x.dtype)
-    row = weights[group_ids[first]].astype(jnp.finfo(dtype).dtype)
+    row = weights[group_ids[first]].astype(dtype)
     total = lax.platform_dependent(
       x,
       row,

@@ -28,6 +28,12 @@ def like_params(tree):
   return jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), tree)
 
 
+def compared(distances):
+  """Distances with NaN, as the oracle has it, for -1: nothing to compare."""
+  distances = np.asarray(distances)
+  return np.where(distances == -1, np.nan, distances)
+
+
 def read(gradient, state):
   found = gaf_optax.metrics(state)
   gaf_state = [
@@ -39,7 +45,7 @@ def read(gradient, state):
     gradient,
     bool(found["agreed"]),
     float(found["num_accepted"]),
-    np.asarray(gaf_state.distances),
+    compared(gaf_state.distances),
     np.asarray(gaf_state.weights),
     int(found["nonfinite"]),
   )
@@ -103,7 +109,7 @@ def scanned(tree, tau, **options):
     gradient,
     bool(agreement.agreed),
     float(agreement.num_accepted),
-    np.asarray(agreement.distances),
+    compared(agreement.distances),
     np.asarray(agreement.weights),
     int(agreement.nonfinite),
   )

@@ -59,28 +59,34 @@ def soft(d, tau, softness):
   return 1 / (1 + np.exp(-(tau - d) / softness))
 
 
-def decide(rule, v, finite, tau, kind="cosine", softness=0.0, fraction=None):
-  """(weights, accepted, distances, margin, condition), before two have to agree."""
+def decide(
+  rule, v, finite, tau, kind="cosine", softness=0.0, fraction=None, start=0
+):
+  """(weights, accepted, distances, margin, condition), before two have to agree.
+
+  `start` is where a sequence starts; a zero never starts one.
+  """
   k = len(v)
   weights, distances = np.zeros(k), np.full(k, np.nan)
   accepted = np.zeros(k, bool)
   margin, condition = np.inf, 1.0
   if rule in ("sequential", "running_average"):
-    s, total = None, 0.0
-    for i in range(k):
+    s, total, started = np.zeros(v.shape[1]), 0.0, False
+    for i in np.roll(np.arange(k), -start):
       if not finite[i]:
         continue
-      if s is None:
-        s, total = v[i].copy(), 1.0
-        weights[i], accepted[i] = 1, True
-        continue
-      condition = min(condition, conditioning(weights[:i, None] * v[:i]))
-      d = distance(s / total, v[i], kind)
-      distances[i], accepted[i] = d, d <= tau
-      margin = min(margin, abs(d - tau))
+      starts = not started and v[i].any()
+      d = distance(s / total if total else s, v[i], kind)
+      if not starts:
+        distances[i] = d
+        condition = min(condition, conditioning(weights[:, None] * v))
+        margin = min(margin, abs(d - tau))
+      accepted[i], started = starts or d <= tau, started or starts
+      w = 1.0 if starts else soft(d, tau, softness)
       if rule == "sequential":
-        w = soft(d, tau, softness)
         s, total, weights[i] = s + w * v[i], total + w, w
+      elif accepted[i] and not total:
+        s, total, weights[i] = v[i].copy(), 1.0, 1.0
       elif accepted[i]:
         s = (s + v[i]) / 2
         weights /= 2

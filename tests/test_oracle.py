@@ -17,7 +17,7 @@ SHAPES = {
 }
 # Relative rounding of a stored value, and of a distance computed from such values.
 EPS = {"float32": 3e-6, "bfloat16": 1e-2, "float16": 2e-3, "complex64": 3e-6}
-SPAN = {"float32": 30, "bfloat16": 30, "float16": 2, "complex64": 30}
+SPAN = {"float32": 13, "bfloat16": 13, "float16": 2, "complex64": 13}
 
 
 @st.composite
@@ -193,13 +193,12 @@ def test_streamed_forms_are_the_oracles(drawn, tau, kind, softness, name, form):
     check(forms.ALL[form](leaves, tau, rule=rule), expected, leaves)
 
 
-@pytest.mark.parametrize("form", sorted(forms.ALL))
 @settings(max_examples=5)
 @given(stacks(dtypes=("float32",)), taus)
-def test_embedding_enters_the_distances_alone(form, drawn, tau):
+def test_embedding_enters_the_distances_alone(drawn, tau):
   for leaves in drawn:
     expected = oracle.gaf(leaves, tau, embed=np.sign)
-    check(forms.ALL[form](leaves, tau, embed=jnp.sign), expected, leaves)
+    check(forms.stacked(leaves, tau, embed=jnp.sign), expected, leaves)
 
 
 @pytest.mark.parametrize("form", sorted(forms.ALL))
