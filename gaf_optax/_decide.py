@@ -103,7 +103,8 @@ def decide(
 
     def at(tau):
       if anchor is not None:
-        return _rules.against_anchor(*anchor, rows, inputs.anchored, tau)
+        square, products = anchor
+        return _rules.against_anchor(square, products, rows, inputs.anchored, tau)
       if isinstance(rule, _rules.Rule):
         return rule.decide(rows, tau)
       return _checked(rule, rule(_rules.scaled(seen), valid, tau), valid, dtype)

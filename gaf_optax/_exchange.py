@@ -138,7 +138,8 @@ def _buckets(arrays, shapes, labels, n) -> list[_Bucket]:
     least = _BUCKET if n < _MANY_DEVICES else _BUCKET_OF_MANY
     # At most some 8 exchanges, however large the tree.
     limit = max(least // kind[0].itemsize, sum(sizes[i] for i in leaves) // 8)
-    held, number = [], 0
+    held: list[int] = []
+    number = 0
     for i in sorted(leaves, key=lambda i: (order[labels[i]], -sizes[i])):
       if held and number + sizes[i] > limit:
         buckets.append(_bucket(held, sizes, labels, n))
@@ -150,7 +151,8 @@ def _buckets(arrays, shapes, labels, n) -> list[_Bucket]:
 
 
 def _bucket(leaves, sizes, labels, n) -> _Bucket:
-  widths, segments = [], []
+  widths: list[int] = []
+  segments = []
   for label, run in itertools.groupby(leaves, key=lambda i: labels[i]):
     own = [-(-sizes[i] // n) for i in run]
     is_last = len(widths) + len(own) == len(leaves)

@@ -29,8 +29,8 @@ class Filtered(NamedTuple):
     gram: `[m, k, k]`.
   """
 
-  means: list[jax.Array]
-  plain_means: list[jax.Array] | None
+  means: Sequence[jax.Array]
+  plain_means: Sequence[jax.Array] | None
   decided: Any
   gram: Any
 
@@ -109,6 +109,7 @@ def _on_explicit_mesh(arrays, anchor, inputs, plan):
     in_specs=(placement.stacked, None if anchor is None else single, P()),
     out_specs=out_specs,
   )(_mesh.reshard(arrays, placement.stacked, mesh), anchor, inputs)
-  if anchor is not None:
-    result = result._replace(plain_means=_mesh.reshard(result.plain_means, own, mesh))
-  return result
+  if anchor is None:
+    return result
+  plain_means = _mesh.reshard(result.plain_means or [], own, mesh)
+  return result._replace(plain_means=plain_means)

@@ -220,7 +220,9 @@ class Sequential(Rule):
     carry = _compat.typed_like((Mean(zero, zero), zeros, zeros), (rows, tau))
     order = (rows.start + jnp.arange(k, dtype=jnp.int32)) % k
     (_, weights, _), found = lax.scan(visit, carry, order)
-    return _if_agreed(weights, *(jnp.roll(x, rows.start) for x in found))
+    # From the order of visits back to the micro-gradients' own places.
+    place = (jnp.arange(k, dtype=jnp.int32) - rows.start) % k
+    return _if_agreed(weights, *(x[place] for x in found))
 
 
 class LeaveOneOut(Rule):

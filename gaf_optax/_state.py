@@ -203,6 +203,8 @@ def over_groups(decision: _rules.Decision) -> _rules.Decision:
 
 def mean_known(values: jax.Array, axis: int | None = None) -> jax.Array:
   """Mean of the values that are not `NOTHING`, float32; `NOTHING` without any."""
+  if axis is not None and values.shape[axis] == 1:
+    return jnp.squeeze(values, axis).astype(jnp.float32)
   known = values != NOTHING
   number = jnp.sum(known, axis=axis)
   total = jnp.sum(jnp.where(known, values, 0), axis=axis)
@@ -221,7 +223,7 @@ def init(params: Any, options: _options.Options) -> GafState:
   # A function each, since a donated state must not hold a buffer twice.
   zero = lambda dtype=jnp.int32: jnp.zeros((), dtype)
   memory = None
-  if options.memory_decay is not None:
+  if options.memory_decay is not None and k is not None:
     leaves = _tree.flatten(params, None, options.groups, stacked=False)
     memory = _decide.init_memory(leaves.layout.num_groups, k)
   has_anchor = options.anchor_decay is not None
