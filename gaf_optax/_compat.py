@@ -26,6 +26,22 @@ def real_accumulator_dtype(leaves: Iterable[Any]) -> jnp.dtype:
   return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
+def for_cpu_loop(x: jax.Array, dtype: Any) -> tuple[jax.Array, Callable]:
+  """An array as a loop on CPU should hold it, and what makes `dtype` of its parts.
+
+  Before jax 0.11 XLA holds bfloat16 arrays of a loop in float32, all at once. Their
+  bits take half of that.
+  """
+  if x.dtype != jnp.bfloat16 or jax.__version_info__ >= (0, 11):
+    return x, lambda part: part.astype(dtype)
+
+  def from_bits(part):
+    bits = part.astype(jnp.uint32) << jnp.uint32(16)
+    return lax.bitcast_convert_type(bits, jnp.float32).astype(dtype)
+
+  return lax.bitcast_convert_type(x, jnp.uint16), from_bits
+
+
 def varying(x: Any) -> frozenset:
   """Mesh axes over which a value's type says that it varies.
 

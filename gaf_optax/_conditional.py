@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gaf_optax import _compat, _gaf, _options, _state, rules
+from gaf_optax import _gaf, _inner, _options, _state, rules
 
 
 class ApplyIfAgreedState(NamedTuple):
@@ -97,7 +97,7 @@ def apply_if_agreed(
   inner = optax.with_extra_args_support(inner)
 
   def init_fn(params):
-    return ApplyIfAgreedState(outer.init(params), init_inner(inner, params))
+    return ApplyIfAgreedState(outer.init(params), _inner.init(inner, params))
 
   def update_fn(
     micro_grads, state, params=None, *, microbatch_weights=None, **extra_args
@@ -106,7 +106,7 @@ def apply_if_agreed(
     grads, gaf_state = outer.update(
       micro_grads, state.gaf_state, params, microbatch_weights=microbatch_weights
     )
-    updates, inner_state = run_if(
+    updates, inner_state = _inner.run_if(
       gaf_state.ready, inner, grads, state.inner_state, params, extra_args
     )
     return updates, ApplyIfAgreedState(gaf_state, inner_state)
@@ -167,7 +167,7 @@ def apply_if_nonzero(
   names = _options.as_names("param_axes", param_axes)
 
   def init_fn(params):
-    inner_state = init_inner(inner, params)
+    inner_state = _inner.init(inner, params)
     return ApplyIfNonzeroState(jnp.zeros((), jnp.int32), inner_state)
 
   def update_fn(grads, state, params=None, **extra_args):
@@ -178,7 +178,7 @@ def apply_if_nonzero(
     )
     if names:
       nonzero = jax.lax.psum(nonzero.astype(jnp.int32), names) > 0
-    updates, inner_state = run_if(
+    updates, inner_state = _inner.run_if(
       nonzero, inner, grads, state.inner_state, params, extra_args
     )
     skipped = optax.safe_increment(state.skipped_steps)
@@ -186,30 +186,3 @@ def apply_if_nonzero(
     return updates, ApplyIfNonzeroState(skipped, inner_state)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def init_inner(inner, params):
-  """The state of a transformation that gets filtered gradients.
-
-  Raises:
-    ValueError: if it filters, too.
-  """
-  state = inner.init(params)
-  if _state.find(state):
-    raise ValueError(
-      "inner has a gaf in it, but what it gets is filtered already. Leave the gaf out:"
-      " apply_if_agreed(optax.sgd(0.1), tau), for instance."
-    )
-  return state
-
-
-def run_if(condition, inner, grads, inner_state, params, extra_args):
-  """The update and state of `inner`, or zeros and the old state."""
-
-  def run():
-    return inner.update(grads, inner_state, params, **extra_args)
-
-  def leave():
-    return optax.tree.zeros_like(jax.eval_shape(run)[0]), inner_state
-
-  return _compat.cond(condition, run, leave)

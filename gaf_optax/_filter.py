@@ -43,7 +43,7 @@ def step(
   anchor_decay: Any,
   *,
   plan: _options.Plan,
-) -> tuple[list[jax.Array], _state.GafState]:
+) -> tuple[Sequence[jax.Array], _state.GafState]:
   """Leaves of micro-gradients and the state to filtered means and the state.
 
   Compiled as one, so that a call outside `jit` costs no more than it has to.

@@ -1,21 +1,17 @@
 """GAF: the filter as the first link of a chain."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from gaf_optax import (
-  _compat,
   _decide,
   _filter,
   _mesh,
   _options,
   _state,
   _tree,
-  _validate,
   rules,
 )
 
@@ -200,7 +196,12 @@ def gaf(
   )
 
   def init_fn(params):
-    return _state.init(params, options)
+    memory = None
+    if options.memory_decay is not None and options.num_microbatches is not None:
+      leaves = _tree.flatten(params, None, options.groups, stacked=False)
+      num_groups = leaves.layout.num_groups
+      memory = _decide.init_memory(num_groups, options.num_microbatches)
+    return _state.init(params, options, memory)
 
   def update_fn(
     micro_grads, state, params=None, *, microbatch_weights=None, **extra_args
@@ -226,7 +227,7 @@ def gaf(
       _tree.check_num_groups(plan.layout, state.memory.mean.shape[0])
     inputs = _decide.Inputs(
       tau=options.tau.at(state.steered, state.num_updates),
-      weights=gathered_weights(microbatch_weights, leaves.k, options.axis_names),
+      weights=_mesh.gathered_weights(microbatch_weights, leaves.k, options.axis_names),
       start=state.num_updates % k,
       max_norm_ratio=options.max_norm_ratio,
       anchored=state.anchored,
@@ -239,20 +240,3 @@ def gaf(
     return leaves.unflatten(means), state
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def gathered_weights(weights: Any, k: int | None, axis_names) -> jax.Array | None:
-  """`microbatch_weights` of all replicas, `[n * k]`, checked.
-
-  Args:
-    weights: this replica's, `[k]`, or a scalar where k is None; or None.
-    k: how many micro-gradients this replica has on a leading axis, or None.
-    axis_names: the axes along which the others lie.
-  """
-  if weights is None:
-    return None
-  shape = () if k is None else (k,)
-  weights = _mesh.gathered(_validate.weights(shape, microbatch_weights=weights))
-  if not axis_names:
-    return weights
-  return _compat.all_gather(jnp.atleast_1d(weights), axis_names)

@@ -149,9 +149,10 @@ def _mean(x, weights, *, dtype):
 
 def _mean_on_cpu(x, weights, *, dtype):
   """The same in a loop over rows, since XLA for CPU does not fuse that sum."""
+  x, wide = _compat.for_cpu_loop(x, dtype)
 
   def add(i, total):
-    row = lax.dynamic_index_in_dim(x, i, 0, keepdims=False).astype(dtype)
+    row = wide(lax.dynamic_index_in_dim(x, i, 0, keepdims=False))
     return total + jnp.where(weights[i] != 0, row * weights[i], 0)
 
   zeros = _compat.typed_like(jnp.zeros(x.shape[1:], dtype), (x, weights))
@@ -160,40 +161,46 @@ def _mean_on_cpu(x, weights, *, dtype):
 
 def _products(x, dtype):
   """Inner products `[k, k]` of the rows of a real array `[k, *shape]`."""
+  sums = functools.partial(_by_sums, dtype=dtype)
   if _mesh.is_sharded([x]):
-    return _by_sums(x, x, dtype)
-  exact = functools.partial(_by_product, dtype=dtype)
+    return sums(x, x)
   return lax.platform_dependent(
     x,
-    cpu=lambda x: _by_blocks(functools.partial(_dot, dtype=dtype), x, x),
+    cpu=lambda x: _by_blocks(lambda x: _dot(x, x), dtype, x),
     # Sums of bfloat16 products would hold the stack in float32.
-    tpu=exact if x.dtype.itemsize < 4 else lambda x: _by_sums(x, x, dtype),
-    default=lambda x: _by_sums(x, x, dtype),
+    tpu=functools.partial(_by_product, dtype=dtype)
+    if x.dtype.itemsize < 4
+    else lambda x: sums(x, x),
+    default=lambda x: sums(x, x),
   )
 
 
 def _products_with(vector, x, dtype):
   """Inner products `[1 + k]` of a vector `[1, *shape]` with itself and with rows."""
+
+  def sums(*both):
+    found = [_by_sums(both[0], other, dtype=dtype)[0] for other in both]
+    return jnp.concatenate(found)
+
+  def in_block(vector, x):
+    return _dot(vector, jnp.concatenate([vector, x]))[0]
+
   if _mesh.is_sharded([vector, x]):
-    found = [_by_sums(vector, other, dtype)[0] for other in (vector, x)]
-    return jnp.concatenate(found)
-
-  def blocks(vector, x):
-    return _dot(vector, jnp.concatenate([vector, x.astype(vector.dtype)]), dtype=dtype)
-
-  def sums(vector, x):
-    found = [_by_sums(vector, other, dtype)[0] for other in (vector, x)]
-    return jnp.concatenate(found)
-
-  return lax.platform_dependent(
-    vector,
-    x,
-    cpu=lambda vector, x: _by_blocks(blocks, vector, x)[0],
-    default=sums,
-  )
+    return sums(vector, x)
+  in_blocks = functools.partial(_by_blocks, in_block, dtype)
+  return lax.platform_dependent(vector, x, cpu=in_blocks, default=sums)
 
 
-def _by_sums(x, y, dtype):
+def _squares(x, dtype):
+  """Squared norms `[k]` of the rows of a real array."""
+  plain = lambda x: jnp.sum(x.astype(dtype) ** 2, axis=tuple(range(1, x.ndim)))
+  if _mesh.is_sharded([x]):
+    return plain(x)
+  in_blocks = functools.partial(_by_blocks, plain, dtype)
+  return lax.platform_dependent(x, cpu=in_blocks, default=plain)
+
+
+def _by_sums(x, y, *, dtype):
   """One pass: a product of all pairs of rows that XLA does not store, and its sum."""
   product = x.astype(dtype)[:, None] * y.astype(dtype)[None]
   return jnp.sum(product, axis=tuple(range(2, product.ndim)))
@@ -204,40 +211,27 @@ def _by_product(x, *, dtype):
   return lax.dot_general(x, x, ((axes, axes), ((), ())), preferred_element_type=dtype)
 
 
-def _by_blocks(products, *arrays):
-  """The sum of a function of blocks of columns."""
-  matrices = [_tree.flat_rows(x) for x in arrays]
-  whole, rest = divmod(matrices[0].shape[1], _BLOCK)
+def _by_blocks(products, dtype, *arrays):
+  """The sum of a function of blocks of columns, which are of `dtype`."""
+  flat = [_tree.flat_rows(x) for x in arrays]
+  whole, rest = divmod(flat[0].shape[1], _BLOCK)
   if whole < 2:
-    return products(*matrices)
+    return products(*(x.astype(dtype) for x in flat))
+  held = [_compat.for_cpu_loop(x, dtype) for x in flat]
 
   def block(i):
-    start = i * _BLOCK
-    return products(*[lax.dynamic_slice_in_dim(x, start, _BLOCK, 1) for x in matrices])
+    cut = lambda x: lax.dynamic_slice_in_dim(x, i * _BLOCK, _BLOCK, 1)
+    return products(*(wide(cut(x)) for x, wide in held))
 
   total = jnp.sum(lax.map(block, jnp.arange(whole)), axis=0)
   if rest:
-    total += products(*[x[:, whole * _BLOCK :] for x in matrices])
+    total += products(*(x[:, whole * _BLOCK :].astype(dtype) for x in flat))
   return total
 
 
-def _dot(x, y, *, dtype):
-  return lax.dot_general(
-    x.astype(dtype),
-    y.astype(dtype),
-    (((1,), (1,)), ((), ())),
-    precision=lax.Precision.HIGHEST,
-    preferred_element_type=dtype,
-  )
-
-
-def _squares(x, dtype):
-  """Squared norms `[k]` of the rows of a real array."""
-  plain = lambda x: jnp.sum(x.astype(dtype) ** 2, axis=tuple(range(1, x.ndim)))
-  if _mesh.is_sharded([x]):
-    return plain(x)
-  in_blocks = functools.partial(_by_blocks, plain)
-  return lax.platform_dependent(x, cpu=in_blocks, default=plain)
+def _dot(x, y):
+  axes = ((1,), (1,))
+  return lax.dot_general(x, y, (axes, ((), ())), precision=lax.Precision.HIGHEST)
 
 
 def _sum(terms):

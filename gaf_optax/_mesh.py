@@ -10,7 +10,8 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gaf_optax import _compat, _tree
+from gaf_optax import _compat, _validate
+from gaf_optax._validate import leaf_name
 
 # For each dimension the names of the axes that it is sharded over.
 _Spec = tuple[tuple[str, ...], ...]
@@ -69,7 +70,8 @@ def shards(axes: Axes) -> Shards:
 
 
 def axes(
-  leaves: _tree.Leaves,
+  paths: Sequence[Any],
+  arrays: Sequence[jax.Array],
   axis_names: tuple[Hashable, ...],
   stacked: bool,
   param_axes: tuple[Hashable, ...],
@@ -78,7 +80,8 @@ def axes(
   """The axes of a tree's leaves, checked against where the call is made.
 
   Args:
-    leaves: the micro-gradients, taken apart.
+    paths: where in the tree each leaf of the micro-gradients is.
+    arrays: the leaves.
     axis_names: `axis_name` as a tuple.
     stacked: whether the leaves have a micro-gradient axis in front.
     param_axes: `param_axes` as a tuple.
@@ -90,7 +93,7 @@ def axes(
       summed over the replicas already, and where it cannot be known which leaves
       are replicated over `param_axes`.
   """
-  named = list(zip(leaves.layout.paths, leaves.arrays))
+  named = list(zip(paths, arrays))
   _check_bound("axis_name", axis_names)
   _check_bound("param_axes", param_axes)
   for name in axis_names:
@@ -102,7 +105,7 @@ def axes(
     unmapped = sum(_compat.explicit_spec(x), ())
     if unmapped:
       raise ValueError(
-        f"micro-gradient leaf {_tree.name(path)} is sharded over axis {unmapped[0]!r}"
+        f"micro-gradient leaf {leaf_name(path)} is sharded over axis {unmapped[0]!r}"
         " of an Explicit mesh that this jax.shard_map does not map. Map that axis,"
         " too (axis_names), and give it as param_axes."
       )
@@ -154,14 +157,14 @@ def _named_in(specs, path):
     if path[: len(prefix)] == prefix:
       return set(_of_spec(spec))
   raise ValueError(
-    f"param_axes holds no PartitionSpec for leaf {_tree.name(path)}. Give a tree of"
+    f"param_axes holds no PartitionSpec for leaf {leaf_name(path)}. Give a tree of"
     " them like the parameters, or a prefix of it, as in_specs of jax.shard_map."
   )
 
 
 def _summed(path, name):
   return (
-    f"micro-gradient leaf {_tree.name(path)} is the same on every replica of axis"
+    f"micro-gradient leaf {leaf_name(path)} is the same on every replica of axis"
     f" {name!r}: differentiating with respect to replicated parameters has already"
     " summed it over the axis, and every cosine distance would be 0. Make the"
     " parameters vary before jax.grad:"
@@ -218,7 +221,7 @@ def placement(arrays: Sequence[jax.Array], paths: Sequence[Any]) -> Placement:
     path = next(p for p, spec in zip(paths, inner) if both & {*sum(spec, ())})
     raise ValueError(
       f"the stack of micro-gradients is sharded over mesh axis {min(both)!r}, and so"
-      f" is a dimension of leaf {_tree.name(path)}. Use one mesh axis for the"
+      f" is a dimension of leaf {leaf_name(path)}. Use one mesh axis for the"
       " micro-gradients and another one for the parameters."
     )
   stacked = [_partition((leading, *spec)) for spec in inner]
@@ -302,6 +305,23 @@ def gathered(x: jax.Array) -> jax.Array:
   return jax.sharding.reshard(x, NamedSharding(_mesh([x]), P()))
 
 
+def gathered_weights(weights: Any, k: int | None, axis_names) -> jax.Array | None:
+  """`microbatch_weights` of all replicas, `[n * k]`, checked.
+
+  Args:
+    weights: this replica's, `[k]`, or a scalar where k is None; or None.
+    k: how many micro-gradients this replica has on a leading axis, or None.
+    axis_names: the axes along which the others lie.
+  """
+  if weights is None:
+    return None
+  shape = () if k is None else (k,)
+  weights = gathered(_validate.weights(shape, microbatch_weights=weights))
+  if not axis_names:
+    return weights
+  return _compat.all_gather(jnp.atleast_1d(weights), axis_names)
+
+
 def explicit_partition(x: jax.Array) -> P:
   """The `PartitionSpec` of an array on an Explicit mesh."""
   return _partition(_compat.explicit_spec(x))
@@ -328,8 +348,8 @@ def _leading(specs: Sequence[_Spec], paths) -> tuple[str, ...]:
     (first, path), (second, other) = list(found.items())[:2]
     raise ValueError(
       "the micro-gradient axis must be sharded over the same mesh axes in every"
-      f" leaf, but it is over {first} in leaf {_tree.name(path)} and over {second}"
-      f" in leaf {_tree.name(other)}."
+      f" leaf, but it is over {first} in leaf {leaf_name(path)} and over {second}"
+      f" in leaf {leaf_name(other)}."
     )
   return next(iter(found), ())
 

@@ -8,8 +8,8 @@ import optax
 
 from gaf_optax import (
   _compat,
-  _conditional,
-  _gaf,
+  _inner,
+  _mesh,
   _options,
   _state,
   _stream,
@@ -154,7 +154,7 @@ def multi_steps(
     return MultiStepsState(
       mini_step=jnp.zeros((), jnp.int32),
       gaf_state=_state.init(params, checked),
-      inner_opt_state=_conditional.init_inner(inner, params),
+      inner_opt_state=_inner.init(inner, params),
       stream=_stream.start(params, checked, k),
     )
 
@@ -174,7 +174,7 @@ def multi_steps(
     _tree.check_num_groups(layout, state.stream.num_in_mean.shape[0])
     plan = checked.plan(leaves)
     tau = checked.tau.at(gaf_state.steered, gaf_state.num_updates)
-    weight = _gaf.gathered_weights(microbatch_weights, None, ())
+    weight = _mesh.gathered_weights(microbatch_weights, None, ())
     has_anchor = checked.anchor_decay is not None
     anchor = _tree.pick(gaf_state.anchor, layout) if has_anchor else None
     stream = _stream.push(
@@ -191,7 +191,7 @@ def multi_steps(
         )
       new_state = _state.advance(new_state, plan.tau, tau, step)
       grads = leaves.unflatten(means)
-      updates, inner_state = _conditional.run_if(
+      updates, inner_state = _inner.run_if(
         step.agreed, inner, grads, state.inner_opt_state, params, extra_args
       )
       empty = jax.tree.map(jnp.zeros_like, state.stream)

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 
-from gaf_optax import _mesh, _rules, _tau, _tree, _validate, rules
+from gaf_optax import _mesh, _rules, _tau, _tree, _validate
 
 # A float, an array of one, a schedule, or what the functions of `_tau` return.
 Tau: TypeAlias = float | jax.Array | _tau.Schedule | _tau.Tau
@@ -79,7 +79,12 @@ class Options:
       ValueError: see `_mesh.axes`.
     """
     axes = _mesh.axes(
-      leaves, self.axis_names, self.stacked, self.param_axes, self.param_specs
+      leaves.layout.paths,
+      leaves.arrays,
+      self.axis_names,
+      self.stacked,
+      self.param_axes,
+      self.param_specs,
     )
     return Plan(self.rule, self.tau.static(), self.embed, leaves.layout, axes)
 
@@ -135,7 +140,7 @@ def checked(
   _check_stacked(stacked, axis_name)
   if anchor_decay is not None:
     _check_anchor(anchor_decay, rule)
-  rule = rules.sequential() if rule is None else _checked_rule(rule)
+  rule = _rules.Sequential() if rule is None else _checked_rule(rule)
   if tau.reads_distances and isinstance(rule, _rules.Sequential | _rules.MostNeighbors):
     if anchor_decay is None:
       raise ValueError(
@@ -234,7 +239,7 @@ def _checked_rule(rule):
     " Rules are made by gaf_optax.rules, for instance rules.most_neighbors().",
     rule=rule,
   )
-  if getattr(rules, getattr(rule, "__name__", ""), None) is rule:
+  if getattr(rule, "__module__", "") == f"{__package__}.rules":
     raise ValueError(
       f"rule must be a rule, not what makes one, got {rule!r}. Was the call"
       " forgotten, as in rules.most_neighbors()?"

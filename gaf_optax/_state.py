@@ -1,12 +1,13 @@
 """State: what a step did, kept in the optimizer state."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from gaf_optax import _decide, _options, _rules, _tau, _tree
+from gaf_optax import _rules, _tau, _tree
 
 # Stands for a distance, a noise scale or a norm where there was nothing to compare. Not
 # NaN, since JAX_DEBUG_NANS reports any that compiled code returns.
@@ -145,8 +146,8 @@ def or_nothing(values: jax.Array) -> jax.Array:
   return jnp.where(jnp.isfinite(values), values, NOTHING).astype(jnp.float32)
 
 
-def outcome(decided: _decide.Decided, gram: jax.Array, knows_norms: bool) -> Outcome:
-  """The outcome of a step on stacks, from the decision `[m, k]` by group."""
+def outcome(decided: Any, gram: jax.Array, knows_norms: bool) -> Outcome:
+  """The outcome of a step on stacks, from a `_decide.Decided`."""
   decision, valid = decided.decision, decided.valid
   distances = or_nothing(decision.distances)
   scale = _noise_scale(gram, valid)
@@ -217,15 +218,11 @@ def are_copies(difference: jax.Array) -> jax.Array:
   return (difference != NOTHING) & (difference <= _ROUNDING)
 
 
-def init(params: Any, options: _options.Options) -> GafState:
-  """The state before the first step."""
+def init(params: Any, options: Any, memory: Any = None) -> GafState:
+  """The state before the first step, for checked options."""
   k = options.num_microbatches
   # A function each, since a donated state must not hold a buffer twice.
   zero = lambda dtype=jnp.int32: jnp.zeros((), dtype)
-  memory = None
-  if options.memory_decay is not None and k is not None:
-    leaves = _tree.flatten(params, None, options.groups, stacked=False)
-    memory = _decide.init_memory(leaves.layout.num_groups, k)
   has_anchor = options.anchor_decay is not None
   return GafState(
     num_updates=zero(),
@@ -264,7 +261,7 @@ def check_type(state: Any, expected: type) -> None:
     )
 
 
-def check(state: Any, options: _options.Options) -> None:
+def check(state: Any, options: Any) -> None:
   """Raises unless `init` of a transformation with these options made the state.
 
   Raises:
@@ -337,7 +334,7 @@ def advance(
 
 
 def move_anchor(
-  state: GafState, layout, decay, means: list[jax.Array], any_finite: jax.Array
+  state: GafState, layout, decay, means: Sequence[jax.Array], any_finite: jax.Array
 ) -> GafState:
   """The state with the moving average moved towards a step's plain means.
 

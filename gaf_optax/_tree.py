@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from gaf_optax import _compat
+from gaf_optax._validate import leaf_name
 
 GroupsFn = Callable[[Any, jax.ShapeDtypeStruct], Hashable]
 
@@ -88,8 +89,8 @@ def flatten(
     leaf_labels.append(label)
     if _compat.is_unreduced(leaf):
       raise ValueError(
-        f"micro-gradient leaf {name(path)} is unreduced, a sum over devices that has"
-        " yet to be made. Give gaf one gradient for each microbatch, stacked or by"
+        f"micro-gradient leaf {leaf_name(path)} is unreduced, a sum over devices that"
+        " has yet to be made. Give gaf one gradient for each microbatch, stacked or by"
         " axis_name; jax.sharding.reshard(grads, out_sharding) makes the sum."
       )
     results.append(len(arrays))
@@ -149,8 +150,8 @@ def check_kept(tree: Any, leaves: Leaves) -> None:
     if path not in kept or kept[path].shape != expected:
       found = "nothing" if path not in kept else f"one of shape {kept[path].shape}"
       raise ValueError(
-        f"the state keeps an average of shape {expected} for leaf {name(path)}, but"
-        f" {found} was found. Did init get other parameters?"
+        f"the state keeps an average of shape {expected} for leaf {leaf_name(path)},"
+        f" but {found} was found. Did init get other parameters?"
       )
 
 
@@ -177,11 +178,6 @@ def flat_rows(x: jax.Array) -> jax.Array:
   return x.reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
-def name(path) -> str:
-  """A leaf's path as messages give it."""
-  return jax.tree_util.keystr(path) or "(the whole tree)"
-
-
 _EXCLUDED = object()
 _WHOLE = object()
 
@@ -197,7 +193,7 @@ def _label(groups, path, leaf):
   if not isinstance(label, Hashable):
     raise ValueError(
       f"groups must return a hashable label or None, got {label!r} for leaf"
-      f" {name(path)}."
+      f" {leaf_name(path)}."
     )
   return label
 
@@ -252,7 +248,7 @@ def _leading_size(flat, hint):
   for path, shape, leading in sizes:
     if not leading:
       raise ValueError(
-        f"micro-gradient leaf {name(path)} has shape {shape}: a scalar has no"
+        f"micro-gradient leaf {leaf_name(path)} has shape {shape}: a scalar has no"
         f" micro-gradient axis in front. {hint}"
       )
   first_path, first_shape, first = sizes[0]
@@ -260,12 +256,12 @@ def _leading_size(flat, hint):
     if leading != first:
       raise ValueError(
         "the leaves of stacked micro-gradients must have the same leading axis"
-        f" [k, ...], but leaf {name(first_path)} has shape {first_shape} and"
-        f" leaf {name(path)} has shape {shape}. {hint}"
+        f" [k, ...], but leaf {leaf_name(first_path)} has shape {first_shape} and"
+        f" leaf {leaf_name(path)} has shape {shape}. {hint}"
       )
   if first[0] == 0:
     raise ValueError(
-      f"micro-gradient leaf {name(first_path)} has shape {first_shape}: there"
+      f"micro-gradient leaf {leaf_name(first_path)} has shape {first_shape}: there"
       " are no micro-gradients in it."
     )
   return first[0]
@@ -281,7 +277,7 @@ def _check_against_params(flat, tree, params, stacked, hint):
     shape = leaf_shape(leaf)
     if path not in expected:
       raise ValueError(
-        f"micro-gradient leaf {name(path)} of shape {shape} has no counterpart"
+        f"micro-gradient leaf {leaf_name(path)} of shape {shape} has no counterpart"
         f" among the parameters, which have {_listed(expected)}. Are params and"
         " gradients of the same model?"
       )
@@ -290,7 +286,7 @@ def _check_against_params(flat, tree, params, stacked, hint):
     ):
       continue
     raise ValueError(
-      f"micro-gradient leaf {name(path)} has shape {shape}, its parameter has"
+      f"micro-gradient leaf {leaf_name(path)} has shape {shape}, its parameter has"
       f" shape {expected[path]}; expected"
       f" {('k', *expected[path]) if stacked else expected[path]}."
       f" {_likely_mistake(shape, expected[path], stacked, hint)}"
@@ -302,7 +298,7 @@ def _check_against_params(flat, tree, params, stacked, hint):
     for path in missing:
       if not any(path[: len(m)] == m for m in masked):
         raise ValueError(
-          f"parameter {name(path)} of shape {expected[path]} has no"
+          f"parameter {leaf_name(path)} of shape {expected[path]} has no"
           " micro-gradient. Are params and gradients of the same model?"
         )
 
@@ -328,6 +324,6 @@ def _likely_mistake(shape, expected, stacked, hint):
 
 
 def _listed(paths, limit=5):
-  names = [name(path) for path in paths]
+  names = [leaf_name(path) for path in paths]
   more = f" and {len(names) - limit} more" if len(names) > limit else ""
   return ", ".join(names[:limit]) + more if names else "no leaves"

@@ -14,7 +14,6 @@ from gaf_optax import (
   _compat,
   _decide,
   _exchange,
-  _gaf,
   _kernels,
   _mesh,
   _options,
@@ -22,6 +21,7 @@ from gaf_optax import (
   _tree,
   _validate,
 )
+from gaf_optax._validate import leaf_name
 
 # `(path, leaf) -> bool` on the parameters.
 Compare = Callable[[Any, Any], bool]
@@ -194,14 +194,14 @@ def _selected(params, compare):
   if not selected:
     raise ValueError(
       "compare selects no leaf of the parameters. Their paths are"
-      f" {', '.join(_tree.name(path) for path, _ in flat[:5])}"
+      f" {', '.join(leaf_name(path) for path, _ in flat[:5])}"
       f"{', ...' if len(flat) > 5 else ''}."
     )
   for i in selected:
     path, leaf = flat[i]
     if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
       raise ValueError(
-        f"compare selects leaf {_tree.name(path)} of dtype {jnp.result_type(leaf)},"
+        f"compare selects leaf {leaf_name(path)} of dtype {jnp.result_type(leaf)},"
         " which has no gradient to compare."
       )
   return selected
@@ -211,7 +211,7 @@ def _is_selected(compare, path, leaf):
   answer = compare(path, leaf)
   if not isinstance(answer, bool | np.bool_):
     raise ValueError(
-      f"compare must return True or False, got {answer!r} for leaf {_tree.name(path)}."
+      f"compare must return True or False, got {answer!r} for leaf {leaf_name(path)}."
     )
   return answer
 
@@ -233,7 +233,7 @@ def _compared(losses, stacks, weights, options):
   plan = stacked.plan(leaves)
   inputs = _decide.Inputs(
     tau=options.tau.at(None, jnp.zeros((), jnp.int32)),
-    weights=_gaf.gathered_weights(weights, leaves.k, options.axis_names),
+    weights=_mesh.gathered_weights(weights, leaves.k, options.axis_names),
     max_norm_ratio=options.max_norm_ratio,
   )
   return _by_rows(leaves.arrays, _mesh.gathered(losses), inputs, plan=plan)

@@ -8,6 +8,11 @@ import jax
 import numpy as np
 
 
+def leaf_name(path: Any) -> str:
+  """A leaf's path as messages give it."""
+  return jax.tree_util.keystr(path) or "(the whole tree)"
+
+
 def is_concrete(value: Any) -> bool:
   """Whether a number's value can be read now (a traced array's cannot)."""
   return not isinstance(value, jax.core.Tracer)
