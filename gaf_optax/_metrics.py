@@ -63,6 +63,9 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
   """
   state = _the_one(opt_state)
   _warn_if_identical(state, stacklevel=3)
+  noise_scale = jnp.asarray(state.noise_scale)
+  with jax.debug_infs(False):
+    noise_scale = jnp.where(noise_scale == _state.INFINITE, jnp.inf, noise_scale)
   values = {
     "num_accepted": state.num_accepted,
     "num_microbatches": state.num_seen,
@@ -75,7 +78,7 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
     "nonfinite": state.nonfinite,
     "num_identical_steps": state.num_identical_steps,
     "grad_norm": state.grad_norm,
-    "noise_scale": state.noise_scale,
+    "noise_scale": noise_scale,
   }
   return {name: jnp.asarray(value) for name, value in values.items()}
 

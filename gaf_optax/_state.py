@@ -13,6 +13,9 @@ from gaf_optax import _rules, _tau, _tree
 # NaN, since JAX_DEBUG_NANS reports any that compiled code returns.
 NOTHING = -1.0
 
+# Stands for an infinite noise scale, for JAX_DEBUG_INFS; `metrics` gives Inf.
+INFINITE = float(jnp.finfo(jnp.float32).max)
+
 # A mean distance or a noise scale up to which micro-gradients are copies of one, but
 # for rounding.
 _ROUNDING = 1e-5
@@ -42,7 +45,7 @@ class GafState(NamedTuple):
     num_identical_steps: int32 scalar, steps in a row, up to the last one, whose
       micro-gradients were all copies of one, but for rounding.
     noise_scale: float32 scalar, the gradient noise scale in microbatches of the
-      last step; -1 where it cannot be known.
+      last step; -1 where it cannot be known, float32's largest number for Inf.
     anchor: with `anchor_decay` the moving average, shaped like the parameters;
       else None.
     anchored: bool scalar, whether the moving average holds a step yet, or None.
@@ -179,8 +182,8 @@ def _noise_scale(gram, valid):
   """The simple gradient noise scale in microbatches (arXiv 1812.06162, appendix A).
 
   `(mean_i G_ii - a) / a`, with a the mean of the off-diagonal entries, of matrices
-  `[m, k, k]` that are added up. Inf where a <= 0, `NOTHING` where fewer than two are
-  valid.
+  `[m, k, k]` that are added up. `INFINITE` where a <= 0, `NOTHING` where fewer than two
+  are valid.
   """
   matrix = jnp.sum(jnp.where((valid[:, None] & valid[None, :])[None], gram, 0), axis=0)
   number = jnp.sum(valid).astype(matrix.dtype)
@@ -189,7 +192,7 @@ def _noise_scale(gram, valid):
   others = (jnp.sum(matrix) - trace) / jnp.maximum(number * (number - 1), 1)
   scale = (diagonal - others) / jnp.where(others > 0, others, 1)
   # Below 0 by rounding alone.
-  scale = jnp.where(others > 0, jnp.maximum(scale, 0), jnp.inf)
+  scale = jnp.clip(jnp.where(others > 0, scale, INFINITE), 0, INFINITE)
   return jnp.where(number > 1, scale, NOTHING).astype(jnp.float32)
 
 
