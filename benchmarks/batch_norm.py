@@ -31,9 +31,7 @@ SEEDS = 5
 MEASURED_AT = (0, 50, 200)  # steps; the last is the end of training
 DRAWS = 20  # batches by which distances are measured at each of these
 
-FILTER = dict(
-  tau=gaf_optax.adaptive_tau(), rule=rules.min_neighbors(0.6), num_microbatches=K
-)
+FILTER = dict(tau=gaf_optax.adaptive_tau(), rule=rules.majority(), num_microbatches=K)
 
 
 class OwnGradient(nn.Module):
@@ -240,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
 
   header = ["", "step", "right", "wrong", "area under ROC"]
   parts.append(
-    "Distance to the majority (`min_neighbors(0.6)`) of right and of wrong microbatches"
+    "Distance to the majority (`rules.majority()`) of right and of wrong microbatches"
     " in a run of the plain mean.\n\n" + measure.table(header, measured)
   )
   header = ["", "plain mean", "`gaf`", "with a memory", "right only", "nothing wrong"]

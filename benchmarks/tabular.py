@@ -226,7 +226,7 @@ def smallest_running(number, running):
   return (jnp.argsort(jnp.argsort(running)) < K - NUM_WRONG).astype(jnp.float32)
 
 
-FILTER = dict(rule=rules.min_neighbors(0.6), num_microbatches=K)
+FILTER = dict(rule=rules.majority(), num_microbatches=K)
 ALL = source_mean(lambda number, running: jnp.ones(K))
 MEMORY = gaf_optax.gaf(gaf_optax.adaptive_tau(), memory_decay=0.98, **FILTER)
 BY_SOURCE = {

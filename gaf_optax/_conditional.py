@@ -57,8 +57,7 @@ def apply_if_agreed(
   Args:
     inner: the transformation that takes the filtered gradient.
     tau: see :func:`gaf`.
-    rule, embed, axis_name, param_axes, stacked, groups, anchor_decay, memory_decay,
-      num_microbatches, max_norm_ratio: see :func:`gaf`.
+    rule: and the options that follow it, see :func:`gaf`.
 
   Returns:
     A transformation like that of :func:`gaf`, which takes `microbatch_weights`; the

@@ -16,8 +16,9 @@ from jax import lax
 from gaf_optax import _compat, _mesh, _tree
 
 # Columns of a CPU's block. XLA's CPU product of long rows copies them, and adds up many
-# terms one after the other: the error of a squared norm grows with the block.
-_BLOCK = 1 << 11
+# terms one after the other: the error of a squared norm grows with the block. With many
+# rows XLA cuts the sums itself, and the products of many small blocks take memory.
+_BLOCK, _MANY_ROWS, _BLOCK_OF_MANY = 1 << 11, 12, 1 << 14
 
 # Values of a leaf up to which it is joined with others, and of what it is joined to.
 # Compiling a kernel for each small leaf takes longer than copying its values.
@@ -214,18 +215,19 @@ def _by_product(x, *, dtype):
 def _by_blocks(products, dtype, *arrays):
   """The sum of a function of blocks of columns, which are of `dtype`."""
   flat = [_tree.flat_rows(x) for x in arrays]
-  whole, rest = divmod(flat[0].shape[1], _BLOCK)
+  width = _BLOCK if flat[-1].shape[0] < _MANY_ROWS else _BLOCK_OF_MANY
+  whole, rest = divmod(flat[0].shape[1], width)
   if whole < 2:
     return products(*(x.astype(dtype) for x in flat))
   held = [_compat.for_cpu_loop(x, dtype) for x in flat]
 
   def block(i):
-    cut = lambda x: lax.dynamic_slice_in_dim(x, i * _BLOCK, _BLOCK, 1)
+    cut = lambda x: lax.dynamic_slice_in_dim(x, i * width, width, 1)
     return products(*(wide(cut(x)) for x, wide in held))
 
   total = jnp.sum(lax.map(block, jnp.arange(whole)), axis=0)
   if rest:
-    total += products(*(x[:, whole * _BLOCK :].astype(dtype) for x in flat))
+    total += products(*(x[:, whole * width :].astype(dtype) for x in flat))
   return total
 
 

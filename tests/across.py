@@ -1,4 +1,4 @@
-"""The ways to map a function over devices, called in one way."""
+"""The ways to map a function over devices, called in one way, and what to map over."""
 
 import math
 
@@ -9,6 +9,31 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 N = 8
+
+
+def stack(k, shapes, seed=0, common=1.0):
+  """NumPy leaves `[k, *shape]` of noise and what all k share.
+
+  `shapes` has for each name a shape, of float32, or a pair of one and a dtype.
+  """
+  rng = np.random.default_rng(seed)
+  draw = lambda shape: (
+    rng.standard_normal((k, *shape)) + common * rng.standard_normal(shape)
+  )
+
+  def leaf(shape, dtype=np.float32):
+    x = draw(shape)
+    if np.issubdtype(dtype, np.complexfloating):
+      x = x + 1j * draw(shape)
+    return np.asarray(x, dtype)
+
+  with_dtype = lambda v: v if len(v) == 2 and isinstance(v[0], tuple) else (v,)
+  return {name: leaf(*with_dtype(v)) for name, v in shapes.items()}
+
+
+def params_of(tree):
+  """Parameters for leaves `[k, *shape]`."""
+  return jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), tree)
 
 
 def mesh(shape=(N,), names=("data",), kind=AxisType.Auto):

@@ -52,59 +52,81 @@ def read(gradient, state):
 
 
 def stacked(tree, tau, **options):
-  tx = gaf_optax.gaf(tau, num_microbatches=size(tree), **options)
-  params = like_params(tree)
-  return read(*tx.update(tree, tx.init(params), params))
+  return stacked_steps([tree], tau, **options)[0]
+
+
+def stacked_steps(trees, tau, microbatch_weights=None, **options):
+  """Of one update after another; `nonfinite` counts those so far."""
+  tx = gaf_optax.gaf(tau, num_microbatches=size(trees[0]), **options)
+  params = like_params(trees[0])
+  state, results = tx.init(params), []
+  for tree in trees:
+    extra_args = {}
+    if microbatch_weights is not None:
+      extra_args["microbatch_weights"] = microbatch_weights
+    gradient, state = tx.update(tree, state, params, **extra_args)
+    results.append(read(gradient, state))
+  return results
 
 
 @functools.cache
 def _streamed(k, options):
 
   @jax.jit
-  def run(tau, tree):
+  def run(tau, tree, extra_args):
     tx = gaf_optax.multi_steps(
       optax.identity(), k, tau, num_microbatches=k, **dict(options)
     )
     params = like_params(tree)
 
-    def one(state, micro_grad):
-      gradient, state = tx.update(micro_grad, state, params)
+    def one(state, inputs):
+      micro_grad, extra_args = inputs
+      gradient, state = tx.update(micro_grad, state, params, **extra_args)
       return state, gradient
 
-    return jax.lax.scan(one, tx.init(params), tree)
+    return jax.lax.scan(one, tx.init(params), (tree, extra_args))
 
   return run
 
 
-def streamed(tree, tau, **options):
+def streamed(tree, tau, microbatch_weights=None, **options):
   run = _streamed(size(tree), tuple(sorted(options.items())))
-  state, gradients = run(tau, tree)
+  extra_args = {}
+  if microbatch_weights is not None:
+    extra_args["microbatch_weights"] = jnp.asarray(microbatch_weights)
+  state, gradients = run(tau, tree, extra_args)
   for leaf in jax.tree.leaves(gradients):
     assert not np.any(np.asarray(leaf[:-1])), "an update within a cycle"
   return read(jax.tree.map(lambda x: x[-1], gradients), state)
 
 
 @functools.cache
-def _scanned(k, options):
+def _scanned(k, is_weighted, options):
 
-  def loss(params, batch):
+  def loss(params, batch, weights):
     terms = jax.tree.map(
       lambda p, b: jnp.sum(p * b[0]).astype(jnp.float32), params, batch
     )
     return sum(jax.tree.leaves(terms))
 
+  weigh = (lambda batch, weights: weights[0]) if is_weighted else None
+
   @jax.jit
-  def run(tau, tree):
-    filtered = gaf_optax.value_and_grad(loss, k, tau, **dict(options))
-    return filtered(like_params(tree), tree)
+  def run(tau, tree, weights):
+    filtered = gaf_optax.value_and_grad(
+      loss, k, tau, microbatch_weights=weigh, **dict(options)
+    )
+    return filtered(like_params(tree), tree, weights)
 
   return run
 
 
-def scanned(tree, tau, **options):
+def scanned(tree, tau, microbatch_weights=None, **options):
   """`value_and_grad` of a linear function, whose gradient is the microbatch."""
-  run = _scanned(size(tree), tuple(sorted(options.items())))
-  _, gradient, agreement = run(tau, tree)
+  is_weighted = microbatch_weights is not None
+  weights = jnp.asarray(microbatch_weights if is_weighted else np.ones(size(tree)))
+  run = _scanned(size(tree), is_weighted, tuple(sorted(options.items())))
+  _, gradient, agreement = run(tau, tree, weights)
   return Filtered(
     gradient,
     bool(agreement.agreed),

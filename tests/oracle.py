@@ -59,14 +59,38 @@ def soft(d, tau, softness):
   return 1 / (1 + np.exp(-(tau - d) / softness))
 
 
+def norm_scales(v, finite, ratio):
+  """`[k]`: what brings each down to `ratio` times the median norm."""
+  norms = np.where(finite, np.linalg.norm(v, axis=1), 0)
+  if ratio is None or not norms.any():
+    return np.ones(len(v))
+  limit = ratio * np.median(norms[norms > 0])
+  return np.where(norms > limit, limit / np.where(norms > 0, norms, 1), 1)
+
+
 def decide(
-  rule, v, finite, tau, kind="cosine", softness=0.0, fraction=None, start=0
+  rule,
+  v,
+  finite,
+  tau,
+  kind="cosine",
+  softness=0.0,
+  fraction=None,
+  number=None,
+  start=0,
+  microbatch_weights=None,
+  max_norm_ratio=None,
 ):
   """(weights, accepted, distances, margin, condition), before two have to agree.
 
-  `start` is where a sequence starts; a zero never starts one.
+  `start` is where a sequence starts; a zero never starts one. What has a microbatch
+  weight of 0 is not there. The weights do not contain the microbatch weights yet.
   """
   k = len(v)
+  counts = np.ones(k) if microbatch_weights is None else microbatch_weights
+  num_present = np.sum(counts > 0)
+  finite = finite & (counts > 0)
+  terms = (counts * norm_scales(v, finite, max_norm_ratio))[:, None] * v
   weights, distances = np.zeros(k), np.full(k, np.nan)
   accepted = np.zeros(k, bool)
   margin, condition = np.inf, 1.0
@@ -79,26 +103,32 @@ def decide(
       d = distance(s / total if total else s, v[i], kind)
       if not starts:
         distances[i] = d
-        condition = min(condition, conditioning(weights[:, None] * v))
+        condition = min(condition, conditioning(weights[:, None] * terms))
         margin = min(margin, abs(d - tau))
       accepted[i], started = starts or d <= tau, started or starts
       w = 1.0 if starts else soft(d, tau, softness)
       if rule == "sequential":
-        s, total, weights[i] = s + w * v[i], total + w, w
+        s, total, weights[i] = s + w * terms[i], total + w * counts[i], w
       elif accepted[i] and not total:
-        s, total, weights[i] = v[i].copy(), 1.0, 1.0
+        s, total, weights[i] = terms[i].copy(), counts[i], 1.0
       elif accepted[i]:
-        s = (s + v[i]) / 2
+        s, total = (s + terms[i]) / 2, (total + counts[i]) / 2
         weights /= 2
         weights[i] = 0.5
   elif rule == "leave_one_out":
     for i in np.flatnonzero(finite):
-      others = [v[j] for j in np.flatnonzero(finite) if j != i]
+      others = [j for j in np.flatnonzero(finite) if j != i]
       if others:
-        condition = min(condition, conditioning(others))
-        d = distance(np.mean(others, axis=0), v[i], kind)
+        condition = min(condition, conditioning(terms[others]))
+        mean = terms[others].sum(axis=0) / counts[others].sum()
+        d = distance(mean, v[i], kind)
         distances[i], accepted[i], weights[i] = d, d <= tau, soft(d, tau, softness)
         margin = min(margin, abs(d - tau))
+  elif rule == "nearest_neighbors":
+    distances = nearest_neighbors(v, finite, number, kind)
+    for i in np.flatnonzero(np.isfinite(distances)):
+      accepted[i], weights[i] = distances[i] <= tau, soft(distances[i], tau, softness)
+      margin = min(margin, abs(distances[i] - tau))
   else:
     pairs = np.full((k, k), np.inf)
     for i in np.flatnonzero(finite):
@@ -106,9 +136,9 @@ def decide(
         pairs[i, j] = 0 if i == j else distance(v[i], v[j], kind)
         if i != j:
           margin = min(margin, abs(pairs[i, j] - tau))
-    counts = (pairs <= tau).sum(1)
+    counts_near = (pairs <= tau).sum(1)
     if rule == "most_neighbors":
-      center = int(np.argmax(counts))
+      center = int(np.argmax(counts_near))
       if finite[center]:
         distances = np.where(finite, pairs[center], np.nan)
         accepted = pairs[center] <= tau
@@ -117,11 +147,15 @@ def decide(
         )
         weights[center], distances[center] = 1, np.nan
     else:
-      needed = max(2, fraction * k)
-      accepted = finite & (counts >= needed)
+      assert rule in ("min_neighbors", "majority")
+      # More than half, or a fraction, of those that are there.
+      share = num_present // 2 + 1 if rule == "majority" else fraction * num_present
+      needed = int(np.ceil(max(2, share) - 1e-9))
+      accepted = finite & (counts_near >= needed)
       weights = accepted.astype(float)
-      nearest = np.sort(pairs, axis=1)[:, int(np.ceil(needed)) - 1]
-      distances = np.where(np.isfinite(nearest), nearest, np.nan)
+      if needed <= k:
+        nearest = np.sort(pairs, axis=1)[:, needed - 1]
+        distances = np.where(np.isfinite(nearest), nearest, np.nan)
   return weights, accepted, distances, margin, condition
 
 
@@ -153,22 +187,40 @@ def geometric_median(v, num_iterations):
   return point
 
 
-def gaf(leaves, tau, rule="sequential", embed=None, **options):
+def gaf(
+  leaves,
+  tau,
+  rule="sequential",
+  embed=None,
+  microbatch_weights=None,
+  max_norm_ratio=None,
+  **options,
+):
   """The filtered mean of stacked leaves `[k, *shape]`, one decision for all."""
   leaves = [wide(x) for x in leaves]
   k = leaves[0].shape[0]
+  counts = np.ones(k)
+  if microbatch_weights is not None:
+    counts = np.asarray(microbatch_weights, np.float64)
   finite = np.array([all(np.isfinite(x[i]).all() for x in leaves) for i in range(k)])
   clean = [np.where(finite.reshape((k,) + (1,) * (x.ndim - 1)), x, 0) for x in leaves]
   v = vectors(clean, embed)
   weights, accepted, distances, margin, condition = decide(
-    rule, v, finite, tau, **options
+    rule,
+    v,
+    finite,
+    tau,
+    microbatch_weights=counts,
+    max_norm_ratio=max_norm_ratio,
+    **options,
   )
   agreed = accepted.sum() > 1
   if not agreed:
     accepted, weights = np.zeros(k, bool), np.zeros(k)
-  share = weights / weights.sum() if agreed else weights
+  share = weights * counts / np.sum(weights * counts) if agreed else weights
+  factors = share * norm_scales(v, finite & (counts > 0), max_norm_ratio)
   gradient = [
-    sum(w * x[i] for i, w in enumerate(share) if w) + np.zeros(x.shape[1:])
+    sum(w * x[i] for i, w in enumerate(factors) if w) + np.zeros(x.shape[1:])
     for x in clean
   ]
   return Result(

@@ -31,6 +31,12 @@ KINDS = {
 MIXED = ("all", "half", "none", "none", "bad", "lost", "half", "all")
 
 
+def draw(seed, k, *shape, common=1.0):
+  """`[k, *shape]`, float64: normal values, and `common` times a part that all have."""
+  rng = np.random.default_rng(seed)
+  return rng.standard_normal((k, *shape)) + common * rng.standard_normal(shape)
+
+
 class Step(NamedTuple):
   micro_grads: Any  # leaves [K, *shape]
   accepted: tuple[int, ...]
@@ -90,7 +96,13 @@ def _apply_if_agreed(inner, tau=TAU, **options):
   return gaf_optax.apply_if_agreed(inner, tau, **options)
 
 
+def in_order(micro_grads, step):
+  """Rows of a stack, turned so that update number `step` visits them in their order."""
+  return jax.tree.map(lambda x: jnp.roll(x, step, axis=0), micro_grads)
+
+
 def _feed_stack(tx, micro_grads, state, params=None, **extra_args):
+  micro_grads = in_order(micro_grads, gaf_state(state).num_updates)
   return tx.update(micro_grads, state, params, **extra_args)
 
 

@@ -149,6 +149,24 @@ def test_inner_runs_on_all_devices_where_one_has_something(check):
     assert int(state.skipped_steps) == (number == 2)
 
 
+def test_excluded_leaves_are_zero_on_a_step_without_agreement():
+  """Else their plain mean would run an optimizer that has to stay as it was."""
+  agreeing, opposed = steps.make("all", 0), steps.make("none", 1)
+  loss = lambda p, rows: sum(jnp.vdot(p[name], rows[name][0]) for name in p)
+  groups = lambda path, leaf: None if path[0].key == "b" else "decides"
+  filtered = jax.jit(gaf_optax.value_and_grad(loss, steps.K, steps.TAU, groups=groups))
+  tx = gaf_optax.apply_if_nonzero(ADAMW)
+  params = steps.params()
+  state = tx.init(params)
+  for step, number in ((agreeing, 1), (opposed, 1), (agreeing, 2)):
+    _, grads, _ = filtered(params, step.micro_grads)
+    updates, state = tx.update(grads, state, params)
+    chex.assert_trees_all_close(grads, step.mean, rtol=1e-6)
+    assert int(optax.tree.get(state, "count")) == number
+    assert np.any(updates["b"]) == bool(step.accepted)
+  assert int(state.skipped_steps) == 1
+
+
 def test_as_apply_if_agreed_on_the_same_micro_gradients():
   """`value_and_grad` of a linear loss, whose micro-gradients are the batch's rows."""
   stacked = gaf_optax.apply_if_agreed(ADAMW, steps.TAU)
@@ -160,8 +178,9 @@ def test_as_apply_if_agreed_on_the_same_micro_gradients():
   state, streamed_state = stacked.init(params), streamed.init(params)
   filtered = jax.jit(gaf_optax.value_and_grad(loss, steps.K, steps.TAU))
   skipped = 0
-  for step in steps.sequence():
-    updates, state = jax.jit(stacked.update)(step.micro_grads, state, params)
+  for i, step in enumerate(steps.sequence()):
+    micro_grads = steps.in_order(step.micro_grads, i)
+    updates, state = jax.jit(stacked.update)(micro_grads, state, params)
     _, grads, _ = filtered(params, step.micro_grads)
     found, streamed_state = jax.jit(streamed.update)(grads, streamed_state, params)
     chex.assert_trees_all_close(found, updates, rtol=1e-5, atol=1e-6)

@@ -21,9 +21,6 @@ RUNS = {
     gaf_optax.gaf(0.9, anchor_decay=0.5, num_microbatches=steps.K),
     optax.adamw(0.1),
   ),
-  "steered": lambda: optax.chain(
-    gaf_optax.gaf(gaf_optax.target_accept_rate(0.3)), optax.sgd(0.1, momentum=0.9)
-  ),
   "memory": lambda: optax.chain(
     gaf_optax.gaf(
       gaf_optax.adaptive_tau(),
@@ -35,17 +32,11 @@ RUNS = {
     optax.sgd(0.1, momentum=0.9),
   ),
   "apply_if_agreed": lambda: gaf_optax.apply_if_agreed(
-    optax.adam(0.1), 0.9, groups="leaf"
+    optax.adam(0.1), gaf_optax.target_accept_rate(0.3), groups="leaf"
   ),
   # Three of the five micro-gradients of a cycle are in when the run is saved.
   "multi_steps": lambda: gaf_optax.multi_steps(
     optax.adam(0.1), 5, 0.9, anchor_decay=0.5, num_microbatches=5
-  ),
-  "multi_steps_embedded": lambda: gaf_optax.multi_steps(
-    optax.sgd(0.1, momentum=0.9),
-    5,
-    gaf_optax.target_accept_rate(0.3),
-    embed=jnp.sign,
   ),
 }
 SHAPES = {"kernel": (3, 2), "bias": (2,)}

@@ -9,6 +9,7 @@ import pytest
 
 import forms
 import gaf_optax
+import oracle
 from gaf_optax import rules
 
 every_form = pytest.mark.parametrize("form", forms.ALL.values(), ids=forms.ALL)
@@ -24,30 +25,35 @@ def tree(*rows):
   return {"w": jnp.asarray(stack[:, :-1]), "b": jnp.asarray(stack[:, -1])}
 
 
+def flat(gradient):
+  return np.append(np.asarray(gradient["w"], np.float64), np.float64(gradient["b"]))
+
+
+def assert_zero(gradient):
+  chex.assert_trees_all_equal(gradient, jax.tree.map(jnp.zeros_like, gradient))
+
+
 @every_form
-@pytest.mark.parametrize(
-  "a, b, tau",
-  [
+def test_distance_equal_to_tau_is_accepted(form):
+  for a, b, tau in [
     (row(1, 0, 0), row(0, 0, 2), 1.0),
     (row(1, 2, 3), row(1, 2, 3), 0.0),
     (row(1, 0, 2), row(-1, 0, -2), 2.0),
     (row(1, 0, 0), row(3, 0, 4), 0.4),
     (row(0, 3, 4), row(0, 4, 3), 0.04),
-  ],
-)
-def test_distance_equal_to_tau_is_accepted(form, a, b, tau):
-  filtered = form(tree(a, b), tau)
-  assert filtered.agreed and filtered.accepted == 2
-  np.testing.assert_allclose(filtered.gradient["w"], ((a + b) / 2)[:-1], atol=1e-7)
+  ]:
+    filtered = form(tree(a, b), tau)
+    assert filtered.agreed and filtered.accepted == 2
+    np.testing.assert_allclose(flat(filtered.gradient), (a + b) / 2, atol=1e-7)
 
 
 @every_form
-@pytest.mark.parametrize("k", [2, 3, 5, 9])
-def test_the_same_vector_is_at_distance_0_whatever_its_rounding(form, k):
-  g = np.random.default_rng(k).standard_normal(1001).astype(np.float32)
-  filtered = form(tree(*[g] * k), 0.0)
-  assert filtered.accepted == k
-  np.testing.assert_array_equal(filtered.distances[1:], 0)
+def test_the_same_vector_is_at_distance_0_whatever_its_rounding(form):
+  for seed, tau in [(0, 0.0), (1, 0.0), (2, 1e-7), (3, 1e-6)]:
+    g = np.random.default_rng(seed).standard_normal(1001).astype(np.float32)
+    filtered = form(tree(*[g] * 5), tau)
+    assert filtered.accepted == 5
+    assert filtered.distances[1:].max() <= np.float32(tau)
 
 
 @every_form
@@ -55,10 +61,23 @@ def test_none_agrees(form):
   filtered = form(tree(row(1, 0, 0), row(-1, 0, 0), row(0, 0, 1)), 0.5)
   assert not filtered.agreed
   assert filtered.accepted == 0
-  chex.assert_trees_all_equal(
-    filtered.gradient, {"w": jnp.zeros(2), "b": jnp.zeros(())}
-  )
+  assert_zero(filtered.gradient)
+  assert not filtered.weights.any()
   np.testing.assert_allclose(filtered.distances, [np.nan, 2, 1], atol=1e-6)
+
+
+@every_form
+def test_none_agrees_is_zero_in_leaves_without_a_label_too(form):
+  opposed = {"w": jnp.array([[1.0, 0], [-1, 0]]), "free": jnp.array([1.0, 3.0])}
+  for tau, free in [(0.5, 0), (2.0, 2)]:
+    filtered = form(opposed, tau, groups=only_w)
+    assert filtered.agreed == (tau == 2)
+    np.testing.assert_array_equal(filtered.gradient["w"], [0, 0])
+    np.testing.assert_allclose(filtered.gradient["free"], free)
+
+
+def only_w(path, leaf):
+  return "w" if path[0].key == "w" else None
 
 
 def test_none_agrees_counts_as_skipped_and_nothing_as_accepted():
@@ -74,82 +93,156 @@ def test_none_agrees_counts_as_skipped_and_nothing_as_accepted():
   assert float(found["accept_rate"]) == pytest.approx(0.25)
 
 
-@every_form
-@pytest.mark.parametrize("tau", [0.97, 1.0])
-@pytest.mark.parametrize("zero_first", [True, False])
-def test_zero_micro_gradient_is_at_distance_1(form, tau, zero_first):
-  rows = [row(0, 0, 0), row(1, 2, 3)]
-  filtered = form(tree(*rows if zero_first else rows[::-1]), tau)
-  np.testing.assert_array_equal(filtered.distances, [np.nan, 1])
-  assert filtered.agreed == (tau == 1.0)
+ZERO = row(0, 0, 0)
 
 
 @every_form
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_all_zero_does_not_agree(form, dtype):
-  zeros = jax.tree.map(lambda x: x.astype(dtype), tree(*[row(0, 0, 0)] * 3))
-  filtered = form(zeros, 0.97)
-  assert not filtered.agreed and filtered.nonfinite == 0
+def test_zeros_anywhere_are_at_distance_1_and_start_nothing(form):
+  """Below a tau of 1 the result is that of the others, wherever the zeros are."""
+  others = [row(1, 2, 3), row(3, -2, 1), row(1, 2, 2.5)]
+  rest = oracle.gaf(list(tree(*others).values()), 0.3)
+  assert rest.accepted.tolist() == [True, False, True]
+  for places in ([0], [2], [3], [0, 1], [1, 3], [3, 4]):
+    rows = list(others)
+    for place in places:
+      rows.insert(place, ZERO)
+    rows += [ZERO] * (5 - len(rows))  # One program for all.
+    is_zero = np.array([not r.any() for r in rows])
+    filtered = form(tree(*rows), 0.3)
+    assert filtered.accepted == 2 and filtered.nonfinite == 0
+    np.testing.assert_array_equal(filtered.distances[is_zero], 1)
+    np.testing.assert_allclose(filtered.distances[~is_zero], rest.distances, atol=1e-6)
+    np.testing.assert_array_equal(filtered.weights[is_zero], 0)
+    np.testing.assert_allclose(flat(filtered.gradient), np.add(*others[::2]) / 2)
+    # From 1 on they are accepted, and counted in the mean.
+    filtered = form(tree(*rows), 1.0)
+    assert filtered.accepted == 5
+    np.testing.assert_allclose(flat(filtered.gradient), np.sum(rows, 0) / 5, rtol=1e-6)
 
 
 @every_form
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("place", [0, 1, 3])
-@pytest.mark.parametrize("leaf", ["w", "b"])
-def test_nonfinite_micro_gradient_is_left_out(form, bad, place, leaf):
+def test_one_among_zeros_agrees_with_none_below_1(form):
+  for tau in (0.97, 1.0):
+    for rows in ([ZERO, row(1, 2, 3)], [row(1, 2, 3), ZERO]):
+      filtered = form(tree(*rows), tau)
+      assert filtered.agreed == (tau == 1)
+      np.testing.assert_array_equal(np.sort(filtered.distances), [1, np.nan])
+    filtered = form(tree(ZERO, ZERO), tau)
+    assert filtered.agreed == (tau == 1) and filtered.nonfinite == 0
+    np.testing.assert_array_equal(filtered.distances, 1)
+    assert_zero(filtered.gradient)
+
+
+@every_form
+def test_nonfinite_micro_gradient_is_left_out(form):
   rng = np.random.default_rng(0)
   good = [row(1, 2, 3) + 0.1 * rng.standard_normal(3).astype("f4") for _ in range(4)]
-  stack = jax.tree.map(np.array, tree(*good))
-  stack[leaf][place, ...] = bad
-  stack = jax.tree.map(jnp.asarray, stack)
-  filtered = form(stack, 0.5)
-  rest = [g for i, g in enumerate(good) if i != place]
-  assert filtered.agreed and filtered.accepted == 3 and filtered.nonfinite == 1
-  assert np.isnan(filtered.distances[place])
-  # The first finite one starts the sequence.
-  assert np.isnan(filtered.distances[1 if place == 0 else 0])
-  np.testing.assert_allclose(
-    filtered.gradient["w"], np.mean(rest, axis=0)[:2], rtol=1e-6
-  )
-  np.testing.assert_allclose(
-    filtered.gradient["b"], np.mean(rest, axis=0)[2], rtol=1e-6
-  )
+  for bad in (np.nan, np.inf, -np.inf):
+    for place, column in [(0, 0), (0, 2), (1, 1), (3, 2)]:
+      rows = np.array(good)
+      rows[place, column] = bad
+      filtered = form(tree(*rows), 0.5)
+      rest = np.delete(rows, place, axis=0)
+      assert filtered.agreed and filtered.accepted == 3 and filtered.nonfinite == 1
+      assert np.isnan(filtered.distances[place])
+      # The first finite one starts the sequence.
+      assert np.isnan(filtered.distances[1 if place == 0 else 0])
+      np.testing.assert_allclose(flat(filtered.gradient), rest.mean(0), rtol=1e-6)
 
 
 @every_form
 def test_all_nonfinite(form):
   filtered = form(tree(row(np.nan, 0, 0), row(0, np.inf, 0)), 2.0)
   assert not filtered.agreed and filtered.nonfinite == 2
-  chex.assert_trees_all_equal(
-    filtered.gradient, {"w": jnp.zeros(2), "b": jnp.zeros(())}
-  )
+  assert_zero(filtered.gradient)
   assert np.isnan(filtered.distances).all()
 
 
-@every_form
-@pytest.mark.parametrize("scale", [1e-30, 1e-20, 5e-9, 5e-10, 1e19, 1e30])
-def test_scale_does_not_change_the_decision(form, scale):
-  rows = [row(1, 2, 3), row(3, -2, 1), row(1, 2, 2.5), row(1.5, 2.5, 3)]
-  plain = form(tree(*rows), 0.3)
-  scaled = form(tree(*[np.float32(scale) * r for r in rows]), 0.3)
-  assert 0 < plain.accepted < 4, "the case decides nothing"
-  assert scaled.accepted == plain.accepted
-  np.testing.assert_allclose(scaled.distances, plain.distances, atol=1e-6)
-  np.testing.assert_allclose(
-    np.asarray(scaled.gradient["w"], np.float64) / scale,
-    plain.gradient["w"],
-    rtol=1e-5,
-  )
+BASE = [row(1, 2, 3), row(3, -2, 1), row(1, 2, 2.5), row(1.5, 2.5, 3)]
+
+
+def assert_is_the_oracle(filtered, rows, tau):
+  """Of rows whose decision is not near tau; the gradient up to the largest."""
+  want = oracle.gaf(list(tree(*rows).values()), tau)
+  assert want.margin > 1e-3 and 1 < want.accepted.sum() < len(rows)
+  assert filtered.accepted == want.accepted.sum() and filtered.nonfinite == 0
+  np.testing.assert_allclose(filtered.distances, want.distances, atol=1e-6)
+  np.testing.assert_allclose(filtered.weights, want.weights, atol=1e-6)
+  gradient = np.append(want.gradient[0], want.gradient[1])
+  atol = 1e-6 * np.abs(gradient).max()
+  np.testing.assert_allclose(flat(filtered.gradient), gradient, rtol=1e-5, atol=atol)
 
 
 @every_form
-def test_result_is_finite_wherever_the_mean_is(form):
-  top = np.finfo(np.float32).max
-  filtered = form(tree(row(top, 0, 1), row(top, 1, 0), row(top, 0, 0)), 0.97)
-  assert filtered.accepted == 3
-  np.testing.assert_allclose(filtered.gradient["w"][0], top, rtol=1e-6)
-  opposed = form(tree(row(top, 1, 0), row(-top, 1, 0)), 2.0)
-  np.testing.assert_allclose(opposed.gradient["w"], [0, 1], rtol=1e-6)
+def test_norms_from_1e_15_to_1e15_alike_and_mixed(form):
+  # Of the given rows the norms are 3.4 to 4.2.
+  for scale in (3e-16, 1e-15, 1e-8, 1e-3, 1e8, 1e14, 2e14):
+    assert_is_the_oracle(form(tree(*BASE), 0.3), BASE, 0.3)
+    rows = [np.float32(scale) * r for r in BASE]
+    assert_is_the_oracle(form(tree(*rows), 0.3), rows, 0.3)
+  for scales in (
+    (3e-16, 1, 1, 1),
+    (1, 1, 3e-16, 1),
+    (2e14, 1, 1, 1),
+    (1, 1, 1, 2e14),
+    (3e-16, 2e14, 3e-16, 2e14),
+    (2e14, 3e-16, 1e-7, 3e-16),
+    (1e-7, 1e7, 1e-14, 1e14),
+  ):
+    rows = [np.float32(scale) * r for scale, r in zip(scales, BASE)]
+    assert_is_the_oracle(form(tree(*rows), 0.3), rows, 0.3)
+
+
+@every_form
+def test_a_norm_whose_square_overflows_counts_as_not_finite(form):
+  for huge in (2e19, 1e30, np.finfo(np.float32).max):
+    for place in (0, 1, 3):
+      rows = list(BASE)
+      rows[place] = row(0, huge, 1)
+      filtered = form(tree(*rows), 2.0)
+      assert filtered.accepted == 3 and filtered.nonfinite == 1
+      assert np.isnan(filtered.distances[place])
+      want = np.delete(rows, place, axis=0).mean(0)
+      np.testing.assert_allclose(flat(filtered.gradient), want, rtol=1e-6)
+    # Where the square of each value alone does not.
+    rows[place] = np.full(3, 1.3e19, np.float32)
+    filtered = form(tree(*rows), 2.0)
+    assert filtered.nonfinite == 1
+    np.testing.assert_allclose(flat(filtered.gradient), np.mean(rows[:3], 0), rtol=1e-6)
+  everything = form(tree(*[np.float32(1e20) * r for r in BASE]), 2.0)
+  assert everything.nonfinite == 4 and not everything.agreed
+  assert_zero(everything.gradient)
+
+
+@every_form
+def test_a_norm_whose_square_has_no_precision_counts_as_zero(form):
+  for tiny in (1e-17, 1e-25, 1e-44):
+    for place in (0, 1, 3):
+      rows = list(BASE)
+      rows[place] = row(0, tiny, 0)
+      filtered = form(tree(*rows), 0.9)
+      others = [BASE[i] for i in range(4) if i != place]
+      want = oracle.gaf(list(tree(*others).values()), 0.9)
+      assert filtered.accepted == want.accepted.sum() and filtered.nonfinite == 0
+      assert filtered.distances[place] == 1
+      gradient = np.append(*want.gradient)
+      np.testing.assert_allclose(flat(filtered.gradient), gradient, rtol=1e-5)
+
+
+@every_form
+def test_the_range_is_wider_in_float64(form, x64):
+  rows = [r.astype(np.float64) for r in BASE]
+  for scales in (
+    (1e-150,) * 4,
+    (1e149,) * 4,
+    (1e-150, 1, 1e149, 1),
+    (1e149, 1e-150, 1e-3, 1e-150),
+  ):
+    scaled = [scale * r for scale, r in zip(scales, rows)]
+    assert_is_the_oracle(form(tree(*scaled), 0.3), scaled, 0.3)
+  for scale, is_finite in [(1e160, False), (1e-170, True)]:
+    filtered = form(tree(*[scale * r for r in rows]), 0.3)
+    assert filtered.nonfinite == (0 if is_finite else 4) and not filtered.agreed
 
 
 @every_form
@@ -165,33 +258,38 @@ def test_half_precision_accumulates_in_float32(form, dtype):
   # 4,096 ones: a sum of squares kept in these dtypes stops at 2,048 or 256.
   size = 4096
   sign = np.where(np.arange(size) < 1024, -1, 1)
-  stack = {"w": jnp.asarray(np.stack([np.ones(size), sign])).astype(dtype)}
-  filtered = form(stack, 0.5)
-  assert filtered.gradient["w"].dtype == dtype
+  rows = np.stack([np.ones(size), sign, *[np.ones(size)] * 3])
+  filtered = form({"w": jnp.asarray(rows).astype(dtype)}, 0.4)
+  assert filtered.gradient["w"].dtype == dtype and filtered.accepted == 4
   np.testing.assert_allclose(filtered.distances[1], 0.5, atol=1e-6)
   # 1 and 1 + 2**-7 (or 2**-10) five times over: the mean is not a sum's rounding.
   step = 2.0**-7 if dtype == "bfloat16" else 2.0**-10
-  near = jnp.asarray(np.full((5, 8), 1 + step)).astype(dtype)
-  np.testing.assert_array_equal(
-    np.asarray(form({"w": near}, 0.97).gradient["w"], np.float64), 1 + step
-  )
+  near = jnp.full((5, size), 1 + step, dtype)
+  gradient = form({"w": near}, 0.4).gradient["w"]
+  np.testing.assert_array_equal(np.asarray(gradient, np.float64), 1 + step)
+  zeros = form({"w": jnp.zeros((5, size), dtype)}, 0.4)
+  assert not zeros.agreed and zeros.nonfinite == 0
 
 
 @every_form
 def test_float64_leaves_accumulate_in_float64(form, x64):
   a = np.array([1.0, 0.0])
   b = np.array([1.0, 1e-5])  # cosine distance 5e-11, invisible in float32
-  filtered = form({"w": jnp.asarray(np.stack([a, b]))}, 1e-12)
-  assert not filtered.agreed
-  filtered = form({"w": jnp.asarray(np.stack([a, b]))}, 1e-10)
-  assert filtered.agreed and filtered.gradient["w"].dtype == jnp.float64
-  np.testing.assert_allclose(filtered.gradient["w"], (a + b) / 2, rtol=1e-15)
-  # Mixed with float32 leaves.
-  mixed = {"w": jnp.asarray(np.stack([a, b])), "v": jnp.zeros((2, 1), jnp.float32)}
-  assert not form(mixed, 1e-12).agreed and form(mixed, 1e-10).agreed
+  # Alone, and mixed with float32 leaves.
+  for other in ({}, {"v": jnp.zeros((2, 1), jnp.float32)}):
+    stack = {"w": jnp.asarray(np.stack([a, b])), **other}
+    assert not form(stack, 1e-12).agreed
+    filtered = form(stack, 1e-10)
+    assert filtered.agreed and filtered.gradient["w"].dtype == jnp.float64
+    np.testing.assert_allclose(filtered.gradient["w"], (a + b) / 2, rtol=1e-15)
 
 
-@pytest.mark.parametrize("form", [forms.stacked, forms.streamed])
+stacked_and_streamed = pytest.mark.parametrize(
+  "form", [forms.stacked, forms.streamed], ids=["stacked", "streamed"]
+)
+
+
+@stacked_and_streamed
 def test_complex_leaves_use_the_real_part_of_the_hermitian_product(form):
   a = np.array([1 + 2j, 3 - 1j], np.complex64)
   b = np.array([2 - 1j, 1 + 1j], np.complex64)
@@ -205,7 +303,7 @@ def test_complex_leaves_use_the_real_part_of_the_hermitian_product(form):
   np.testing.assert_allclose(filtered.distances[1], 1, atol=1e-6)
 
 
-@pytest.mark.parametrize("form", [forms.stacked, forms.streamed])
+@stacked_and_streamed
 def test_none_and_masked_nodes_pass_through(form):
   stack = {"w": jnp.ones((2, 3)), "n": None, "m": optax.MaskedNode()}
   filtered = form(stack, 0.97)
@@ -240,10 +338,10 @@ def test_integer_and_float0_leaves_take_no_part():
   for leaf in ("i", "f"):  # and in the streamed form
     tx = gaf_optax.multi_steps(optax.identity(), 2)
     part = {"w": params["w"], leaf: params[leaf]}
-    state = tx.init(part)
+    state, update = tx.init(part), jax.jit(tx.update)
     for n in range(2):
       one = {"w": stack["w"][n], leaf: stack[leaf][n]}
-      gradient, state = tx.update(one, state, part)
+      gradient, state = update(one, state, part)
     np.testing.assert_allclose(gradient["w"], [1, 0.05])
     assert gradient[leaf].shape == params[leaf].shape
 
@@ -315,33 +413,31 @@ class TestErrors:
       {"w": jnp.ones(3), "v": {"x": jnp.ones(3)}, "u": jnp.ones(2)},
     )
 
-  @pytest.mark.parametrize("empty", [{}, [], ()])
-  def test_empty_tree(self, empty):
-    with pytest.raises(ValueError, match="empty"):
-      self.update(empty, empty)
+  def test_empty_tree(self):
+    for empty in ({}, [], ()):
+      with pytest.raises(ValueError, match="empty"):
+        self.update(empty, empty)
 
   def test_no_micro_gradients(self):
     with pytest.raises(ValueError, match=r"\(0, 3\).*no micro-gradients"):
       self.update({"w": jnp.ones((0, 3))})
 
-  @pytest.mark.parametrize(
-    "tau", [-0.1, 2.1, float("nan"), float("inf"), np.float32(3), jnp.array(-1.0)]
-  )
-  def test_tau_outside_its_range(self, tau):
-    for make in (
-      lambda: gaf_optax.gaf(tau),
-      lambda: gaf_optax.apply_if_agreed(optax.sgd(1.0), tau),
-      lambda: gaf_optax.multi_steps(optax.sgd(1.0), 2, tau),
-      lambda: gaf_optax.value_and_grad(lambda p, b: 0.0, 2, tau),
-    ):
-      with pytest.raises(ValueError, match=r"tau must be in \[0, 2\], got") as caught:
-        make()
-      assert str(float(tau)) in str(caught.value)
+  def test_tau_outside_its_range(self):
+    for tau in (-0.1, 2.1, np.nan, np.inf, np.float32(3), jnp.array(-1.0)):
+      for make in (
+        lambda: gaf_optax.gaf(tau),
+        lambda: gaf_optax.apply_if_agreed(optax.sgd(1.0), tau),
+        lambda: gaf_optax.multi_steps(optax.sgd(1.0), 2, tau),
+        lambda: gaf_optax.value_and_grad(lambda p, b: 0.0, 2, tau),
+      ):
+        with pytest.raises(ValueError, match=r"tau must be in \[0, 2\], got") as caught:
+          make()
+        assert str(float(tau)) in str(caught.value)
 
-  @pytest.mark.parametrize("tau", ["0.97", None, True, [0.97], jnp.ones(2), 1j])
-  def test_tau_of_a_wrong_kind(self, tau):
-    with pytest.raises(ValueError, match="tau must be a number"):
-      gaf_optax.gaf(tau)
+  def test_tau_of_a_wrong_kind(self):
+    for tau in ("0.97", None, True, [0.97], jnp.ones(2), 1j):
+      with pytest.raises(ValueError, match="tau must be a number"):
+        gaf_optax.gaf(tau)
 
   def test_schedule_outside_the_range(self):
     with pytest.raises(ValueError, match=r"3\.0.*schedule"):
@@ -363,6 +459,8 @@ class TestErrors:
       (dict(anchor_decay=0.9, rule=rules.sequential()), "exclude each other"),
       (dict(anchor_decay=1.0), r"anchor_decay must be in \[0, 1\), got 1.0"),
       (dict(anchor_decay=-0.1), "anchor_decay"),
+      (dict(max_norm_ratio=0.5), r"max_norm_ratio must be in \[1, inf\), got 0.5"),
+      (dict(max_norm_ratio=np.nan), "max_norm_ratio"),
       (dict(rule="sequential"), "rule must be callable"),
       (dict(rule=rules.most_neighbors), "call"),
       (dict(embed="sign"), "embed must be callable"),
@@ -379,14 +477,18 @@ class TestErrors:
     with pytest.raises(TypeError):
       gaf_optax.apply_if_agreed(optax.sgd(1.0), 0.97, no_such_option=1)
 
-  @pytest.mark.parametrize(
-    "rule", [rules.leave_one_out(), rules.most_neighbors(), rules.min_neighbors(0.5)]
-  )
-  def test_streamed_forms_know_the_sequential_rules_only(self, rule):
-    with pytest.raises(ValueError, match="sequential"):
-      gaf_optax.multi_steps(optax.sgd(1.0), 2, rule=rule)
-    with pytest.raises(ValueError, match="sequential"):
-      gaf_optax.value_and_grad(lambda p, b: 0.0, 2, rule=rule)
+  def test_streamed_forms_know_the_sequential_rules_only(self):
+    for options, words in [
+      ({"rule": rules.leave_one_out()}, "sequential"),
+      ({"rule": rules.most_neighbors()}, "sequential"),
+      ({"rule": rules.majority()}, "sequential"),
+      ({"embed": jnp.sign}, "embed=.* does not go"),
+      ({"max_norm_ratio": 2.0}, "max_norm_ratio=2.0 does not go"),
+    ]:
+      with pytest.raises(ValueError, match=words):
+        gaf_optax.multi_steps(optax.sgd(1.0), 2, **options)
+      with pytest.raises(ValueError, match=words):
+        gaf_optax.value_and_grad(lambda p, b: 0.0, 2, **options)
 
   def test_target_accept_rate(self):
     for wrong in (

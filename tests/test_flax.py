@@ -25,21 +25,23 @@ TAU = 0.9
 K, ROWS, FEATURES = 3, 4, 5
 
 
-def batches(seed):
+def batches(step):
   """Inputs `[K, ROWS, FEATURES]` and targets; the last microbatch's are wrong.
 
-  What a linear model without bias makes of them is known in NumPy.
+  That is the last that the filter visits in this step. What a linear model without bias
+  makes of them is known in NumPy.
   """
-  rng = np.random.default_rng(seed)
+  rng = np.random.default_rng(step)
   x = rng.normal(size=(K, ROWS, FEATURES))
   y = x @ np.linspace(1, 2, FEATURES)[:, None]
-  y[-1] *= -1
+  y[step - 1] *= -1
   return x.astype(np.float32), y.astype(np.float32)
 
 
-def filtered_gradient(kernel, x, y):
+def filtered_gradient(kernel, x, y, step):
   """The mean over the microbatches that are within TAU, from the definition."""
   kernel, x, y = (np.asarray(a, np.float64) for a in (kernel, x, y))
+  x, y = (np.roll(a, -step, axis=0) for a in (x, y))
   rows = [2 / ROWS * a.T @ (a @ kernel - b) for a, b in zip(x, y)]
   total, number = rows[0], 1
   for row in rows[1:]:
@@ -73,9 +75,9 @@ def test_nnx_optimizer_trains_on_stacked_gradients(wrapped):
     return gaf_optax.metrics(optimizer.opt_state)
 
   expected = np.asarray(model.kernel[...])
-  for seed in range(3):
-    x, y = batches(seed)
-    gradient, number = filtered_gradient(expected, x, y)
+  for step in range(3):
+    x, y = batches(step)
+    gradient, number = filtered_gradient(expected, x, y, step)
     found = train_step(model, optimizer, x, y)
     expected = expected - 0.05 * gradient
     assert float(found["num_accepted"]) == (number if number > 1 else 0)
@@ -102,9 +104,9 @@ def test_linen_train_state_trains_on_stacked_gradients():
     return state.apply_gradients(grads=grads)
 
   expected = np.asarray(params["kernel"])
-  for seed in range(3):
-    x, y = batches(seed)
-    gradient, _ = filtered_gradient(expected, x, y)
+  for step in range(3):
+    x, y = batches(step)
+    gradient, _ = filtered_gradient(expected, x, y, step)
     state = train_step(state, x, y)
     expected = expected - 0.05 * gradient
     np.testing.assert_allclose(state.params["kernel"], expected, rtol=1e-4, atol=1e-5)
@@ -119,7 +121,7 @@ def test_linen_train_state_takes_one_micro_gradient_a_call_with_multi_steps():
     apply_fn=None, params=params, tx=gaf_optax.multi_steps(optax.sgd(0.05), K, TAU)
   )
   x, y = batches(0)
-  gradient, _ = filtered_gradient(params["kernel"], x, y)
+  gradient, _ = filtered_gradient(params["kernel"], x, y, 0)
   for a, b in zip(x, y):
     assert not np.any(state.params["kernel"])
     row = 2 / ROWS * a.T @ (a @ params["kernel"] - b)

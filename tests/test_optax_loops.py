@@ -13,18 +13,12 @@ import steps
 # Optimizers and schedules of Optax mix dtypes.
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
+# The state has all fields that the three forms know.
 OPTIONS = {
-  "anchor": {
-    "anchor_decay": 0.5,
-    "num_microbatches": steps.K,
-    "tau": optax.linear_schedule(1.0, 0.5, 10),
-  },
-  "steered": {
-    "tau": gaf_optax.target_accept_rate(0.5),
-    "groups": "leaf",
-    "embed": jnp.sign,
-    "num_microbatches": steps.K,
-  },
+  "tau": gaf_optax.target_accept_rate(0.5),
+  "groups": "leaf",
+  "anchor_decay": 0.5,
+  "num_microbatches": steps.K,
 }
 
 
@@ -39,21 +33,16 @@ def filter_form(request):
   return steps.FORMS[request.param]
 
 
-@pytest.fixture(params=OPTIONS)
-def options(request):
-  return OPTIONS[request.param]
-
-
 def buffers(tree):
   return [x.unsafe_buffer_pointer() for x in jax.tree.leaves(tree)]
 
 
-def test_a_loop_of_compiled_steps_is_a_scan(form, options):
+def test_a_loop_of_compiled_steps_is_a_scan(form):
   """The loop donates the state and compiles once; the scan has a cond in it.
 
   All three ask for a state that keeps its structure, dtypes and weak types.
   """
-  tx = form.make(optax.adam(0.1), **options)
+  tx = form.make(optax.adam(0.1), **OPTIONS)
   sequence = steps.sequence()
   wanted = [True, True, False, True, True, True, False, True]
   traces = []
@@ -92,7 +81,7 @@ def test_a_loop_of_compiled_steps_is_a_scan(form, options):
 
 
 def test_the_state_of_a_step_outside_jit_keeps_its_form(form):
-  tx = form.make(optax.sgd(0.1, momentum=0.9), **OPTIONS["steered"])
+  tx = form.make(optax.sgd(0.1, momentum=0.9), **OPTIONS)
   params, one = steps.params(), steps.make("all", 1)
   before = tx.init(params)
   _, state = form.feed(tx, one.micro_grads, before, params)
@@ -100,8 +89,8 @@ def test_the_state_of_a_step_outside_jit_keeps_its_form(form):
   assert len(set(buffers(state))) == len(buffers(state))
 
 
-def test_init_can_be_traced_and_its_shapes_asked_for(form, options):
-  tx = form.make(optax.adam(0.1), **options)
+def test_init_can_be_traced_and_its_shapes_asked_for(form):
+  tx = form.make(optax.adam(0.1), **OPTIONS)
   params = steps.params()
   state = tx.init(params)
   abstract = jax.eval_shape(tx.init, params)

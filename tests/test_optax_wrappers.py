@@ -23,8 +23,8 @@ def test_named_chain_is_the_chain():
   inner = optax.sgd(0.1, momentum=0.9)
   named = optax.named_chain(("filter", gaf_optax.gaf(steps.TAU)), ("sgd", inner))
   state, plain_state = named.init(params), inner.init(params)
-  for step in steps.sequence(("all", "none", "half")):
-    updates, state = named.update(step.micro_grads, state, params)
+  for i, step in enumerate(steps.sequence(("all", "none", "half"))):
+    updates, state = named.update(steps.in_order(step.micro_grads, i), state, params)
     expected, plain_state = inner.update(step.mean, plain_state)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
     chex.assert_trees_all_close(updates, expected, rtol=1e-6)
@@ -173,9 +173,9 @@ def test_process_skips_its_postprocessor_without_agreement():
   )
   params = steps.params()
   state, plain_state = tx.init(params), inner.init(params)
-  for step in steps.sequence(("all", "none", "lost", "half")):
+  for i, step in enumerate(steps.sequence(("all", "none", "lost", "half"))):
     before = state
-    updates, state = tx.update(step.micro_grads, state, params)
+    updates, state = tx.update(steps.in_order(step.micro_grads, i), state, params)
     if step.accepted:
       expected, plain_state = inner.update(step.mean, plain_state)
       chex.assert_trees_all_close(updates, expected, rtol=1e-5)

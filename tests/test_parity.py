@@ -5,6 +5,7 @@
 have Krum and the geometric median. They say with which versions.
 """
 
+import functools
 import json
 import pathlib
 
@@ -64,6 +65,21 @@ def assert_weights(params, recorded, atol=2e-6):
   chex.assert_trees_all_close(params, expected, rtol=1e-5, atol=atol)
 
 
+@functools.cache
+def step_of(optimizer):
+  """One step of running averages, compiled once for all thresholds of a number."""
+
+  @jax.jit
+  def step(tau, params, state, micro_grads):
+    tx = gaf_optax.apply_if_agreed(
+      OPTIMIZERS[optimizer], tau, rule=rules.running_average()
+    )
+    updates, state = tx.update(micro_grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  return step
+
+
 def filtered_mean(rule, case):
   """What `gaf` makes of a case, and which micro-gradients it accepts."""
   micro_grads = as_tree(case["micro_grads"])
@@ -85,18 +101,15 @@ def case_id(case):
 
 @pytest.mark.parametrize("case", CASES["authors"], ids=case_id)
 def test_running_average_gives_the_weights_of_step_gaf(case):
-  tx = gaf_optax.apply_if_agreed(
-    OPTIMIZERS[case["optimizer"]], case["tau"], rule=rules.running_average()
-  )
+  step, tau = step_of(case["optimizer"]), jnp.float32(case["tau"])
   params = as_tree(case["initial"])
-  state = tx.init(params)
-  update = jax.jit(tx.update)
-  for rows, agreed, weights in zip(
-    case["micro_grads"], case["agreed_count"], case["weights"]
-  ):
+  state = gaf_optax.apply_if_agreed(OPTIMIZERS[case["optimizer"]]).init(params)
+  steps = zip(case["micro_grads"], case["agreed_count"], case["weights"])
+  for number, (rows, agreed, weights) in enumerate(steps):
     before, inner_before = params, state.inner_state
-    updates, state = update(as_tree(rows), state, params)
-    params = optax.apply_updates(params, updates)
+    # The sequence starts one place further on with every update.
+    rows = np.roll(rows, number, axis=0)
+    params, state = step(tau, params, state, as_tree(rows))
     assert_weights(params, weights)
     found = gaf_optax.metrics(state)
     # Theirs counts the micro-gradients that joined the first.
@@ -137,13 +150,12 @@ def test_multi_steps_gives_the_weights_of_step_gaf(case):
 )
 def test_a_distance_equal_to_tau_is_accepted_as_by_step_gaf(case):
   assert case["agreed_count"] == 1
-  tx = gaf_optax.apply_if_agreed(
-    OPTIMIZERS["sgd"], case["tau"], rule=rules.running_average()
-  )
   params = as_tree(case["initial"])
-  updates, state = tx.update(as_tree(case["micro_grads"]), tx.init(params), params)
+  state = gaf_optax.apply_if_agreed(OPTIMIZERS["sgd"]).init(params)
+  step, tau = step_of("sgd"), jnp.float32(case["tau"])
+  params, state = step(tau, params, state, as_tree(case["micro_grads"]))
   assert float(gaf_optax.metrics(state)["num_accepted"]) == 2
-  assert_weights(optax.apply_updates(params, updates), case["weights"])
+  assert_weights(params, case["weights"])
 
 
 def test_four_accepted_weigh_an_eighth_an_eighth_a_quarter_and_a_half():

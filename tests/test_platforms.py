@@ -1,4 +1,4 @@
-"""What a CPU, a TPU and a GPU run, run here: their branches, against the oracle."""
+"""What a TPU and a GPU run, run here: their branches, against the oracle."""
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,13 @@ import across
 import forms
 import gaf_optax
 import oracle
-from gaf_optax import _exchange, rules
+from gaf_optax import _exchange
 
 TAU = 0.8
-BAD = {0: jnp.nan, 1: jnp.inf, 2: 0.0, 3: 1e25, 4: 1e-25}
+BAD = {0: np.nan, 1: np.inf, 2: 0.0, 3: 1e15, 4: 1e-15}
 
 
-@pytest.fixture(params=["cpu", "tpu", "cuda"])
+@pytest.fixture(params=["tpu", "cuda"])
 def platform(request, monkeypatch):
   def branch(*args, default=None, **by_platform):
     return by_platform.get(request.param, default)(*args)
@@ -27,143 +27,95 @@ def platform(request, monkeypatch):
   jax.clear_caches()
 
 
-def stack(k, seed=0, bad=False, shapes=None):
-  """Long leaves of whole tiles, of half tiles and of neither; short and empty ones."""
-  shapes = shapes or {
-    "tiles": ((2, 64, 128), jnp.float32),
-    "half": ((3, 96, 64), jnp.float32),
-    "odd": ((130, 131), jnp.float32),
-    "short": ((5, 7), jnp.float32),
-    "scalar": ((), jnp.float32),
-    "empty": ((0, 3), jnp.float32),
-    "half_precision": ((33, 128), jnp.bfloat16),
-    "complex": ((4, 8, 128), jnp.complex64),
-  }
-  rng = np.random.default_rng(seed)
-
-  def leaf(shape, dtype):
-    draw = lambda *s: rng.standard_normal(s)
-    x = draw(k, *shape) + draw(*shape)
-    if dtype == jnp.complex64:
-      x = x + 1j * (draw(k, *shape) + draw(*shape))
-    return jnp.asarray(x, dtype)
-
-  tree = {name: leaf(*kind) for name, kind in shapes.items()}
-  if bad:
-    for i, factor in BAD.items():
-      tree = jax.tree.map(lambda x: x.at[i].mul(factor), tree)
+def bad_stack(k, shapes, seed=0):
+  tree = across.stack(k, shapes, seed)
+  with np.errstate(over="ignore", invalid="ignore"):
+    for x in tree.values():
+      for i, factor in BAD.items():
+        x[i] *= np.asarray(factor, x.dtype)
   return tree
 
 
-def assert_is_oracle(gradient, state, tree, tau=TAU, **options):
-  want = oracle.gaf(list(tree.values()), tau, **options)
-  assert want.margin > 1e-5
+def assert_is_oracle(found, tree, **options):
+  gradient, state = found
+  want = oracle.gaf(list(tree.values()), TAU, **options)
+  assert want.margin > 1e-5 and want.agreed
   np.testing.assert_array_equal(state.accepted, want.accepted)
-  np.testing.assert_allclose(state.distances, want.distances, atol=1e-5)
+  found = forms.compared(state.distances)
+  np.testing.assert_allclose(found, want.distances, atol=1e-5)
   for name, y in zip(tree, want.gradient):
     x = gradient[name]
-    assert x.dtype == tree[name].dtype
+    assert x.dtype == tree[name].dtype and x.shape == y.shape
     scale = max(np.max(np.abs(y), initial=0), 1)
     atol = 2e-2 if x.dtype == jnp.bfloat16 else 2e-6
     np.testing.assert_allclose(oracle.wide(x) / scale, y / scale, atol=atol)
 
 
-def update(tree, **options):
-  k = len(jax.tree.leaves(tree)[0])
-  tx = gaf_optax.gaf(TAU, num_microbatches=k, **options)
-  params = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), tree)
-  return jax.jit(tx.update)(tree, tx.init(params))
+def test_stacks(platform):
+  """Leaves of whole tiles, of half tiles and of neither; short and empty ones.
+
+  Once with an elementwise function that hides infinities.
+  """
+  shapes = {
+    "tiles": (2, 16, 128),
+    "half": (3, 96, 64),
+    "odd": (33, 131),
+    "short": (5, 7),
+    "scalar": (),
+    "empty": (0, 3),
+    "half_precision": ((33, 128), jnp.bfloat16),
+  }
+  k = 9
+  tree = bad_stack(k, shapes | {"complex": ((4, 8, 128), np.complex64)})
+  real = {name: x for name, x in tree.items() if name != "complex"}
+
+  @jax.jit
+  def run(tree):
+    plain = gaf_optax.gaf(TAU, num_microbatches=k)
+    signs = gaf_optax.gaf(TAU, num_microbatches=k, embed=jnp.sign)
+    params = across.params_of(tree)
+    real = {name: x for name, x in tree.items() if name != "complex"}
+    return plain.update(tree, plain.init(params)), signs.update(
+      real, signs.init({name: params[name] for name in real})
+    )
+
+  plain, signs = run(tree)
+  assert_is_oracle(plain, tree)
+  assert_is_oracle(signs, real, embed=np.sign)
 
 
-@pytest.mark.parametrize("k, bad", [(2, False), (8, False), (8, True), (12, True)])
-def test_a_stack(platform, k, bad):
-  tree = stack(k, seed=k, bad=bad)
-  assert_is_oracle(*update(tree), tree)
-
-
-def test_many_rows(platform):
-  tree = stack(40, shapes={"w": ((64, 128), jnp.float32), "b": ((9,), jnp.float32)})
-  assert_is_oracle(*update(tree), tree)
-
-
-@pytest.mark.parametrize("bad", [False, True])
-@pytest.mark.parametrize("k", [6, 12])
-def test_an_anchor(platform, k, bad):
-  """Its row is a block of its own; two steps, so that there is something in it."""
-  trees = [stack(k), stack(k, bad=bad)]
+def test_an_anchor(platform):
+  """Two steps, so that there is something in it."""
+  k = 6
+  shapes = {"long": (130, 131), "short": (5, 7)}
+  trees = [across.stack(k, shapes), bad_stack(k, shapes)]
+  tx = gaf_optax.gaf(TAU, anchor_decay=0.5, num_microbatches=k)
+  state = tx.init(across.params_of(trees[0]))
+  update = jax.jit(tx.update)
   for tree in trees:
-    del tree["half_precision"]  # As the anchor of such a leaf is, too.
-  options = dict(anchor_decay=0.5, num_microbatches=k)
-  tx = gaf_optax.gaf(TAU, **options)
-  params = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), trees[0])
-  state = tx.init(params)
-  for tree in trees:
-    gradient, state = jax.jit(tx.update)(tree, state)
-  first = [oracle.wide(x).mean(0) for x in jax.tree.leaves(trees[0])]
+    gradient, state = update(tree, state)
+  first = [oracle.wide(x).mean(0) for x in trees[0].values()]
   v = oracle.vectors([x[None] for x in first])[0]
-  rows = oracle.vectors(jax.tree.leaves(trees[1]))
+  rows = oracle.vectors(list(trees[1].values()))
   with np.errstate(invalid="ignore"):
     distances = [oracle.distance(v, row) for row in rows]
-  expected = np.where(np.isfinite(rows).all(1), distances, np.nan)
-  assert np.nanmin(expected) < 0.5  # Random vectors would all be at about 1.
+  expected = np.where(np.isfinite(rows).all(1), distances, -1)
+  assert 0 <= np.min(expected[2:]) < 0.5  # Random vectors would all be at about 1.
   np.testing.assert_allclose(state.distances, expected, atol=1e-5)
-  assert np.isfinite(jax.tree.leaves(gradient)[0]).all()
+  assert np.isfinite(gradient["long"]).all()
 
 
-@pytest.mark.parametrize("form", [forms.streamed, forms.scanned])
-def test_streamed(platform, form):
-  tree = stack(6, seed=5, bad=True)
-  del tree["complex"]  # The loss of the form is linear and real.
-  result = form(tree, TAU)
-  want = oracle.gaf(list(tree.values()), TAU)
-  np.testing.assert_allclose(result.weights.ravel(), want.weights, atol=1e-6)
-  np.testing.assert_allclose(result.distances.ravel(), want.distances, atol=1e-5)
-
-
-@pytest.mark.parametrize("how", ["vmap", (AxisType.Auto, True)], ids=across.name)
-def test_a_small_tree_across_devices(platform, how):
-  """Its slices are a single tile, in which XLA's maximum over two axes lost a NaN."""
-  shapes = {"w": ((5, 7), jnp.float32), "b": ((17,), jnp.float32)}
-  tree = stack(8, seed=1, bad=True, shapes=shapes)
-  tx = gaf_optax.gaf(TAU, axis_name="data", num_microbatches=8)
-  run = lambda mine: tx.update(mine, tx.init(jax.tree.map(jnp.zeros_like, mine)))
-  gradient, state = jax.tree.map(lambda x: x[0], across.mapped(run, tree, how))
-  assert_is_oracle(gradient, state, tree)
-
-
-@pytest.mark.parametrize("groups", [None, "leaf"])
-@pytest.mark.parametrize("how", ["vmap", (AxisType.Auto, True)], ids=across.name)
-@pytest.mark.parametrize("bad", [False, True])
-def test_across_devices(platform, how, groups, bad, monkeypatch):
-  """In the order of tiles on TPU, in several parts, one leaf cut into two."""
-  monkeypatch.setattr(_exchange, "_MIN_BUCKET", 20_000)
+def test_across_devices(platform, monkeypatch):
+  """In the order of tiles on TPU, in several parts."""
+  monkeypatch.setattr(_exchange, "_BUCKET", 80_000)
   shapes = {
-    "tiles": ((16, 256), jnp.float32),
-    "large": ((128, 128), jnp.float32),
-    "odd": ((11, 13), jnp.float32),
+    "tiles": (16, 256),
+    "large": (3, 64, 128),
+    "odd": (11, 13),
     "half_precision": ((24, 384), jnp.bfloat16),
   }
-  tree = stack(8, seed=3, bad=bad, shapes=shapes)
-  tx = gaf_optax.gaf(
-    TAU,
-    axis_name="data",
-    groups=groups,
-    rule=rules.most_neighbors(),
-    num_microbatches=8,
-  )
-
-  def run(micro_grads):
-    params = jax.tree.map(jnp.zeros_like, micro_grads)
-    return tx.update(micro_grads, tx.init(params), params)
-
-  gradient, state = jax.tree.map(lambda x: x[0], across.mapped(run, tree, how))
-  if groups is None:
-    assert_is_oracle(gradient, state, tree, rule="most_neighbors")
-    return
-  for name, x in tree.items():
-    want = oracle.gaf([x], TAU, rule="most_neighbors").gradient[0]
-    scale = max(np.max(np.abs(want)), 1)
-    atol = 2e-2 if x.dtype == jnp.bfloat16 else 2e-6
-    np.testing.assert_allclose(
-      oracle.wide(gradient[name]) / scale, want / scale, atol=atol
-    )
+  tree = bad_stack(8, shapes, seed=3)
+  tx = gaf_optax.gaf(TAU, axis_name="data", num_microbatches=8)
+  run = lambda mine: tx.update(mine, tx.init(jax.tree.map(jnp.zeros_like, mine)))
+  found = across.mapped(run, tree, (AxisType.Auto, True))
+  assert_is_oracle(jax.tree.map(lambda x: x[0], found), tree)

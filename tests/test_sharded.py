@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import across
 import exchange
+import forms
 import gaf_optax
 import oracle
 
@@ -20,6 +21,7 @@ N, WIDTH, HIDDEN = 8, 128, 256
 SPECS = {"down": P(None, "data"), "scale": P(), "up": P("data"), "whole": P()}
 WHOLE = jax.tree.map(lambda _: P(), SPECS)
 STACK = jax.tree.map(lambda s: P(None, *s), SPECS)
+VALUES = 2 * WIDTH * HIDDEN + WIDTH + 1
 # Over the second of two mesh axes, and over both.
 HALVES = {"down": P(None, "fsdp"), "scale": P(), "up": P("fsdp"), "whole": P()}
 BOTH = ("replica", "fsdp")
@@ -74,7 +76,8 @@ def run(step, tx, params, batch, specs):
   compiled = jax.jit(step).lower(params, tx.init(params), x, y).compile()
   gradient, state = compiled(params, tx.init(params), x, y)
   want = wanted(x.shape[0])
-  np.testing.assert_allclose(state.distances, want.distances, atol=1e-5)
+  found = forms.compared(state.distances)
+  np.testing.assert_allclose(found, want.distances, atol=1e-5)
   np.testing.assert_array_equal(state.accepted, want.accepted)
   for name, value in zip(sorted(gradient), want.gradient):
     np.testing.assert_allclose(gradient[name], value, atol=2e-6)
@@ -85,10 +88,10 @@ def run(step, tx, params, batch, specs):
 
 def sent(compiled):
   """Bytes that a device sends, as shares of the gradient's."""
-  size = 4 * sum(x.size for x in jax.tree.leaves(model()[0]))
   found = exchange.collectives(compiled.as_text(), N)
   temporary = compiled.memory_analysis().temp_size_in_bytes
-  return sum(collective.sent for collective in found) / size, temporary / size
+  total = sum(collective.sent for collective in found)
+  return total / (4 * VALUES), temporary / (4 * VALUES)
 
 
 def on_shards(tx, mesh, specs, lead=(None,)):
@@ -118,53 +121,43 @@ def test_some_members_are_dropped():
 class TestFSDP:
   # The parameters' gather sends 7/8, and so does each half of an all-reduce.
   SHARE = (N - 1) / N
+  # Both halves of an exchange, each slice of it padded to 1024 values.
+  PADDING = 2 * (N - 1) * 1024 / VALUES
+  # What is read of N rows at once, in proportion to a gradient.
+  BLOCK = N * 2048 / VALUES
 
   def batch(self, mesh):
     params, x, y = model()
     batch = place((x, y), mesh, (P("data"), P("data")))
     return place(params, mesh, SPECS), batch
 
-  @pytest.mark.parametrize("moved", [True, False])
-  def test_explicit_axes(self, moved):
+  def test_explicit_axes(self):
     mesh = across.mesh(kind=AxisType.Explicit)
     tx = gaf_optax.gaf(TAU, num_microbatches=N)
     params, batch = self.batch(mesh)
 
     def step(params, state, x, y):
-      grads = by_member(reshard(params, mesh, WHOLE), x, y)
-      if moved:
-        grads = reshard(grads, mesh, STACK)
+      grads = reshard(by_member(reshard(params, mesh, WHOLE), x, y), mesh, STACK)
       gradient, state = tx.update(grads, state, params)
       return reshard(gradient, mesh, SPECS), state
 
     bytes, temporary = sent(run(step, tx, params, batch, SPECS))
     # Moved, they cost what the plain step's reduce-scatter does.
-    assert bytes <= 1.03 * (2 if moved else 3) * self.SHARE
-    assert temporary <= (3 if moved else 4.5)
+    assert bytes <= 1.03 * 2 * self.SHARE
+    assert temporary <= 3 + self.BLOCK
 
-  @pytest.mark.parametrize("anchor_decay", [None, 0.9])
-  def test_auto_axes(self, anchor_decay):
+  def test_auto_axes(self):
     mesh = across.mesh()
-    options = dict(param_axes="data", num_microbatches=N)
-    tx = gaf_optax.gaf(TAU, anchor_decay=anchor_decay, **options)
+    tx = gaf_optax.gaf(TAU, param_axes="data", num_microbatches=N)
     tx = on_shards(tx, mesh, SPECS)
     params, batch = self.batch(mesh)
 
     def step(params, state, x, y):
       return tx.update(by_member(params, x, y), state, params)
 
-    if anchor_decay is None:
-      bytes, temporary = sent(run(step, tx, params, batch, SPECS))
-      assert bytes <= 1.03 * 2 * self.SHARE
-      assert temporary <= 3
-      return
-    gradient, state = jax.jit(step)(params, tx.init(params), *batch)
-    alone = gaf_optax.gaf(TAU, anchor_decay=anchor_decay)
-    whole, x, y = model()
-    want, want_state = alone.update(by_member(whole, x, y), alone.init(whole), whole)
-    for found, expected in ((gradient, want), (state.anchor, want_state.anchor)):
-      for name in whole:
-        np.testing.assert_allclose(found[name], expected[name], atol=2e-6)
+    bytes, temporary = sent(run(step, tx, params, batch, SPECS))
+    assert bytes <= 1.03 * 2 * self.SHARE
+    assert temporary <= 3 + self.BLOCK
 
   @pytest.mark.parametrize("moved", [True, False])
   def test_shard_map(self, moved):
@@ -209,8 +202,9 @@ class TestFSDP:
       return jax.tree.map(local, gradient, SPECS), state
 
     bytes, temporary = sent(run(step, tx, params, batch, SPECS))
-    assert bytes <= 1.03 * (2 if moved else 3) * self.SHARE
-    assert temporary <= (3 if moved else 4.5)
+    most = 2 * self.SHARE if moved else 3 * self.SHARE + self.PADDING
+    assert bytes <= 1.03 * most
+    assert temporary <= (3 if moved else 4.5) + self.BLOCK
 
   @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
   def test_one_microbatch_after_the_other(self, kind):
@@ -238,7 +232,8 @@ class TestFSDP:
       microbatch = place(tuple(rows), mesh, (P("data"), P("data")))
       updates, state = jax.block_until_ready(step(params, state, *microbatch))
     want = wanted(N)
-    np.testing.assert_allclose(state.gaf_state.distances, want.distances, atol=1e-5)
+    found = forms.compared(state.gaf_state.distances)
+    np.testing.assert_allclose(found, want.distances, atol=1e-5)
     for name, value in zip(sorted(updates), want.gradient):
       np.testing.assert_allclose(updates[name], -value, atol=2e-6)
 
@@ -283,8 +278,9 @@ class TestReplicasOfShards:
     run(step, tx, params, batch, HALVES)
 
 
-@pytest.mark.parametrize("where", ["replicated", "fsdp", "tensor"])
-@pytest.mark.parametrize("k, compared", [(2, None), (4, None), (2, "up"), (32, "up")])
+@pytest.mark.parametrize(
+  "k, compared, where", [(4, None, "fsdp"), (2, "up", "tensor"), (32, "up", "fsdp")]
+)
 def test_a_batch_on_an_explicit_mesh(k, compared, where):
   """`value_and_grad` of a batch sharded over its rows, as on one device."""
   params, x, y = model()
@@ -292,7 +288,6 @@ def test_a_batch_on_an_explicit_mesh(k, compared, where):
   x = x.at[3].set(jnp.nan)  # One microbatch is lost.
   shape, names = ((2, 4), ("data", "model")) if where == "tensor" else ((N,), ("data",))
   specs = {
-    "replicated": WHOLE,
     "fsdp": SPECS,
     "tensor": jax.tree.map(lambda s: P(*("model" if n else n for n in s)), SPECS),
   }[where]

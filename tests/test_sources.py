@@ -45,8 +45,7 @@ def scanned(tx, stack, state=None):
   return run(begin(tx, stack) if state is None else state, stack)
 
 
-@pytest.mark.parametrize("k", [2, 5, 8])
-@pytest.mark.parametrize("groups", [None, "leaf"])
+@pytest.mark.parametrize("k, groups", [(2, None), (5, "leaf"), (8, None)])
 def test_the_table_is_the_oracles(k, groups):
   stack = trees(k)
   tx = optax.chain(
@@ -78,7 +77,7 @@ def test_the_table_is_the_oracles(k, groups):
   assert k == 2 or 0 < table["accept_rate"][0] < 1
 
 
-@pytest.mark.parametrize("k", [2, 7, 8])
+@pytest.mark.parametrize("k", [7, 8])
 def test_the_agreement_is_what_min_neighbors_decides_on(k):
   """In the step itself, where all are finite and more than half are needed."""
   rows = jnp.asarray(np.random.default_rng(k).standard_normal((k, 3)), jnp.float32)
@@ -86,8 +85,8 @@ def test_the_agreement_is_what_min_neighbors_decides_on(k):
   options = dict(OPTIONS, rule=rules.min_neighbors((k // 2 + 1) / k))
   tx = gaf_optax.gaf(tau, num_microbatches=k, **options)
   _, state = tx.update(rows, tx.init(jnp.zeros(3)))
-  table = gaf_optax.sources(state)
-  np.testing.assert_array_equal(table["agreement"], 1 - state.distances)
+  table = jax.jit(gaf_optax.sources)(state)
+  np.testing.assert_allclose(table["agreement"], 1 - state.distances, atol=1e-6)
   # And adaptive_tau, on them.
   want = oracle.adaptive_threshold(1 - np.asarray(table["agreement"], np.float64))
   np.testing.assert_allclose(state.threshold, want, rtol=1e-6)
@@ -95,7 +94,7 @@ def test_the_agreement_is_what_min_neighbors_decides_on(k):
 
 def test_before_the_first_step():
   tx = gaf_optax.gaf(num_microbatches=3, **OPTIONS)
-  table = gaf_optax.sources(tx.init(jnp.zeros(2)))
+  table = jax.jit(gaf_optax.sources)(tx.init(jnp.zeros(2)))
   assert np.isnan(table["agreement"]).all()
   assert not table["accept_rate"].any() and not table["num_steps"].any()
 
@@ -129,27 +128,31 @@ def test_the_share_of_steps_in_which_each_was_accepted(name):
   accepted = np.zeros((len(kinds), steps.K))
   for t, step in enumerate(sequence):
     before = steps.describe(state)
-    _, state = feed(step.micro_grads, state)
+    # A stack's sequence starts one place further on with every update.
+    places = 0 if name == "multi_steps" else t
+    _, state = feed(
+      jax.tree.map(lambda x: jnp.roll(x, places, axis=0), step.micro_grads), state
+    )
     assert steps.describe(state) == before
-    accepted[t, list(step.accepted)] = 1
+    accepted[t, [(i + places) % steps.K for i in step.accepted]] = 1
     rates = steps.gaf_state(state).accept_rates
     np.testing.assert_allclose(rates, accepted[: t + 1].mean(0), rtol=1e-6)
-    if t == 2:
-      assert rates[0] == 1
+  assert len(set(rates.tolist())) > 1
+  always = steps.sequence(["all"] * 3)
+  state = tx.init(steps.params())
+  for step in always:
+    _, state = feed(step.micro_grads, state)
+  np.testing.assert_array_equal(steps.gaf_state(state).accept_rates, 1)
 
 
-@pytest.mark.parametrize(
-  "tx",
-  [
+def test_without_a_memory_it_says_what_to_give():
+  for tx in (
     gaf_optax.gaf(num_microbatches=4),
     gaf_optax.gaf(anchor_decay=0.9),
     gaf_optax.multi_steps(optax.sgd(0.1), 4, num_microbatches=4),
-  ],
-  ids=["gaf", "anchor", "multi_steps"],
-)
-def test_without_a_memory_it_says_what_to_give(tx):
-  with pytest.raises(ValueError, match=r"memory_decay=0.98, num_microbatches=k"):
-    gaf_optax.sources(tx.init(jnp.zeros(2)))
+  ):
+    with pytest.raises(ValueError, match=r"memory_decay=0.98, num_microbatches=k"):
+      gaf_optax.sources(tx.init(jnp.zeros(2)))
 
 
 def test_other_errors():

@@ -11,17 +11,12 @@ import pytest
 
 import forms
 import gaf_optax
+import steps
 from gaf_optax import rules
 
 
-def draw(seed, k, *shape):
-  rng = np.random.default_rng(seed)
-  return jnp.asarray(rng.standard_normal((k, *shape)) + 0.4, jnp.float32)
-
-
-def feed(tx, state, micro_grads, params=None):
+def feed(update, state, micro_grads, params=None):
   """Updates of a streamed transformation for one micro-gradient after another."""
-  update = jax.jit(tx.update)
   emitted = []
   for g in micro_grads:
     updates, state = update(g, state, params)
@@ -39,27 +34,37 @@ class TestMultiSteps:
     stacked = gaf_optax.apply_if_agreed(inner, 0.6, num_microbatches=k)
     a, b = streamed.init(params), stacked.init(params)
     agreed = []
+    feed_one, update = jax.jit(streamed.update), jax.jit(stacked.update)
     for cycle in range(8):
-      stack = draw(cycle, k, 4)
-      emitted, a = feed(streamed, a, stack, params)
-      updates, b = stacked.update(stack, b, params)
+      stack = jnp.asarray(steps.draw(cycle, k, 4, common=0.5), jnp.float32)
+      emitted, a = feed(feed_one, a, stack, params)
+      # The stack's sequence starts one place further on with every update.
+      updates, b = update(jnp.roll(stack, cycle, axis=0), b, params)
       np.testing.assert_allclose(emitted[-1], updates, rtol=1e-5, atol=1e-7)
       assert not np.any(emitted[:-1])
       agreed.append(bool(b.gaf_state.ready))
-      chex.assert_trees_all_close(a.inner_opt_state, b.inner_state, rtol=1e-5)
+      chex.assert_trees_all_close(
+        a.inner_opt_state, b.inner_state, rtol=1e-5, atol=1e-7
+      )
       chex.assert_trees_all_equal_shapes_and_dtypes(a.gaf_state, b.gaf_state)
       # A stream knows no noise scale: it sees no pairs.
-      assert np.isnan(a.gaf_state.noise_scale) and b.gaf_state.noise_scale > 0
-      known = b.gaf_state._replace(raw_noise_scale=a.gaf_state.raw_noise_scale)
+      assert a.gaf_state.noise_scale == -1 and b.gaf_state.noise_scale > 0
+      known = b.gaf_state._replace(
+        noise_scale=a.gaf_state.noise_scale,
+        accept_rates=a.gaf_state.accept_rates,  # Of other places.
+        **{
+          name: jnp.roll(getattr(b.gaf_state, name), -cycle)
+          for name in ("distances", "accepted", "weights")
+        },
+      )
       chex.assert_trees_all_close(a.gaf_state, known, atol=1e-5)
     assert 0 < sum(agreed) < 8, "the cases decide nothing"
 
   def test_rejected_ones_use_up_their_slots(self):
     tx = gaf_optax.multi_steps(optax.sgd(1.0), 3, 0.5)
     e = np.eye(2, dtype=np.float32)
-    emitted, state = feed(
-      tx, tx.init(jnp.zeros(2)), [e[0], e[1], e[0], e[1], e[1], e[0]]
-    )
+    rows = [e[0], e[1], e[0], e[1], e[1], e[0]]
+    emitted, state = feed(jax.jit(tx.update), tx.init(jnp.zeros(2)), rows)
     np.testing.assert_array_equal(
       emitted, [[0, 0], [0, 0], [-1, 0], [0, 0], [0, 0], [0, -1]]
     )
@@ -68,20 +73,21 @@ class TestMultiSteps:
   def test_mini_step_and_metrics_speak_of_the_last_finished_cycle(self):
     tx = gaf_optax.multi_steps(optax.sgd(1.0), 2, 0.5)
     state = tx.init(jnp.zeros(2))
-    one = jnp.array([1.0, 0.0])
-    _, state = feed(tx, state, [one])
+    one, update = jnp.array([1.0, 0.0]), jax.jit(tx.update)
+    _, state = feed(update, state, [one])
     assert int(state.mini_step) == 1
     assert int(gaf_optax.metrics(state)["num_microbatches"]) == 0
-    _, state = feed(tx, state, [one])
+    _, state = feed(update, state, [one])
     assert int(state.mini_step) == 0
     assert int(gaf_optax.metrics(state)["num_microbatches"]) == 2
     assert bool(gaf_optax.metrics(state)["agreed"])
-    _, state = feed(tx, state, [-one])
+    _, state = feed(update, state, [-one])
     assert bool(gaf_optax.metrics(state)["agreed"])
 
   def test_every_k_as_a_function_of_the_cycle(self):
     tx = gaf_optax.multi_steps(optax.sgd(1.0), lambda cycle: 2 + cycle, 0.97)
-    emitted, state = feed(tx, tx.init(jnp.zeros(1)), jnp.ones((9, 1)))
+    state, rows = tx.init(jnp.zeros(1)), jnp.ones((9, 1))
+    emitted, state = feed(jax.jit(tx.update), state, rows)
     assert [bool(e.any()) for e in emitted] == [n in (1, 4, 8) for n in range(9)]
     with pytest.raises(ValueError, match="fixed every_k_schedule"):
       gaf_optax.multi_steps(optax.sgd(1.0), lambda c: 2, num_microbatches=2)
@@ -90,9 +96,9 @@ class TestMultiSteps:
     tx = gaf_optax.multi_steps(
       optax.sgd(1.0), 2, optax.piecewise_constant_schedule(0.1, {2: 10.0})
     )
-    state, seen = tx.init(jnp.zeros(1)), []
+    state, update, seen = tx.init(jnp.zeros(1)), jax.jit(tx.update), []
     for _ in range(6):
-      _, state = feed(tx, state, jnp.ones((1, 1)))
+      _, state = feed(update, state, jnp.ones((1, 1)))
       seen.append(float(gaf_optax.metrics(state)["threshold"]))
     np.testing.assert_allclose(seen, [0.1, 0.1, 0.1, 0.1, 0.1, 1.0])
 
@@ -103,15 +109,13 @@ class TestMultiSteps:
       with pytest.raises(ValueError, match=r"\['w'\].*\(2, 3\).*stack"):
         tx.update({"w": jnp.ones((2, 3))}, tx.init(params), known)
 
-  @pytest.mark.parametrize("size", ["small", "large"])
-  def test_dtypes_of_updates_are_those_of_the_inner_transformation(self, size):
+  def test_dtypes_of_updates_are_those_of_the_inner_transformation(self):
     params = {"a": jnp.zeros(3, jnp.bfloat16), "b": jnp.zeros(2)}
     tx = gaf_optax.multi_steps(optax.sgd(0.1, momentum=0.9), 2)
-    state = tx.init(params)
-    scale = 1.0 if size == "small" else 1e30
+    state, update = tx.init(params), jax.jit(tx.update)
     for _ in range(2):
-      grads = jax.tree.map(lambda p: jnp.full_like(p, scale), params)
-      updates, new_state = tx.update(grads, state, params)
+      grads = jax.tree.map(jnp.ones_like, params)
+      updates, new_state = update(grads, state, params)
       chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
       chex.assert_trees_all_equal_shapes_and_dtypes(state, new_state)
       state = new_state
@@ -135,15 +139,15 @@ class TestValueAndGrad:
     return params, x, y
 
   @pytest.mark.parametrize("rule", [rules.sequential(), rules.running_average()])
-  def test_is_gaf_of_vmapped_gradients_of_consecutive_rows(self, rule):
+  def test_is_gaf_of_vmapped_gradients_of_every_fourth_row(self, rule):
     params, x, y = self.case()
-    split = lambda a: a.reshape(4, 3, *a.shape[1:])
+    split = lambda a: jnp.stack([a[i::4] for i in range(4)])
     micro = jax.vmap(jax.value_and_grad(self.loss), (None, 0, 0))
     values, grads = micro(params, split(x), split(y))
-    tx = gaf_optax.gaf(0.9, rule=rule, num_microbatches=4)
+    tx = gaf_optax.gaf(0.5, rule=rule, num_microbatches=4)
     want, state = tx.update(grads, tx.init(params), params)
     filtered = gaf_optax.value_and_grad(
-      self.loss, 4, 0.9, batch_argnums=(1, 2), rule=rule
+      self.loss, 4, 0.5, batch_argnums=(1, 2), rule=rule
     )
     value, got, agreement = jax.jit(filtered)(params, x, y)
     np.testing.assert_allclose(value, values.mean(), rtol=1e-6)
@@ -152,6 +156,36 @@ class TestValueAndGrad:
     assert 2 <= int(agreement.num_accepted) < 4, "the case decides nothing"
     assert float(agreement.num_accepted) == state.accepted.sum()
     np.testing.assert_allclose(agreement.distances, state.distances, atol=1e-6)
+
+  def test_arrays_by_keyword_and_keys_are_split_too(self):
+    """With and without `compare`; each microbatch has a key of its own."""
+    params, x, y = self.case()
+    shift = jnp.arange(12.0)
+
+    def loss(params, x, y, *, shift, key, scale):
+      return self.loss(params, x, y + shift["s"], scale), (
+        shift["s"],
+        jax.random.key_data(key),
+      )
+
+    for options in ({}, {"compare": lambda path, leaf: path[0].key == "v"}):
+      run = jax.jit(
+        gaf_optax.value_and_grad(loss, 4, 2.0, has_aux=True, **options),
+        static_argnames="scale",
+      )
+      (value, (shifts, keys)), grads, _ = run(
+        params, x, y, shift={"s": shift}, key=jax.random.key(3), scale=2.0
+      )
+      whole = functools.partial(self.loss, scale=2.0)
+      want_value, want = jax.value_and_grad(whole)(params, x, y + shift)
+      np.testing.assert_allclose(value, want_value, rtol=1e-5)
+      chex.assert_trees_all_close(grads, want, rtol=1e-4, atol=1e-5)
+      np.testing.assert_array_equal(shifts, [shift[i::4] for i in range(4)])
+      split = jax.random.split(jax.random.key(3), 4)
+      np.testing.assert_array_equal(keys, jax.random.key_data(split))
+    wrong = {"shift": {"s": jnp.ones(5)}, "key": jax.random.key(3), "scale": 1.0}
+    with pytest.raises(ValueError, match="has shape .*close over it"):
+      run(params, x, y, **wrong)
 
   def test_aux_keywords_and_tuples_of_arguments(self):
     params, x, y = self.case()
@@ -172,7 +206,7 @@ class TestValueAndGrad:
     np.testing.assert_allclose(value, want_value, rtol=1e-5)
     np.testing.assert_allclose(dw, want["w"], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(dv, want["v"], rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(aux["first"], [y[0], y[6]])
+    np.testing.assert_array_equal(aux["first"], [y[0], y[1]])
     assert aux["rows"].shape == (2,)
     assert agreement.distances.shape == (2,) and bool(agreement.agreed)
 
@@ -220,7 +254,7 @@ class TestValueAndGrad:
       gaf_optax.value_and_grad(self.loss, 2, batch_argnums=3)(params, x, y)
     with pytest.raises(ValueError, match="schedule"):
       gaf_optax.value_and_grad(self.loss, 2, lambda step: 0.9)
-    with pytest.raises(ValueError, match="keeps no state"):
+    with pytest.raises(ValueError, match="there is no state to hold the average"):
       gaf_optax.value_and_grad(self.loss, 2, anchor_decay=0.9)
     with pytest.raises(ValueError, match="batch_argnums must be an int"):
       gaf_optax.value_and_grad(self.loss, 2, batch_argnums="x")
@@ -258,7 +292,7 @@ class TestMemory:
     assert state_32 == state_4
 
 
-@pytest.mark.parametrize("form", [forms.stacked, forms.streamed])
+@pytest.mark.parametrize("form", forms.ALL.values(), ids=forms.ALL)
 def test_bf16_running_mean_is_kept_in_float32(form):
   """256 times 1 + 2**-7: a bfloat16 running sum would lose every small term."""
   stack = jnp.full((64, 3), 1 + 2**-7).astype(jnp.bfloat16)

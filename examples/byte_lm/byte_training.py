@@ -17,6 +17,7 @@ from common.arms import (
   Chosen,
   Part,
   already_decided,
+  or_nan,
   relative,
   rule_and_tau,
   smallest_loss,
@@ -137,7 +138,7 @@ class ByteTrainer(Trainer):
 
     def read(opt_state):
       columns = gaf_optax.sources(opt_state) if arm.has_memory else {}
-      return gaf_optax.metrics(opt_state), columns
+      return jax.tree.map(or_nan, gaf_optax.metrics(opt_state)), columns
 
     key = "state", arm.has_memory
     scalars, columns = self._cached(key, lambda: jax.jit(read), learner.opt_state)
@@ -191,7 +192,8 @@ class ByteTrainer(Trainer):
     updates, opt_state = transformation.update(grads, learner.opt_state, learner.params)
     state = opt_state[0].gaf_state
     weights = relative(state.weights)
-    trace = Trace(losses, state.distances, state.accepted, weights, None)
+    distances = or_nan(state.distances)
+    trace = Trace(losses, distances, state.accepted, weights, None)
     learner = learner._replace(source_losses=source_losses)
     return _moved(arm, learner, updates, opt_state), trace
 
@@ -222,7 +224,7 @@ class ByteTrainer(Trainer):
       )
       _, grads, found = differentiate(params, inputs, targets)
       agreed, accepted, weights = found.agreed, found.accepted, found.weights
-      distances = found.distances
+      distances = or_nan(found.distances)
     updates, opt_state = self._transformation(arm, tau, None).update(
       grads, learner.opt_state, params, agreed=agreed
     )

@@ -23,6 +23,7 @@ from common.arms import (
   Arm,
   Chosen,
   already_decided,
+  or_nan,
   relative,
   rule_and_tau,
   smallest_loss,
@@ -245,10 +246,12 @@ class Trainer(experiment.Trainer):
       gradients = self._of_last_layer(params, x, targets, stats)
       rule, tau = RULES["nearest_neighbors"](), jnp.float32(2)
       valid = jnp.ones(len(rows), bool)
-      decision = rule(gradients @ gradients.T, valid, tau)
+      distances = rule(gradients @ gradients.T, valid, tau).distances
       loss = lambda x, targets: self._loss(params, x[None], targets[None], stats)
       losses = jax.vmap(loss)(x, targets)
-      return decision.distances, losses, jnp.linalg.norm(gradients, axis=1)
+      # Of those that are alike rounding alone would make a ranking.
+      distances = jnp.round(distances, 6)
+      return distances, losses, jnp.linalg.norm(gradients, axis=1)
 
     found = self._cached(
       "signals",
@@ -396,7 +399,7 @@ class Trainer(experiment.Trainer):
       memory = jnp.mean(state.memory.mean, axis=0).astype(jnp.float16)
     trace = Trace(
       loss=self._mean(losses),
-      distance=state.mean_distance,
+      distance=or_nan(state.mean_distance),
       threshold=state.threshold,
       nonfinite=state.nonfinite - learner.opt_state.gaf_state.nonfinite,
       accepted=state.accepted,
@@ -429,7 +432,7 @@ class Trainer(experiment.Trainer):
       )
       loss, grads, found = differentiate(params, x, targets)
       agreed, accepted, weights = found.agreed, found.accepted, found.weights
-      distances, nonfinite = found.distances, found.nonfinite
+      distances, nonfinite = or_nan(found.distances), found.nonfinite
     else:
       losses = jax.vmap(self._loss, (None, 0, 0))(params, x[:, None], targets[:, None])
       kept = chosen

@@ -28,7 +28,7 @@ RULES = {
   "leave_one_out": rules.leave_one_out,
   "most_neighbors": rules.most_neighbors,
   "min_neighbors": lambda: rules.min_neighbors(0.5),
-  "majority": lambda: rules.min_neighbors(0.501),
+  "majority": rules.majority,
   "nearest_neighbors": lambda: rules.nearest_neighbors(5),
   "geometric_median": rules.geometric_median,
 }
@@ -324,6 +324,11 @@ def relative(weights: jax.Array) -> jax.Array:
   """Weights `[k]` in proportion to the largest, so that equal ones are exactly 1."""
   largest = jnp.max(weights)
   return weights / jnp.where(largest > 0, largest, 1)
+
+
+def or_nan(distances: jax.Array) -> jax.Array:
+  """Distances, or another metric, with NaN for the -1 of what is not known."""
+  return jnp.where(distances < 0, jnp.nan, distances)
 
 
 def already_decided(chosen: Chosen):

@@ -19,7 +19,8 @@ TAU = 0.97  # Rejects the wrong ones and no others, as `stacked` asserts.
 ALL = 2.0  # accepts everything
 SGD = optax.sgd(0.02, momentum=0.9)
 ADAM = optax.adam(0.03, eps=1.0)  # Large, so that the length of a gradient matters.
-WRONG = (2, 5)  # microbatches whose targets have the other sign
+# Microbatches whose targets have the other sign, none of which a step starts with.
+WRONG = (5, 7)
 
 
 class Run(NamedTuple):
@@ -41,6 +42,11 @@ def batches():
 def whole(batch):
   """The microbatches one after the other, as a loader gives them."""
   return tuple(a.reshape(K * ROWS, a.shape[-1]) for a in batch)
+
+
+def interleaved(batch):
+  """A batch that `value_and_grad` splits into the microbatches: i has rows i, i + K."""
+  return whole(tuple(np.swapaxes(a, 0, 1) for a in batch))
 
 
 def params():

@@ -71,10 +71,8 @@ def train(tau, how="pmap", data=None, averaged=False):
     if tau is not None:
       found = gaf_optax.metrics(task.first(state.opt_state))
       accepted.append(found["num_accepted"])
-      if averaged:
-        assert int(found["identical"]) == len(losses)
-      else:
-        assert int(found["identical"]) == 0
+      copies = len(losses) if averaged else 0
+      assert int(found["num_identical_steps"]) == copies
   return task.Run(losses, task.first(state.params), accepted), scales
 
 
@@ -113,7 +111,7 @@ def test_a_microbatch_that_overflows_is_dropped_and_lowers_the_scale():
 
 
 def test_averaged_by_the_scaler_the_micro_gradients_are_copies():
-  """The trap: axis_name averages, the filter does nothing, and `identical` tells."""
+  """The trap: axis_name averages, the filter does nothing, and `num_identical_steps` tells."""
   run, _ = train(task.TAU, averaged=True)
   np.testing.assert_array_equal(run.accepted, [task.K] * task.STEPS)
   task.assert_same(run._replace(accepted=()), train(None)[0])

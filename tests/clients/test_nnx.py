@@ -53,11 +53,9 @@ def train(tau, form):
   def train_step(model, optimizer, x, y):
     loss, params = functional(model)
     if tau is None:
-      x, y = (a.reshape(task.K * task.ROWS, -1) for a in (x, y))
       value, grads = nnx.value_and_grad(loss_fn)(model, x, y)
       number = None
     elif form == "value_and_grad":
-      x, y = (a.reshape(task.K * task.ROWS, -1) for a in (x, y))
       filtered = gaf_optax.value_and_grad(loss, task.K, tau)
       value, grads, agreement = filtered(params, x, y)
       number = agreement.num_accepted
@@ -70,6 +68,8 @@ def train(tau, form):
 
   losses, accepted = [], []
   for batch in task.batches():
+    if tau is None or form == "value_and_grad":
+      batch = task.interleaved(batch)
     value, number = train_step(model, optimizer, *batch)
     losses.append(value)
     if tau is not None and form == "stacked":

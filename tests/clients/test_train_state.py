@@ -40,7 +40,7 @@ def train(tau):
   state, train_step = create(tau), step_of(tau)
   losses, accepted = [], []
   for batch in task.batches():
-    state, value, number = train_step(state, *task.whole(batch))
+    state, value, number = train_step(state, *task.interleaved(batch))
     losses.append(value)
     accepted += [] if tau is None else [number]
   return task.Run(losses, state.params, accepted)
@@ -57,11 +57,11 @@ def test_as_stacked_on_one_device():
 def test_a_step_without_agreement_leaves_everything_as_it_was():
   state, train_step = create(task.TAU), step_of(task.TAU)
   x, y = task.batches()[0]
-  state, _, _ = train_step(state, *task.whole((x, y)))
+  state, _, _ = train_step(state, *task.interleaved((x, y)))
   # All but the first want the opposite of what the first wants.
   same, other = (np.stack([a[0]] * task.K) for a in (x, -y))
   other[0] = y[0]
-  after, _, number = train_step(state, *task.whole((same, other)))
+  after, _, number = train_step(state, *task.interleaved((same, other)))
   assert int(number) == 0 and int(after.step) == 2
   before, kept = (s.opt_state.inner_state for s in (state, after))
   assert int(optax.tree.get(before, "count")) == 1
@@ -70,6 +70,6 @@ def test_a_step_without_agreement_leaves_everything_as_it_was():
   ):
     np.testing.assert_array_equal(a, b)
   assert int(after.opt_state.skipped_steps) == 1
-  again, _, _ = train_step(after, *task.whole((x, y)))
+  again, _, _ = train_step(after, *task.interleaved((x, y)))
   assert int(optax.tree.get(again.opt_state, "count")) == 2
   assert jnp.any(again.params["out"]["bias"] != after.params["out"]["bias"])

@@ -155,6 +155,7 @@ def test_text_is_the_same_each_time_and_tells_itself_from_another(library):
   assert byte_text.load(library).digest != first.digest
 
 
+@pytest.mark.experiments
 def test_the_real_library_is_split_about_nine_to_one():
   text = byte_text.load()
   names = byte_text.source_files(pathlib.Path(os.__file__).parent)
@@ -243,6 +244,7 @@ def _logits(tokens, depth):
   return np.asarray(jax.jit(model.apply)(variables, tokens))
 
 
+@pytest.mark.experiments
 def test_no_logit_depends_on_a_later_byte():
   tokens = np.tile(np.arange(12, dtype=np.uint8), (2, 1))
   tokens[1, 7] = 99
@@ -251,6 +253,7 @@ def test_no_logit_depends_on_a_later_byte():
   assert (np.abs(ours[7:] - theirs[7:]).max(axis=1) > 1e-6).all()
 
 
+@pytest.mark.experiments
 def test_logits_depend_on_the_order_of_earlier_bytes():
   ours, theirs = _logits(np.array([[1, 2, 3, 4], [2, 1, 3, 4]], np.uint8), depth=1)
   assert np.abs(ours[-1] - theirs[-1]).max() > 1e-6
@@ -265,6 +268,7 @@ def trainer(small):
   return command.ByteTrainer(_counting(), 20, 4)
 
 
+@pytest.mark.experiments
 @pytest.mark.parametrize("kept", [[0, 1, 2, 3], [0, 2]])
 def test_steps_are_adamw_on_the_mean_of_what_is_kept(trainer, kept):
   batches = _schedule("shifted", k=4, size=1).batches(0, 3, False)
@@ -301,6 +305,7 @@ def test_steps_are_adamw_on_the_mean_of_what_is_kept(trainer, kept):
   assert max(jax.tree.leaves(moved)) > 1e-3
 
 
+@pytest.mark.experiments
 def test_skipped_steps_move_the_schedule_alone(trainer):
   batches = _schedule("clean", k=4, size=1).batches(0, 3, False)
   before = trainer.init(_CONTROL, 0)
@@ -322,6 +327,7 @@ def _advanced(trainer, arm, name="shifted", kept=None):
   return batches, learner, jax.tree.map(np.asarray, happened)
 
 
+@pytest.mark.experiments
 def test_average_of_the_weights_alone_is_validated(trainer):
   ema = dataclasses.replace(arms.PLAIN, ema_decay=0.75)
   schedule, learner = _schedule("shifted", k=4, size=1), trainer.init(ema, 0)
@@ -339,6 +345,7 @@ def test_average_of_the_weights_alone_is_validated(trainer):
   assert ours == theirs
 
 
+@pytest.mark.experiments
 def test_smallest_loss_goes_by_the_running_mean_of_each_source(trainer):
   control = arms.Arm("loss", "", imitates="plain", control="loss")
   two = _chosen(np.tile([True, True, False, False], (4, 1)))
@@ -351,6 +358,7 @@ def test_smallest_loss_goes_by_the_running_mean_of_each_source(trainer):
     np.testing.assert_array_equal(np.flatnonzero(accepted), kept)
 
 
+@pytest.mark.experiments
 def test_label_smoothing_spreads_a_share_over_all_bytes(trainer):
   smoothed = dataclasses.replace(arms.PLAIN, smoothing=0.25)
   batches, _, happened = _advanced(trainer, smoothed)
@@ -365,6 +373,7 @@ def test_label_smoothing_spreads_a_share_over_all_bytes(trainer):
   np.testing.assert_allclose(happened.loss[0], expected, rtol=1e-5)
 
 
+@pytest.mark.experiments
 def test_single_sequences_are_compared_by_the_last_layer(trainer):
   compared = arms.gaf_arms(
     2, [], quantile=0.5, by_example=True, rule="nearest_neighbors"
@@ -395,6 +404,15 @@ def test_single_sequences_are_compared_by_the_last_layer(trainer):
 # The command.
 
 
+def test_a_short_run(of_memory, tmp_path):
+  argv = ["--num-microbatches", "2", "--microbatch-size", "1", "--parts", "shifted"]
+  out = ["--out", str(tmp_path / "run")]
+  assert command.main(["--steps", "10", "--seeds", "2", *argv, *out]) == 0
+  assert "GAF" in (tmp_path / "run" / "results.md").read_text()
+  assert {row["arm"] for row in _rows(tmp_path / "run")} > {"plain", _MEMORY}
+
+
+@pytest.mark.experiments
 def test_outputs(whole):
   names = {path.name for path in whole.iterdir()}
   plots = {f"{name}.png" for name in ("validation_loss", "differences")}
@@ -419,6 +437,7 @@ def test_outputs(whole):
     assert 0 < best <= min(final, picked) < 9
 
 
+@pytest.mark.experiments
 def test_controls_accept_as_many_as_what_they_imitate(whole, final_arrays):
   for part in command.parts(command._parsed([*_SMALL, "documents"])):
     arrays = final_arrays(whole, part.name)
@@ -444,6 +463,7 @@ def _rows(path):
   return [json.loads(line) for line in lines]
 
 
+@pytest.mark.experiments
 def test_loss_falls(whole):
   rows = _rows(whole)
   for key in {(row["part"], row["arm"], row["seed"]) for row in rows}:
@@ -457,6 +477,7 @@ def test_loss_falls(whole):
     assert losses[-1] < losses[0] - (0.05 if key[1] == "ema" else 0.5), key
 
 
+@pytest.mark.experiments
 def test_lines_say_what_the_filter_did_and_what_the_memory_holds(whole, final_arrays):
   learners = final_arrays(whole, "code-page")[_MEMORY]["learners"]
   rows = [row for row in _rows(whole) if row["arm"] == _MEMORY]
@@ -478,6 +499,7 @@ def test_lines_say_what_the_filter_did_and_what_the_memory_holds(whole, final_ar
     assert last["gaf/accept_rate"] == pytest.approx(accepted.mean(), abs=1e-5)
 
 
+@pytest.mark.experiments
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_within_the_memory_and_resumed(
   uninterrupted, tmp_path, monkeypatch, capsys, assert_same_run, final_arrays, number
@@ -503,6 +525,7 @@ def test_stopped_within_the_memory_and_resumed(
   assert_same_run(tmp_path / "run", uninterrupted, "code-page")
 
 
+@pytest.mark.experiments
 def test_dead_between_two_checkpoints(
   uninterrupted, tmp_path, monkeypatch, assert_same_run
 ):
@@ -559,6 +582,7 @@ def test_bad_options(refused, argv, said):
   assert said in refused(*argv)
 
 
+@pytest.mark.experiments
 def test_bad_directories(refused, whole, tmp_path):
   assert "already holds something" in refused("--out", whole)
   other = refused(*_SMALL, "documents", "--out", whole, "--resume", "--seeds", "3")
@@ -569,6 +593,7 @@ def test_bad_directories(refused, whole, tmp_path):
   assert "does not hold a run" in refused("--out", tmp_path, "--resume")
 
 
+@pytest.mark.experiments
 def test_another_text_is_not_resumed(refused, whole, tmp_path):
   config = json.loads((whole / "config.json").read_text())
   (tmp_path / "config.json").write_text(json.dumps(config | {"--text": "other"}))
@@ -577,6 +602,7 @@ def test_another_text_is_not_resumed(refused, whole, tmp_path):
   )
 
 
+@pytest.mark.experiments
 def test_damaged_checkpoint(refused, whole, tmp_path):
   shutil.copytree(whole, tmp_path / "run")
   for file in (tmp_path / "run/checkpoints/code-page/plain").rglob("*"):

@@ -12,6 +12,8 @@ import plan
 import runs
 from common import arms
 
+pytestmark = pytest.mark.experiments
+
 _ARMS = (plan.PLAIN, *plan.gaf_arms(4, tau=0.9))
 
 

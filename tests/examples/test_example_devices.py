@@ -59,6 +59,7 @@ def _assert_close_run(path, other, final_arrays, rtol=2e-3):
   )
 
 
+@pytest.mark.experiments
 @pytest.mark.parametrize(
   "model, number", [("mlp", 2), pytest.param("normed", 4, marks=pytest.mark.long)]
 )
@@ -86,6 +87,7 @@ def test_as_on_one_device(model, number, tmp_path, monkeypatch, final_arrays, no
   assert bool(statistics) is (model == "normed")
 
 
+@pytest.mark.experiments
 def test_each_device_holds_its_own_microbatches(digits):
   (part,) = options.parts(options.parse([*_SPREAD, "--num-microbatches", "8"]))
   team = devices.join(options.parse([*_SPREAD]))
@@ -107,6 +109,7 @@ def spread(tmp_path_factory, compiled_once):
   return path
 
 
+@pytest.mark.experiments
 def test_stopped_and_resumed(spread, tmp_path, monkeypatch, assert_same_run):
   path = tmp_path / "run"
   run = lambda *more: train.main([*_SPREAD, "--out", str(path), *more])
@@ -124,6 +127,7 @@ def test_stopped_and_resumed(spread, tmp_path, monkeypatch, assert_same_run):
   assert_same_run(path, spread)
 
 
+@pytest.mark.experiments
 def test_other_devices_do_not_resume(spread, refused):
   argv = (*_SMALL, "--out", spread, "--resume")
   said = "--devices was 4, now it is 2"

@@ -11,6 +11,8 @@ import models
 import plan
 import runs
 
+pytestmark = pytest.mark.experiments
+
 
 @pytest.fixture(scope="module")
 def images():

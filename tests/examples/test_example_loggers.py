@@ -12,6 +12,8 @@ import options
 from common import loggers
 from common.command import UserError
 
+pytestmark = pytest.mark.experiments
+
 _PACKAGES = "tensorboardX", "wandb"
 
 

@@ -6,6 +6,8 @@ import pytest
 
 import models
 
+pytestmark = pytest.mark.experiments
+
 
 def _shapes(model, image=(32, 32, 3)):
   x = jnp.zeros((1, *image))

@@ -19,6 +19,7 @@ nbclient = pytest.importorskip("nbclient", reason=f"nbclient is needed {needed}"
 nbformat = pytest.importorskip("nbformat", reason=f"nbformat is needed {needed}")
 pytest.importorskip("ipykernel", reason=f"ipykernel is needed {needed}")
 
+pytestmark = pytest.mark.experiments
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 NOTEBOOK = ROOT / "examples" / "cifar100_resnet18" / "gaf_colab.ipynb"
 # Cells that only set something.

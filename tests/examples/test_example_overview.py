@@ -8,6 +8,8 @@ from scipy import stats
 
 import overview
 
+pytestmark = pytest.mark.experiments
+
 _FIELDS = (
   *("part", "title", "arm", "label", "role", "imitates", "seed"),
   *("best", "final", "picked", "accepted", "from_wrong"),

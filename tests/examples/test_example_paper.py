@@ -21,7 +21,10 @@ from common import arms, experiment, storage
 from common.arms import RIGHT
 from common.command import UserError
 
-pytestmark = pytest.mark.usefixtures("quickly_compiled", "compiled_once")
+pytestmark = [
+  pytest.mark.experiments,
+  pytest.mark.usefixtures("quickly_compiled", "compiled_once"),
+]
 _TINY = ("--seeds", "3", "--width", "8", "--steps", "6", "--eval-every", "3")
 _ROWS = {"digits": 1_197, "cifar10": 50_000, "cifar100": 50_000}
 _CIFAR = ("cifar10", "cifar100")

@@ -15,6 +15,8 @@ import report
 from common import arms, plots
 from common.tables import Difference
 
+pytestmark = pytest.mark.experiments
+
 
 def _summary(final, accepted=0.5, from_wrong=None):
   final = np.asarray(final, float)

@@ -128,6 +128,7 @@ def _assert_pictured(run, path, picture):
   assert drawn.read_bytes() == before
 
 
+@pytest.mark.experiments
 def test_picture_of_examples(tmp_path):
   argv = ("--by-example", "--tau-quantile", "0.5", "--label-smoothing", "0.1")
   run = lambda path, *more: train.main([*_PICTURED, *argv, "--out", str(path), *more])
@@ -135,6 +136,7 @@ def test_picture_of_examples(tmp_path):
   _assert_pictured(run, tmp_path / "run", "examples")
 
 
+@pytest.mark.experiments
 def test_memory_average_and_mixtures(
   tmp_path, monkeypatch, capsys, shown, assert_same_run
 ):
@@ -177,6 +179,7 @@ def test_memory_average_and_mixtures(
       assert curves[name] == pytest.approx(np.array(expected))
 
 
+@pytest.mark.experiments
 def test_stopped_anywhere_and_resumed(
   whole, tmp_path, monkeypatch, capsys, assert_same_run
 ):
@@ -221,6 +224,7 @@ def test_stopped_anywhere_and_resumed(
   assert_same_run(path, whole)
 
 
+@pytest.mark.experiments
 def test_killed_and_resumed(whole, tmp_path, example_dir, assert_same_run):
   path = tmp_path / "run"
   command = [
@@ -323,6 +327,7 @@ def test_stops_are_the_same_from_every_start():
       assert experiment.stops(part, 100, stop) == stops[i + 1 :]
 
 
+@pytest.mark.experiments
 def test_control_updates_as_often_as_gaf(whole, final_arrays):
   arms = final_arrays(whole)
   gaf, control = (
@@ -339,6 +344,7 @@ def test_control_updates_as_often_as_gaf(whole, final_arrays):
   assert [row["skipped_steps"] for row in last] == skipped.tolist()
 
 
+@pytest.mark.experiments
 def test_control_averages_what_it_keeps_and_skips_the_rest(digits):
   """Against a few lines of NumPy and Optax that know no GAF."""
   part = _part("--num-microbatches", "4", "--optimizer", "adamw")
@@ -387,6 +393,7 @@ def test_control_averages_what_it_keeps_and_skips_the_rest(digits):
   assert int(optax.tree.get(learner.opt_state.inner_state, "count")) == 3
 
 
+@pytest.mark.experiments
 @pytest.mark.parametrize("looped", [True, False])
 def test_evaluation_is_of_the_whole_test_set(digits, looped):
   part = _part()
@@ -410,6 +417,7 @@ def test_evaluation_is_of_the_whole_test_set(digits, looped):
   assert "validation_accuracy" not in found
 
 
+@pytest.mark.experiments
 def test_batch_norm_statistics_are_averaged_over_microbatches(
   digits, monkeypatch, normed
 ):
@@ -440,6 +448,7 @@ def test_batch_norm_statistics_are_averaged_over_microbatches(
     np.testing.assert_allclose(averaged[name], average, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.experiments
 def test_plateau_survives_an_interruption(tmp_path, monkeypatch, assert_same_run):
   argv = ("--optimizer", "nesterov-plateau", "--plateau-patience", "1")
   # So low that the test loss does not fall.

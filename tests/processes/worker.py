@@ -23,16 +23,23 @@ from jax.sharding import PartitionSpec as P
 import gaf_optax
 
 TAU, LEARNING_RATE, MOMENTUM = 0.9, 0.02, 0.8
-ROWS, FEATURES, HIDDEN = 32, 6, 16
+MEMBERS, ROWS, FEATURES, HIDDEN = 8, 32, 6, 16
+
+
+def corrupted(step):
+  return (step if step % 4 == 2 else step + 3) % MEMBERS
 
 
 def batch(step, member):
-  """A member's rows of a regression; corrupted ones have targets of another sign."""
+  """A member's rows of a regression; corrupted ones have targets of another sign.
+
+  One member is corrupted at each step. At some it is the one that the filter starts
+  with: nobody agrees with it, and the step is skipped.
+  """
   rng = np.random.default_rng([step, member])
   x = rng.normal(size=(ROWS, FEATURES))
   y = np.tanh(x @ np.linspace(-1, 1, FEATURES)) + 0.05 * rng.normal(size=ROWS)
-  # Nobody agrees with the first where it is the corrupted one: the step is skipped.
-  if member == (0 if step % 4 == 2 else 3):
+  if member == corrupted(step):
     y = -2 * y
   return {"x": x.astype(np.float32), "y": y.astype(np.float32)}
 
