@@ -194,12 +194,17 @@ def figures(function: Any, args: tuple, n: int) -> dict[str, Any]:
   }
 
 
-def _worker(target, tree, forms, gib, seconds) -> None:
+def _worker(target, tree, forms, gib, seconds, plain) -> None:
   """Prints a line of JSON for each form, or one that says why there is none."""
   import resource
 
   resource.setrlimit(resource.RLIMIT_DATA, (gib << 30, gib << 30))
   import jax
+
+  if plain:
+    import compile_cost
+
+    jax.lax.platform_dependent = compile_cost.plain
 
   try:
     found = devices(target)
@@ -231,6 +236,7 @@ def measured(
   forms: list[str] | None = None,
   gib: int = 8,
   seconds: int = 900,
+  plain: bool = False,
 ) -> list[dict[str, Any]]:
   """A row for each form of a target, from other processes.
 
@@ -240,6 +246,7 @@ def measured(
     forms: of `ACROSS` or `ALONE`, others are left out; all if None.
     gib: the memory that a process may take.
     seconds: that a form may take.
+    plain: without the library's branches for the platform.
 
   Returns:
     Dicts with 'form' and either 'error' or 'own', 'mean' (see `figures`) and 'size',
@@ -256,6 +263,7 @@ def measured(
   while left:  # A process that dies over a form is followed by one for the others.
     command = [sys.executable, __file__, "--worker", target, "--tree", tree]
     command += ["--gib", str(gib), "--seconds", str(seconds), "--forms", *left]
+    command[3:3] = ["--plain"] * plain
     done = subprocess.run(
       command, env=os.environ | ENVIRONMENT, capture_output=True, text=True
     )
@@ -313,20 +321,23 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("targets", nargs="*", metavar="TARGET", default=list(TARGETS))
   parser.add_argument("--tree", default="resnet18")
   parser.add_argument("--forms", nargs="+", choices=[*ACROSS, *ALONE], metavar="FORM")
+  parser.add_argument(
+    "--plain", action="store_true", help="without the platform's own branches"
+  )
   parser.add_argument("--gib", type=int, default=8, help="memory of a process")
   parser.add_argument("--seconds", type=int, default=900, help="at most, for a form")
   parser.add_argument("--out", type=pathlib.Path, default="runs/accelerators.md")
   parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
   args = parser.parse_args(argv)
   if args.worker:
-    _worker(args.targets[0], args.tree, args.forms, args.gib, args.seconds)
+    _worker(args.targets[0], args.tree, args.forms, args.gib, args.seconds, args.plain)
     return
   versions = (f"{name} {version(name)}" for name in ("jax", "jaxlib", "optax"))
   parts = [f"{', '.join(versions)}; tree: {args.tree}.\n\n{_LEGEND}"]
   print(parts[0], flush=True)
   for target in args.targets:
     try:
-      rows = measured(target, args.tree, args.forms, args.gib, args.seconds)
+      rows = measured(target, args.tree, args.forms, args.gib, args.seconds, args.plain)
       part = _table(rows) if rows else "None of the forms is for this target."
     except Unavailable as reason:
       part = f"Left out: {reason}."

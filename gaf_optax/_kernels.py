@@ -18,7 +18,7 @@ from gaf_optax import _compat, _mesh, _tree
 # Columns of a CPU's block. XLA's CPU product of long rows copies them, and adds up many
 # terms one after the other: the error of a squared norm grows with the block. With many
 # rows XLA cuts the sums itself, and the products of many small blocks take memory.
-_BLOCK, _MANY_ROWS, _BLOCK_OF_MANY = 1 << 11, 12, 1 << 14
+_BLOCK, _MANY_ROWS, _BLOCK_OF_MANY = 1 << 11, 12, 1 << 12
 
 # Values of a leaf up to which it is joined with others, and of what it is joined to.
 # Compiling a kernel for each small leaf takes longer than copying its values.

@@ -212,12 +212,12 @@ def checked_streamed(tau, **options) -> Options:
     ValueError: as `checked`, and for what streamed forms refuse.
   """
   refuse(options, _NOT_STREAMED, "micro-gradients that come one at a time")
-  result = checked(tau, **options)
-  if result.tau.reads_distances:
+  if _tau.checked(tau).reads_distances:
     raise ValueError(
       f"tau {tau!r} is read off the distances of all micro-gradients of a step, but"
       " streamed ones show one at a time. Stack them and use gaf."
     )
+  result = checked(tau, **options)
   if result.anchor_decay is None and not isinstance(result.rule, _rules.Sequential):
     raise ValueError(
       f"rule {result.rule!r} has to see all micro-gradients at once. Streamed"

@@ -77,10 +77,11 @@ def distance(kind: str, ab, aa, bb, tau=None) -> jax.Array:
   """
   zero = (aa <= 0) | (bb <= 0)
   aa, bb = jnp.where(zero, 1, aa), jnp.where(zero, 1, bb)
-  # The root of each, since their product could leave the range.
-  similarity = (
-    ab / (jnp.sqrt(aa) * jnp.sqrt(bb)) if kind == "cosine" else 2 * ab / (aa + bb)
-  )
+  if kind == "cosine":
+    # The root of each, since their product could leave the range; exact for copies.
+    similarity = ab / jnp.where(aa == bb, aa, jnp.sqrt(aa) * jnp.sqrt(bb))
+  else:
+    similarity = 2 * ab / (aa + bb)
   result = 1 - jnp.clip(jnp.where(zero, 0, similarity), -1, 1)
   return result if tau is None else _without_rounding(result, tau)
 

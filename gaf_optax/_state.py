@@ -271,8 +271,9 @@ def check(state: Any, options: Any) -> None:
     ValueError: naming what was found and the likely mistake.
   """
   check_type(state, GafState)
+  carried = options.tau.init() is not None
   kept = {
-    "tau": (options.tau.init(), "steered", state.steered),
+    "tau": (options.tau if carried else None, "steered", state.steered),
     "anchor_decay": (options.anchor_decay, "anchor", state.anchor),
     "memory_decay": (options.memory_decay, "memory", state.memory),
     "num_microbatches": (options.num_microbatches, "distances", state.distances),

@@ -120,6 +120,9 @@ def two_pass(
     stacks = jax.vmap(jax.grad(alone), (None, 0))(beside_batch(own), batch)
   if microbatch_weights is not None:
     microbatch_weights = typed(_mesh.gathered(microbatch_weights))
+  # Flat where they are made, since XLA's CPU compiler would make them once for each
+  # shape in which they are read.
+  stacks = [_tree.flat_rows(_mesh.gathered(x)) for x in stacks]
   weights, finite, agreement = _compared(losses, stacks, microbatch_weights, options)
   if names:
     start = lax.axis_index(names) * k
@@ -134,10 +137,10 @@ def two_pass(
   shared, _ = backward(cotangent(weights.astype(losses.dtype)))
   means = []
   if copied:
-    found = _kernels.weighted_means(
-      [_mesh.gathered(x) for x in stacks], [0] * len(stacks), weights[None]
-    )
-    means = [_mesh.placed_like(x, leaf) for x, leaf in zip(found, own)]
+    found = _kernels.weighted_means(stacks, [0] * len(stacks), weights[None])
+    means = [
+      _mesh.placed_like(x.reshape(leaf.shape), leaf) for x, leaf in zip(found, own)
+    ]
   grads = jax.tree.unflatten(treedef, _replaced(shared, copied, means))
 
   def without_bad():
@@ -221,14 +224,11 @@ def _compared(losses, stacks, weights, options):
 
   Args:
     losses: `[k]`.
-    stacks: gradients `[k, *shape]` of the compared leaves.
+    stacks: gradients `[k, size]` of the compared leaves.
     weights: `[k]` or None.
     options: of `checked`.
   """
   stacked = dataclasses.replace(options, stacked=True)
-  # Flat where they are made, since XLA's CPU compiler would make them once for the
-  # products, which are of flat rows, and once for the branches.
-  stacks = [_tree.flat_rows(_mesh.gathered(x)) for x in stacks]
   leaves = _tree.flatten(stacks, None, None, stacked=True)
   plan = stacked.plan(leaves)
   inputs = _decide.Inputs(

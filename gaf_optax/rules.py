@@ -154,8 +154,7 @@ def min_neighbors(fraction: float, distance: str = "cosine") -> Rule:
 def majority(distance: str = "cosine") -> Rule:
   """All micro-gradients that agree with more than half, themselves counted.
 
-  :func:`min_neighbors` with a needed number of `max(2, k // 2 + 1)`. With tau from
-  `adaptive_tau()` it finds the faulty ones of k workers while fewer than half are.
+  :func:`min_neighbors` with a needed number of `max(2, k // 2 + 1)`.
 
   Args:
     distance: 'cosine' or 'euclidean', see :func:`sequential`.
@@ -199,7 +198,7 @@ def multi_krum(num_wrong: int, num_kept: int | None = None) -> Rule:
   Each is scored by the sum of its squared distances to its :math:`k - f - 2` nearest
   others, where f is `num_wrong`; the `num_kept` with the smallest scores are averaged.
   Independent of the order but for ties, which go to the first. tau takes no part.
-  Micro-gradients that are not finite are left out, of k too.
+
 
   Args:
     num_wrong: how many micro-gradients may be wrong, at least 0.

@@ -1,4 +1,4 @@
-"""Benchmarks: how times are taken and compared, memory on stacks, and every section."""
+"""Benchmarks: how times are taken and compared, and every section."""
 
 import csv
 import re
@@ -11,6 +11,9 @@ import pytest
 import measure
 import run
 import tabular
+
+# Models that take long to compile.
+LONG = {"by_example": pytest.mark.long}
 
 
 @pytest.fixture
@@ -63,16 +66,11 @@ def test_a_program_is_compiled_before_it_is_timed():
   assert len(traced) == 2
 
 
-@pytest.mark.usefixtures("compiled_as_users_do")
-@pytest.mark.parametrize("k, most", [(2, 0.5), (8, 0.5), (40, 1.5)])
-def test_memory_of_a_stack_beside_the_stack(k, most):
-  """Blocks of rows by the Gram matrix; of many, a running sum of a gradient's size."""
-  stack = run.micro_gradients([(1000, 1000), (700,)], k)
-  assert run.filtered(stack).temporary <= most * 4 * 1_000_700
-
-
 @pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize("section", run.SECTIONS)
+@pytest.mark.parametrize(
+  "section",
+  [pytest.param(name, marks=LONG.get(name, ())) for name in run.SECTIONS],
+)
 def test_each_section_makes_a_table(section, tmp_path, capsys):
   path = tmp_path / "new" / "benchmarks.md"
   run.main(["--quick", "--only", section, "--out", str(path)])
@@ -87,6 +85,7 @@ def test_each_section_makes_a_table(section, tmp_path, capsys):
   assert numbers and max(numbers) > 0
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("standard_promotion")
 def test_tables_of_data_with_wrong_targets(tmp_path, monkeypatch):
   """A memory is better than chance, and the scores of all seeds are written."""

@@ -5,11 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 import across
+import forms
 import gaf_optax
 import oracle
-from gaf_optax import _by_example, rules
+from gaf_optax import _two_pass, rules
 
 BATCH = 24
 
@@ -42,7 +44,7 @@ def head(path, leaf):
 
 
 def stack(params, x, y, k):
-  split = lambda a: a.reshape(k, len(a) // k, *a.shape[1:])
+  split = lambda a: jnp.stack([a[i::k] for i in range(k)])
   one = jax.grad(lambda *args: loss(*args)[0])
   return jax.vmap(one, (None, 0, 0))(params, split(x), split(y))
 
@@ -51,20 +53,17 @@ def stack(params, x, y, k):
 def either_way(request, monkeypatch):
   """Compared leaves small enough to be copied for each microbatch, and not."""
   if request.param == "no copies":
-    monkeypatch.setattr(_by_example, "_COPIED", 0)
+    monkeypatch.setattr(_two_pass, "_COPIED", 0)
 
 
 RULES = {
-  "sequential": (rules.sequential(), 1.0, {}),
   "leave_one_out": (rules.leave_one_out(), 1.0, {}),
   "most_neighbors": (rules.most_neighbors(softness=0.1), 0.7, {"softness": 0.1}),
-  "min_neighbors": (rules.min_neighbors(0.4), 1.0, {"fraction": 0.4}),
 }
 
 
 @pytest.mark.usefixtures("either_way")
-@pytest.mark.parametrize("k", [BATCH, 6])
-@pytest.mark.parametrize("name", sorted(RULES))
+@pytest.mark.parametrize("name, k", [("leave_one_out", BATCH), ("most_neighbors", 6)])
 def test_the_gradient_is_the_weighted_mean_of_whole_micro_gradients(name, k):
   rule, tau, options = RULES[name]
   params, (x, y) = network(), batch()
@@ -77,7 +76,7 @@ def test_the_gradient_is_the_weighted_mean_of_whole_micro_gradients(name, k):
   )
   assert margin > 1e-5 and 1 < accepted.sum() < k
   np.testing.assert_array_equal(agreement.accepted, accepted)
-  np.testing.assert_allclose(agreement.distances, distances, atol=1e-5)
+  np.testing.assert_allclose(forms.compared(agreement.distances), distances, atol=1e-5)
   share = weights / weights.sum()
   np.testing.assert_allclose(agreement.weights, share, atol=1e-5)
   want = jax.tree.map(lambda g: np.tensordot(share, oracle.wide(g), 1), micro)
@@ -151,13 +150,15 @@ def test_half_precision():
   chex.assert_trees_all_close(got, want, atol=2e-2)
 
 
-HOW = [across.ALL[0], across.ALL[1], *across.ALL[2:]]
-
-
-@pytest.mark.parametrize("local_k", [1, 3])
-@pytest.mark.usefixtures("either_way")
-@pytest.mark.parametrize("how", HOW, ids=across.name)
-def test_across_devices_it_is_the_whole_batch(how, local_k):
+# The mappings themselves are proved in test_across.py.
+@pytest.mark.parametrize(
+  "how, local_k, copied",
+  [("vmap", 3, True), ((AxisType.Auto, True), 3, False), ((AxisType.Auto, 0), 1, True)],
+  ids=["vmap", "checked", "unchecked"],
+)
+def test_across_devices_it_is_the_whole_batch(how, local_k, copied, monkeypatch):
+  if not copied:
+    monkeypatch.setattr(_two_pass, "_COPIED", 0)
   params, (x, y) = network(), batch()
   n = across.N
   options = dict(rule=rules.leave_one_out(), compare=head, has_aux=True)
@@ -170,7 +171,11 @@ def test_across_devices_it_is_the_whole_batch(how, local_k):
     (value, _), grads, agreement = run(params, rows["x"], rows["y"])
     return value, grads, agreement
 
-  split = {"x": x.reshape(n, -1, 5), "y": y.reshape(n, -1)}
+  # Each replica's microbatches are those that stand together in the whole.
+  own = lambda a: (
+    a.reshape(-1, n, local_k, *a.shape[1:]).swapaxes(0, 1).reshape(n, -1, *a.shape[1:])
+  )
+  split = {"x": own(x), "y": own(y)}
   got_value, grads, agreement = across.mapped(local, split, how)
   np.testing.assert_allclose(got_value, np.full(n, value), rtol=1e-5)
   for got, leaf in zip(jax.tree.leaves(grads), jax.tree.leaves(want)):
@@ -181,23 +186,9 @@ def test_across_devices_it_is_the_whole_batch(how, local_k):
   np.testing.assert_array_equal(agreement.num_accepted, [expected.num_accepted] * n)
 
 
-def test_typed_keys_are_split():
-  def noisy(w, x, key):
-    return jnp.sum(w[None] * x) + jax.random.normal(key) * w[0]
-
-  keys = jax.random.split(jax.random.key(3), 4)
-  w, x = jnp.ones(2), jnp.ones((8, 2))
-  for options in ({}, {"compare": lambda path, leaf: True}):
-    run = gaf_optax.value_and_grad(noisy, 4, 2.0, **options)
-    value, grads, _ = run(w, x, jax.random.key(3))
-    noise = np.array([jax.random.normal(key) for key in keys])
-    np.testing.assert_allclose(value, 4 + noise.mean(), rtol=1e-5)
-    np.testing.assert_allclose(grads, [2 + noise.mean(), 2], rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-  "options, message",
-  [
+def test_errors():
+  params, (x, y) = network(), batch()
+  for options, message in [
     ({"compare": lambda path, leaf: False}, r"selects no leaf.*\['body'\]\['b'\]"),
     ({"compare": "head"}, "compare must be callable"),
     ({"compare": lambda path, leaf: None}, r"True or False, got None for leaf \['body"),
@@ -214,12 +205,9 @@ def test_typed_keys_are_split():
     ({"compare": head, "param_axes": "model"}, "must be whole on every device"),
     ({"rule": rules.leave_one_out()}, "has to see all micro-gradients at once"),
     ({"tau": gaf_optax.tau_quantile(0.5)}, "Stack them and use gaf"),
-  ],
-)
-def test_errors(options, message):
-  params, (x, y) = network(), batch()
-  with pytest.raises(ValueError, match=message):
-    gaf_optax.value_and_grad(loss, 4, has_aux=True, **options)(params, x, y)
+  ]:
+    with pytest.raises(ValueError, match=message):
+      gaf_optax.value_and_grad(loss, 4, has_aux=True, **options)(params, x, y)
 
 
 def test_integer_leaves_cannot_be_compared():
@@ -231,13 +219,13 @@ def test_integer_leaves_cannot_be_compared():
     run(params, jnp.ones((2, 2)))
 
 
-@pytest.mark.parametrize(
-  "value, message", [(jnp.ones(2), r"float32\[2\]"), (jnp.int32(1), r"int32\[\]")]
-)
-def test_the_loss_is_a_real_scalar(value, message):
-  run = gaf_optax.value_and_grad(lambda w, x: value, 2, compare=lambda path, leaf: True)
-  with pytest.raises(TypeError, match="must return a real scalar.*" + message):
-    run(jnp.ones(2), jnp.ones((2, 2)))
+def test_the_loss_is_a_real_scalar():
+  for value, message in [(jnp.ones(2), r"float32\[2\]"), (jnp.int32(1), r"int32\[\]")]:
+    run = gaf_optax.value_and_grad(
+      lambda w, x: value, 2, compare=lambda path, leaf: True
+    )
+    with pytest.raises(TypeError, match="must return a real scalar.*" + message):
+      run(jnp.ones(2), jnp.ones((2, 2)))
 
 
 @pytest.mark.usefixtures("compiled_as_users_do")

@@ -110,7 +110,7 @@ def long_rows(size):
 @pytest.mark.usefixtures("compiled_as_users_do")
 def test_squared_norms_of_long_rows_do_not_drift():
   """At most 2e-5 of them, whatever the signs and the size."""
-  rows = [long_rows(size) for size in (1_000, 30_000, 1_000_000, 30_000_000)]
+  rows = [long_rows(size) for size in (1_000, 30_000, 3_000_000)]
   for dtype, equal in [("float32", 0.8083), ("bfloat16", 0.8083), ("float16", 0.7)]:
     for x in rows:
       x[0] = equal  # Whose errors are nearly the largest possible in this dtype.

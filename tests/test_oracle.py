@@ -239,12 +239,11 @@ def test_embedding_enters_the_distances_alone(drawn, tau):
 def test_a_sum_that_cancels_is_zero_in_every_form(form):
   """Down to rounding of its terms: what is left has no direction to agree with."""
   first, rest = np.random.default_rng(0).standard_normal((2, 50))
-  for name in ("sequential", "running_average"):
-    for kind in ("cosine", "euclidean"):
-      for scale, distance in [(1e-4, 1.0), (1e-2, 0.0)]:
-        left = scale * rest
-        rows = [first, -first + left, left if kind == "cosine" else left / 2]
-        rows = jnp.asarray(np.stack(rows), jnp.float32)
-        rule = getattr(rules, name)(kind)
-        result = forms.ALL[form]([rows], 2.0, rule=rule)
-        assert result.distances[2] == pytest.approx(distance, abs=1e-2)
+  for name, kind in [("sequential", "cosine"), ("running_average", "euclidean")]:
+    for scale, distance in [(1e-4, 1.0), (1e-2, 0.0)]:
+      left = scale * rest
+      rows = [first, -first + left, left if kind == "cosine" else left / 2]
+      rows = jnp.asarray(np.stack(rows), jnp.float32)
+      rule = getattr(rules, name)(kind)
+      result = forms.ALL[form]([rows], 2.0, rule=rule)
+      assert result.distances[2] == pytest.approx(distance, abs=1e-2)

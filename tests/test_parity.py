@@ -186,13 +186,18 @@ def test_equality_is_accepted_where_the_per_sample_package_compares_with_less():
   assert_weights(mean, np.mean(case["micro_grads"], axis=0))
 
 
+decide = jax.jit(
+  lambda gram, rule: rule(gram, jnp.ones(gram.shape[:1], bool), 0.97), static_argnums=1
+)
+
+
 def of_rows(rule, case):
-  """The gradient that `gaf` makes of recorded rows, and which it accepts."""
-  scale = 2.0 ** case.get("scale", 0)
-  rows = jnp.asarray(np.array(case["rows"]) * scale, jnp.float32)
-  tx = gaf_optax.gaf(rule=rule, num_microbatches=len(rows))
-  result, state = tx.update(rows, tx.init(rows[0]), rows[0])
-  return np.asarray(result, np.float64) / scale, np.flatnonzero(state.accepted).tolist()
+  """The mean that a rule makes of recorded rows, and which it accepts."""
+  rows = np.array(case["rows"])
+  scaled = rows * 2.0 ** case.get("scale", 0)
+  weights, accepted, _ = decide(jnp.asarray(scaled @ scaled.T, jnp.float32), rule)
+  weights = np.asarray(weights, np.float64)
+  return weights @ rows / weights.sum(), np.flatnonzero(accepted).tolist()
 
 
 def kind_and_number(case):
@@ -242,6 +247,7 @@ def test_geometric_median_is_byzfls(case):
   """After as many iterations from the mean on, and converged."""
   rows = np.array(case["rows"])
   apart = np.median(np.linalg.norm(rows - np.array(case["converged"]), axis=1))
-  for num_iterations, name in [(8, "after_8"), (100, "converged")]:
+  enough = 100 if kind_and_number(case) == "lengths-8" else 30
+  for num_iterations, name in [(8, "after_8"), (enough, "converged")]:
     result, _ = of_rows(rules.geometric_median(num_iterations), case)
     assert np.linalg.norm(result - case[name]) < 1e-5 * apart

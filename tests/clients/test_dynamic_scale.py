@@ -111,7 +111,7 @@ def test_a_microbatch_that_overflows_is_dropped_and_lowers_the_scale():
 
 
 def test_averaged_by_the_scaler_the_micro_gradients_are_copies():
-  """The trap: axis_name averages, the filter does nothing, and `num_identical_steps` tells."""
+  """The trap: axis_name averages, so that the filter does nothing; metrics tell."""
   run, _ = train(task.TAU, averaged=True)
   np.testing.assert_array_equal(run.accepted, [task.K] * task.STEPS)
   task.assert_same(run._replace(accepted=()), train(None)[0])

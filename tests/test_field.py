@@ -1,0 +1,353 @@
+"""What users of other training codes have met: shardings, dtypes, and JAX's checks."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import across
+import forms
+import gaf_optax
+import oracle
+import steps
+from gaf_optax import rules
+
+TAU = 0.8
+
+
+def placed(tree, specs):
+  """A tree on a mesh of Auto axes."""
+  mesh = across.mesh()
+  put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+  return {name: put(x, specs[name]) for name, x in tree.items()}
+
+
+class TestShardedGradients:
+  """On a mesh of Auto axes, where types say nothing, under plain jit."""
+
+  K = across.N
+  SHAPES = {"a": (3, 5), "b": (16, 5), "c": (3, 16), "d": (7,), "e": (40, 2)}
+  SPECS = {"a": P(), "b": P("data"), "c": P(None, "data"), "d": P(), "e": P("data")}
+
+  def test_stacks(self):
+    """Sharded in every dimension, the leading one too."""
+    plain = across.stack(self.K, self.SHAPES)
+    specs = {name: P(None, *spec) for name, spec in self.SPECS.items()}
+    tree = placed(plain, specs | {"a": P("data"), "e": P("data")})
+    options = {
+      "plain": {},
+      "leaf": dict(groups="leaf", anchor_decay=0.5),
+      "memory": dict(memory_decay=0.9, rule=rules.leave_one_out()),
+      "embed": dict(embed=jnp.sign),
+    }
+
+    @jax.jit
+    def run(tree):
+      params, results = across.params_of(tree), {}
+      for name, own in options.items():
+        tx = gaf_optax.gaf(TAU, num_microbatches=self.K, **own)
+        results[name] = tx.update(tree, tx.init(params), params)
+      return results
+
+    found, leaves = run(tree), list(plain.values())
+    expected = {
+      "plain": oracle.gaf(leaves, TAU),
+      "memory": oracle.gaf(oracle_units(leaves), TAU, "leave_one_out"),
+      "embed": oracle.gaf(leaves, TAU, embed=np.sign),
+    }
+    for name, want in expected.items():
+      gradient, state = found[name]
+      assert want.margin > 1e-4
+      distances = forms.compared(state.distances)
+      np.testing.assert_allclose(distances, want.distances, atol=1e-5)
+      for leaf, x in plain.items():
+        value = np.tensordot(want.weights, x.astype(np.float64), axes=1)
+        np.testing.assert_allclose(gradient[leaf], value, atol=2e-6)
+    gradient, state = found["leaf"]  # The first step accepts.
+    for leaf, x in plain.items():
+      np.testing.assert_allclose(gradient[leaf], x.mean(0), atol=2e-6)
+      np.testing.assert_allclose(state.anchor[leaf], x.mean(0) / 2, atol=2e-6)
+
+  def test_one_at_a_time(self):
+    k = 3
+    plain = across.stack(k, self.SHAPES, 1)
+    tx = gaf_optax.multi_steps(optax.sgd(1.0), k, TAU, num_microbatches=k)
+    params = placed(
+      {n: np.zeros(x.shape[1:], x.dtype) for n, x in plain.items()}, self.SPECS
+    )
+    state, update = tx.init(params), jax.jit(tx.update)
+    for i in range(k):
+      row = placed({name: x[i] for name, x in plain.items()}, self.SPECS)
+      updates, state = jax.block_until_ready(update(row, state, params))
+    want = oracle.gaf(list(plain.values()), TAU)
+    distances = forms.compared(state.gaf_state.distances)
+    np.testing.assert_allclose(distances, want.distances, atol=1e-5)
+    for leaf, value in zip(plain, want.gradient):
+      np.testing.assert_allclose(updates[leaf], -value, atol=2e-6)
+
+
+def oracle_units(leaves):
+  """Micro-gradients, leaves `[k, ...]`, scaled to norm 1 as a memory sees them."""
+  norms = np.linalg.norm(oracle.vectors(leaves), axis=1)
+  return [x / norms.reshape(-1, *[1] * (x.ndim - 1)) for x in leaves]
+
+
+@pytest.mark.parametrize("k", [2, 4, 8, 16])
+def test_a_sharded_batch_stays_where_it_is(k):
+  """Of 256 rows each of 8 devices does 32, as the compiled program says.
+
+  The parameters are sharded over another dimension's worth of devices, or whole.
+  """
+  rows, inputs, outputs = 256, 24, 7
+  batch = across.stack(rows, {"x": (inputs,), "y": (outputs,)})
+  params = {"w": np.zeros((inputs, outputs), np.float32), "s": np.zeros(16, np.float32)}
+
+  def loss(params, x, y):
+    return jnp.mean((x @ params["w"] - y) ** 2) + jnp.sum(params["s"]) * x[0, 0]
+
+  specs = {"w": P(), "s": P("data")}
+  arguments = (
+    placed(params, specs),
+    *placed(batch, dict.fromkeys("xy", P("data"))).values(),
+  )
+  run = jax.jit(gaf_optax.value_and_grad(loss, k, TAU))
+  compiled = run.lower(*arguments).compile()
+  _, gradient, agreement = compiled(*arguments)
+  products = re.findall(rf"= f32\[(\d+),{outputs}\]\S* dot\(", compiled.as_text())
+  of_rows = {int(n) for n in products} - {inputs}
+  assert of_rows == {rows // k // across.N}, "rows of a microbatch on each device"
+
+  x, y = (np.swapaxes(a.reshape(rows // k, k, -1), 0, 1) for a in batch.values())
+  grads = [-2 * np.swapaxes(x, 1, 2) @ y / (rows // k * outputs)]
+  grads.append(np.repeat(x[:, :1, 0], 16, axis=1))
+  want = oracle.gaf(grads, TAU)
+  assert want.margin > 1e-4
+  np.testing.assert_array_equal(agreement.accepted, want.accepted)
+  np.testing.assert_allclose(gradient["w"], want.gradient[0], atol=1e-5)
+  np.testing.assert_allclose(gradient["s"], want.gradient[1], atol=1e-5)
+
+
+def test_a_zero_micro_gradient_changes_nothing_wherever_it_stands():
+  """A microbatch of padding alone: the others decide as they would without it."""
+  k, shapes = 5, {"a": (3, 5), "b": (7,)}
+  others = across.stack(k - 1, shapes, 3)
+  for x in others.values():
+    x[2] *= -1
+  want = oracle.gaf(list(others.values()), TAU)
+  assert want.agreed and want.accepted.tolist() == [True, True, False, True]
+  tx = gaf_optax.gaf(TAU, axis_name="data", num_microbatches=k)
+  params = across.params_of(others)
+  members = jax.jit(
+    jax.vmap(lambda mine: tx.update(mine, tx.init(params), params), axis_name="data")
+  )
+
+  def by_axis(tree):
+    gradient, state = jax.tree.map(lambda x: x[0], members(tree))
+    return forms.read(gradient, state)
+
+  filters = {
+    **{
+      name: lambda tree, form=form: form(tree, TAU) for name, form in forms.ALL.items()
+    },
+    "leaf": lambda tree: forms.stacked(tree, TAU, groups="leaf"),
+    "axis": by_axis,
+  }
+  by_leaf = [oracle.gaf([x], TAU).gradient[0] for x in others.values()]
+  for place in range(k):
+    tree = {name: np.insert(x, place, 0, axis=0) for name, x in others.items()}
+    for name, filtered in filters.items():
+      found = filtered(tree)
+      assert found.agreed, (name, place)
+      assert found.distances.ravel()[place] == pytest.approx(1), (name, place)
+      assert found.weights.ravel()[place] == 0, (name, place)
+      gradient = by_leaf if name == "leaf" else want.gradient
+      for x, y in zip(found.gradient.values(), gradient):
+        np.testing.assert_allclose(x, y, atol=2e-6, err_msg=f"{name} {place}")
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("form", ["apply_if_agreed", "multi_steps", "apply_if_nonzero"])
+def test_float32_gradients_of_bfloat16_parameters(form):
+  """As loss scaling makes them: each optimizer does what it does alone."""
+  inners = {
+    "adam": optax.adam(0.1),
+    "adamw": optax.adamw(0.1, weight_decay=0.1),
+    "momentum": optax.sgd(0.1, momentum=0.9),
+    "lion": optax.lion(0.1),
+    "rmsprop": optax.rmsprop(0.1),
+    "adafactor": optax.adafactor(0.1),
+  }
+  if form == "multi_steps":  # Whose branches are those of apply_if_agreed.
+    inners = {name: inners[name] for name in ("adam", "momentum", "adafactor")}
+  params = steps.params(jnp.bfloat16)
+  sequence = steps.sequence(("all", "none", "half"))
+
+  def run(inner):
+    feed = lambda tx, *args: tx.update(*args)
+    if form == "apply_if_nonzero":
+      tx, given = gaf_optax.apply_if_nonzero(inner), [step.mean for step in sequence]
+    else:
+      kind = steps.FORMS[form]
+      tx, feed = kind.make(inner), kind.feed
+      given = [step.micro_grads for step in sequence]
+      if form == "multi_steps":  # Not in a scan: Optax changes dtypes of its state.
+        feed = one_by_one
+    state, results = tx.init(params), []
+    for grads in given:
+      updates, state = feed(tx, grads, state, params)
+      results.append(updates)
+    return results
+
+  def alone(inner):
+    state, results = inner.init(params), []
+    for step in sequence:
+      mean = jax.tree.map(jnp.asarray, step.mean)
+      updates = jax.tree.map(jnp.zeros_like, mean)
+      if step.accepted:
+        updates, state = inner.update(mean, state, params)
+      results.append(updates)
+    return results
+
+  found, want = jax.jit(
+    lambda: [{name: f(inner) for name, inner in inners.items()} for f in (run, alone)]
+  )()
+  for path, x in jax.tree_util.tree_leaves_with_path(found):
+    y = dict(jax.tree_util.tree_leaves_with_path(want))[path]
+    assert x.dtype == y.dtype == jnp.float32, path
+    np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6, err_msg=str(path))
+
+
+def one_by_one(tx, micro_grads, state, params):
+  for i in range(steps.K):
+    row = jax.tree.map(lambda x: x[i], micro_grads)
+    updates, state = tx.update(row, state, params)
+  return updates, state
+
+
+class TestKeywords:
+  """What comes by keyword with a row for each example is split as the batch is."""
+
+  def test_masks_and_keys(self):
+    rows, k = 8, 4
+    batch = across.stack(rows, {"x": (5,)}, 2)
+    mask = np.arange(rows) % 3 > 0
+
+    def loss(w, x, *, extra, key, scale):
+      kept = jnp.where(extra["mask"], x @ w, 0).sum() * scale
+      return kept, jax.random.uniform(key)
+
+    run = jax.jit(
+      lambda w, x, mask, key: gaf_optax.value_and_grad(loss, k, 2.0, has_aux=True)(
+        w, x, extra={"mask": mask}, key=key, scale=0.5
+      )
+    )
+    (value, drawn), grads, _ = run(jnp.ones(5), batch["x"], mask, jax.random.key(0))
+    kept = 0.5 * (batch["x"] * mask[:, None]).sum(0) / k
+    np.testing.assert_allclose(grads, kept, rtol=1e-5)
+    np.testing.assert_allclose(value, kept.sum(), rtol=1e-4)
+    assert len(set(np.asarray(drawn).tolist())) == k
+
+  def test_what_has_no_row_for_each_example(self):
+    loss = lambda w, x, scale: jnp.sum(x @ w * scale)
+    run = gaf_optax.value_and_grad(loss, 2)
+    with pytest.raises(ValueError, match=r"argument scale .*close over it"):
+      run(jnp.ones(3), jnp.ones((4, 3)), scale=jnp.ones(3))
+
+
+K = 4
+
+
+def every_form(rows, x, y):
+  """Each form once, on micro-gradients `[K, ...]` or the batch."""
+  params = across.params_of(rows)
+  sgd = optax.sgd(0.1)
+  stacked = {
+    "gaf": gaf_optax.gaf(0.97, num_microbatches=K, max_norm_ratio=2.0),
+    "anchor": gaf_optax.gaf(0.97, anchor_decay=0.5, groups="leaf"),
+    "memory": gaf_optax.gaf(
+      gaf_optax.adaptive_tau(),
+      rule=rules.majority(),
+      memory_decay=0.9,
+      num_microbatches=K,
+      embed=jnp.sign,
+    ),
+    "steered": gaf_optax.apply_if_agreed(sgd, gaf_optax.target_accept_rate(0.5)),
+  }
+  results = {}
+  for name, tx in stacked.items():
+    weights = jnp.arange(1.0, K + 1)
+    updates, state = tx.update(
+      rows, tx.init(params), params, microbatch_weights=weights
+    )
+    results[name] = updates, state, gaf_optax.metrics(state)
+  tx = gaf_optax.multi_steps(sgd, K, num_microbatches=K)
+
+  def one(state, row):
+    updates, state = tx.update(row, state, params)
+    return state, updates
+
+  results["multi_steps"] = jax.lax.scan(one, tx.init(params), rows)
+  mapped = gaf_optax.gaf(axis_name="data", num_microbatches=K)
+  results["axis"] = jax.vmap(
+    lambda row: mapped.update(row, mapped.init(params), params), axis_name="data"
+  )(rows)
+
+  def loss(params, x, y):
+    hidden = jnp.tanh(x @ params["hidden"])
+    return jnp.mean((hidden @ params["out"] - y) ** 2)
+
+  model = {"hidden": jnp.ones((3, 4)) / 4, "out": jnp.ones(4)}
+  weigh = lambda x, y: jnp.sum(jnp.abs(y))
+  for name, options in {
+    "streamed": dict(microbatch_weights=weigh),
+    "compared": dict(
+      compare=lambda path, leaf: path[0].key == "out",
+      rule=rules.nearest_neighbors(2),
+      tau=gaf_optax.tau_quantile(0.5),
+    ),
+  }.items():
+    results[name] = gaf_optax.value_and_grad(loss, K, **options)(model, x, y)
+  tx = gaf_optax.apply_if_nonzero(sgd)
+  results["nonzero"] = tx.update(results["streamed"][1], tx.init(model), model)
+  results["distance"] = gaf_optax.cosine_distance(x, y[:, None] * x)
+  return results
+
+
+@pytest.mark.usefixtures("standard_promotion")
+class TestChecksOfJax:
+  def inputs(self, lost=()):
+    rows = across.stack(K, {"a": (3, 5), "b": (7,)})
+    for i in lost:
+      rows["a"][i, 1, 2] = np.nan
+      rows["b"][i, 1] = np.inf
+    return rows, *across.stack(2 * K, {"x": (3,), "y": ()}).values()
+
+  def test_no_tracer_leaks(self):
+    with jax.checking_leaks():
+      jax.eval_shape(every_form, *self.inputs())
+
+  def test_a_compiled_step_moves_nothing_and_holds_no_nan(self):
+    """Whatever is lost: one micro-gradient, all but one, or all."""
+    compiled = jax.jit(every_form).lower(*self.inputs()).compile()
+    given = [jax.device_put(self.inputs(range(i))) for i in (0, 1, K - 1, K)]
+    with jax.transfer_guard("disallow"):
+      results = jax.block_until_ready([compiled(*inputs) for inputs in given])
+    for path, x in jax.tree_util.tree_leaves_with_path(results):
+      # Among the metrics, where it is infinite as the state cannot be.
+      may_be_infinite = jax.tree_util.DictKey("noise_scale") in path
+      if jnp.issubdtype(x.dtype, jnp.inexact):
+        assert not np.isnan(x).any(), path
+        assert may_be_infinite or np.isfinite(x).all(), path
+
+  def test_debug_nans_and_infs(self):
+    rows = jax.device_put(self.inputs([0, 1, 2])[0])
+    params = across.params_of(rows)
+    txs = [gaf_optax.gaf(num_microbatches=K), gaf_optax.apply_if_agreed(optax.sgd(0.1))]
+    with jax.debug_nans(True), jax.debug_infs(True):
+      for tx in txs:
+        jax.block_until_ready(tx.update(rows, tx.init(params), params))
