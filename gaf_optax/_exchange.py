@@ -69,7 +69,7 @@ def scatter(
     stacks = [arrays[i] if axes.stacked else arrays[i][None] for i in bucket.leaves]
     sent = _cut(stacks, bucket, n)
     received = _compat.all_to_all(sent, names) if sent.size else sent
-    return received.reshape(-1, *received.shape[2:])
+    return received.reshape(n * received.shape[1], *received.shape[2:])
 
   def split(leaves):
     index = lax.axis_index(names)
@@ -83,9 +83,9 @@ def scatter(
       whole = jnp.concatenate([next(slices) for _ in bucket.segments])
       if whole.size:
         whole = _compat.all_gather(whole, names)
-      whole = whole.reshape(n, -1)
+      whole = whole.reshape(n, whole.shape[0] // n, _LANES)
       for i, start, width in bucket.columns():
-        flat = whole[:, start : start + width].reshape(-1)
+        flat = _columns(whole, start, width).reshape(-1)
         results[i] = _unflat(flat[: math.prod(shapes[i])], shapes[i])
     return [results[i] for i in range(len(arrays))]
 
@@ -126,8 +126,8 @@ class _Bucket(NamedTuple):
 def _buckets(arrays, shapes, labels, n) -> list[_Bucket]:
   """Which leaves are exchanged together: of one dtype and type, those of a label first.
 
-  Large leaves come before small ones: what lies in front of them is mostly whole tiles
-  of a TPU then, so that they are copied without shifting values within a tile.
+  Leaves whose slices are whole tiles of a TPU come first: they are copied without
+  shifting values within a tile.
   """
   sizes = [math.prod(shape) for shape in shapes]
   kinds = [(x.dtype, _compat.varying(x)) for x in arrays]
@@ -140,7 +140,8 @@ def _buckets(arrays, shapes, labels, n) -> list[_Bucket]:
     limit = max(least // kind[0].itemsize, sum(sizes[i] for i in leaves) // 8)
     held: list[int] = []
     number = 0
-    for i in sorted(leaves, key=lambda i: (order[labels[i]], -sizes[i])):
+    place = lambda i: (order[labels[i]], -(-sizes[i] // n) % _LANES > 0, -sizes[i])
+    for i in sorted(leaves, key=place):
       if held and number + sizes[i] > limit:
         buckets.append(_bucket(held, sizes, labels, n))
         held, number = [], 0
@@ -165,14 +166,27 @@ def _bucket(leaves, sizes, labels, n) -> _Bucket:
 
 def _cut(stacks, bucket, n):
   """The slices of a bucket's leaves `[k_local, *shape]`: `[n, k_local, tiles, 128]`."""
-  slices = []
+  tiles, pending = [], []
   for x, width in zip(stacks, bucket.widths):
     flat = _flat(x)
     rows, size = flat.shape
     flat = jnp.pad(flat, ((0, 0), (0, n * width - size)))
-    slices.append(jnp.swapaxes(flat.reshape(rows, n, width), 0, 1))
-  whole = jnp.concatenate(slices, axis=2)
-  return whole.reshape(*whole.shape[:2], -1, _LANES)
+    pending.append(jnp.swapaxes(flat.reshape(rows, n, width), 0, 1))
+    if sum(x.shape[2] for x in pending) % _LANES == 0:
+      joined = jnp.concatenate(pending, axis=2)
+      tiles.append(joined.reshape(n, rows, joined.shape[2] // _LANES, _LANES))
+      pending = []
+  return jnp.concatenate(tiles, axis=2)
+
+
+def _columns(tiles, start, width):
+  """Columns of `[n, tiles, 128]` for each n, in tiles if they are whole ones."""
+  first, last = start // _LANES, -(-(start + width) // _LANES)
+  part = tiles[:, first:last]
+  if (last - first) * _LANES == width:
+    return part
+  start -= first * _LANES
+  return _tree.flat_rows(part)[:, start : start + width]
 
 
 def _flat(x):
