@@ -72,22 +72,20 @@ def test_labels_join_leaves_and_none_excludes(form):
 
 @every_form
 def test_nan_in_one_group_or_an_excluded_leaf_rejects_the_micro_gradient(form):
+  groups = lambda path, leaf: {"w": 0, "v": 1, "free": None}[path[0].key]
   tree = {
-    "w": jnp.ones((3, 2)),
-    "v": jnp.ones((3, 2)).at[1, 0].set(jnp.nan),
-    "free": jnp.array([1.0, 2.0, jnp.inf]),
+    "w": jnp.ones((4, 2)),
+    "v": jnp.ones((4, 2)).at[1, 0].set(jnp.nan),
+    "free": jnp.array([1.0, 2.0, jnp.inf, 4.0]),
   }
-  filtered = form(
-    tree,
-    0.97,
-    groups=lambda path, leaf: {"w": 0, "v": 1, "free": None}[path[0].key],
-  )
-  assert filtered.nonfinite == 2 and not filtered.agreed  # one finite one is left
-  np.testing.assert_array_equal(filtered.gradient["free"], 0)
-  tree = jax.tree.map(lambda x: jnp.concatenate([x, x[:1]]), tree)
-  filtered = form(tree, 0.97, groups=lambda path, leaf: path[0].key)
-  assert filtered.agreed and filtered.accepted == 2
+  filtered = form(tree, 0.97, groups=groups)
+  assert filtered.nonfinite == 2 and filtered.agreed and filtered.accepted == 2
   np.testing.assert_allclose(filtered.gradient["v"], [1, 1], rtol=1e-6)
+  np.testing.assert_allclose(filtered.gradient["free"], 2.5, rtol=1e-6)
+  tree["w"] = tree["w"].at[3, 1].set(-jnp.inf)
+  filtered = form(tree, 0.97, groups=groups)
+  assert filtered.nonfinite == 3 and not filtered.agreed  # one finite one is left
+  np.testing.assert_array_equal(filtered.gradient["free"], 0)
 
 
 @every_form

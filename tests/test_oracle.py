@@ -29,6 +29,9 @@ class Layout(NamedTuple):
   shapes: str
   dtype: str
 
+  def __str__(self):
+    return "-".join(map(str, self))
+
 
 LAYOUTS = [
   Layout(2, "vector", "float32"),
@@ -37,9 +40,6 @@ LAYOUTS = [
   Layout(3, "net", "float16"),
   Layout(4, "odd", "complex64"),
 ]
-of_layout = pytest.mark.parametrize(
-  "layout", LAYOUTS, ids=lambda x: "-".join(map(str, x))
-)
 
 
 @st.composite
@@ -131,9 +131,18 @@ PAIRWISE = (
 )
 
 
-@of_layout
-@pytest.mark.parametrize("which", ["plain", "weighted", "pairwise"])
-def test_stacked_form_is_the_oracles(layout, which):
+@pytest.mark.parametrize(
+  "which, layout",
+  [
+    *(("weighted", layout) for layout in LAYOUTS),
+    ("plain", LAYOUTS[1]),
+    ("plain", LAYOUTS[4]),
+    ("pairwise", LAYOUTS[1]),
+    ("pairwise", LAYOUTS[2]),
+  ],
+  ids=str,
+)
+def test_stacked_form_is_the_oracles(which, layout):
   """Over several updates, each of which starts one place further on."""
   k = layout.k
 
@@ -184,8 +193,11 @@ def test_leaves_of_all_sizes(options):
     np.testing.assert_allclose(oracle.wide(got), expected, atol=4 * EPS[str(got.dtype)])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[:3], ids=lambda x: "-".join(map(str, x)))
-@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize(
+  "weighted, layout",
+  [(True, LAYOUTS[1]), (True, LAYOUTS[2]), (False, LAYOUTS[0])],
+  ids=str,
+)
 @pytest.mark.parametrize("form", [forms.streamed, forms.scanned])
 def test_streamed_forms_are_the_oracles(layout, weighted, form):
   @settings(max_examples=15)
@@ -213,7 +225,6 @@ def test_streamed_rules_are_the_oracles():
   gather()
   for name, kind, softness in [
     ("sequential", "euclidean", 0.1),
-    ("running_average", "cosine", 0.0),
     ("running_average", "euclidean", 0.0),
   ]:
     soft = {"softness": softness} if softness else {}

@@ -88,7 +88,8 @@ def as_oracle(decision, expected, error=1e-5):
 
 @pytest.mark.parametrize("name", OF_TAU)
 def test_a_rule_of_a_plain_gram_matrix_is_the_oracles(name):
-  for rule, options in makes(name):
+  # All kinds of it are in the next test.
+  for rule, options in list(makes(name))[:1]:
     decided = num_accepted = 0
     for v, valid in cases():
       for tau in (0.2, 0.6, 0.97, 1.0, 2.0):

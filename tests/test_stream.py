@@ -138,8 +138,8 @@ class TestValueAndGrad:
     }
     return params, x, y
 
-  @pytest.mark.parametrize("rule", [rules.sequential(), rules.running_average()])
-  def test_is_gaf_of_vmapped_gradients_of_every_fourth_row(self, rule):
+  def test_is_gaf_of_vmapped_gradients_of_every_fourth_row(self):
+    rule = rules.running_average()
     params, x, y = self.case()
     split = lambda a: jnp.stack([a[i::4] for i in range(4)])
     micro = jax.vmap(jax.value_and_grad(self.loss), (None, 0, 0))
@@ -278,23 +278,19 @@ class TestMemory:
   def test_multi_steps_state_and_program_do_not_grow(self):
     params = {"a": jnp.zeros((256, 512)), "b": jnp.zeros((512, 256))}
 
-    def sizes(k):
+    def state_and_program(k):
       tx = gaf_optax.multi_steps(optax.sgd(0.1), k)
       state = tx.init(params)
-      compiled = jax.jit(tx.update).lower(params, state, params).compile()
-      return (
-        compiled.memory_analysis().temp_size_in_bytes,
-        sum(x.nbytes for x in jax.tree.leaves(state)),
+      text = jax.jit(tx.update).lower(params, state, params).as_text()
+      return steps.describe(state), text.replace(
+        f"dense<{k}> : tensor<i32>", "dense<k>"
       )
 
-    (temporary_32, state_32), (temporary_4, state_4) = sizes(32), sizes(4)
-    assert temporary_32 <= 1.25 * temporary_4
-    assert state_32 == state_4
+    assert state_and_program(32) == state_and_program(29)
 
 
-@pytest.mark.parametrize("form", forms.ALL.values(), ids=forms.ALL)
-def test_bf16_running_mean_is_kept_in_float32(form):
+def test_bf16_running_mean_is_kept_in_float32():
   """256 times 1 + 2**-7: a bfloat16 running sum would lose every small term."""
   stack = jnp.full((64, 3), 1 + 2**-7).astype(jnp.bfloat16)
-  gradient = form({"w": stack}, 0.97).gradient["w"]
+  gradient = forms.streamed({"w": stack}, 0.97).gradient["w"]
   np.testing.assert_array_equal(np.asarray(gradient, np.float32), 1 + 2**-7)

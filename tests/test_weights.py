@@ -77,13 +77,14 @@ def test_the_mean_has_the_weights_on_any_scale(form):
 @every_form
 def test_the_sum_that_is_compared_with_has_the_weights(form):
   """One of a large weight pulls it to its side."""
-  rows = jnp.array([[1.0, 0.0], [1.0, 1.0], [-0.2, 1.0]])
+  rows = np.array([[1.0, 0, 0], [1, 1, 0], [-0.2, 1, 0], [9, 9, 9], [9, 9, 9]])
+  leaves = {"a": jnp.zeros((K, 4, 2)), "b": jnp.asarray(rows, jnp.float32)}
   for weights, accepted in [([1, 1, 1], 2), ([1, 1e3, 1], 3), ([1e3, 1, 1], 2)]:
-    weights = np.array(weights, np.float64)
-    filtered = form({"w": rows}, 0.7, microbatch_weights=weights)
+    weights = np.array([*weights, 0, 0], np.float64)
+    filtered = form(leaves, 0.7, microbatch_weights=weights)
     assert filtered.accepted == accepted
     s = weights[0] * rows[0] + weights[1] * rows[1]
-    want = oracle.distance(np.asarray(s, np.float64), np.asarray(rows[2], np.float64))
+    want = oracle.distance(s, rows[2])
     np.testing.assert_allclose(filtered.distances[2], want, atol=1e-5)
 
 
