@@ -23,7 +23,7 @@ _BUCKET = 4 << 20
 _MANY_DEVICES, _BUCKET_OF_MANY = 32, 32 << 20
 
 # Values that an exchange is padded to a multiple of. XLA's TPU compiler turns an
-# all-gather of other widths into an all-reduce, too; these need no reshape either.
+# all-gather of other widths into an all-reduce, too; the latter need no reshape either.
 _LANES = 128
 _ALIGNMENT = 8 * _LANES
 
@@ -157,8 +157,10 @@ def _bucket(leaves, sizes, labels, n) -> _Bucket:
   for label, run in itertools.groupby(leaves, key=lambda i: labels[i]):
     own = [-(-sizes[i] // n) for i in run]
     is_last = len(widths) + len(own) == len(leaves)
-    unit = _ALIGNMENT if is_last else _LANES
-    own[-1] += -sum(widths + own) % unit
+    total = sum(widths + own)
+    # Where that adds less than a hundredth.
+    aligned = is_last and total > 100 * _ALIGNMENT
+    own[-1] += -total % (_ALIGNMENT if aligned else _LANES)
     segments.append((label, sum(own) // _LANES))
     widths += own
   return _Bucket(leaves, widths, segments)

@@ -49,7 +49,7 @@ def test_per_leaf_decisions_send_the_same():
 
 def test_collectives_do_not_grow_with_the_leaves():
   """To the slices, the Gram matrices, and back."""
-  many = tuple(AWKWARD) * 4
+  many = tuple(AWKWARD) + ((33,),) * 8
   found = cost(), cost(groups="leaf"), cost(leaves=many, groups="leaf")
   assert [one.collectives for one in found] == [3, 3, 3]
 

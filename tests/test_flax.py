@@ -1,4 +1,4 @@
-"""The filter in Flax's two ways to hold an optimizer."""
+"""The filter in Flax's TrainState; clients/test_nnx.py has its other optimizer."""
 
 import warnings
 
@@ -18,7 +18,6 @@ with warnings.catch_warnings():
   # The oldest Flax that is admitted reads a name that the oldest JAX has deprecated.
   warnings.simplefilter("ignore", DeprecationWarning)
   from flax import linen as nn
-  from flax import nnx
   from flax.training import train_state
 
 TAU = 0.9
@@ -49,41 +48,6 @@ def filtered_gradient(kernel, x, y, step):
     if 1 - cosine <= TAU:
       total, number = total + row, number + 1
   return (total / number if number > 1 else 0 * total), number
-
-
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_nnx_optimizer_trains_on_stacked_gradients(wrapped):
-  inner = optax.sgd(0.05)
-  tx = (
-    gaf_optax.apply_if_agreed(inner, TAU)
-    if wrapped
-    else optax.chain(gaf_optax.gaf(TAU), inner)
-  )
-  model = nnx.Linear(FEATURES, 1, use_bias=False, rngs=nnx.Rngs(0))
-  optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-
-  def train_step(model, optimizer, x, y):
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
-
-    def loss(params, x, y):
-      # A copy: the model's own variables belong to the trace outside of vmap.
-      prediction = nnx.merge(graph, params, rest, copy=True)(x)
-      return jnp.mean((prediction - y) ** 2)
-
-    grads = jax.vmap(jax.grad(loss), (None, 0, 0))(params, x, y)
-    optimizer.update(model, grads)
-    return gaf_optax.metrics(optimizer.opt_state)
-
-  expected = np.asarray(model.kernel[...])
-  for step in range(3):
-    x, y = batches(step)
-    gradient, number = filtered_gradient(expected, x, y, step)
-    found = train_step(model, optimizer, x, y)
-    expected = expected - 0.05 * gradient
-    assert float(found["num_accepted"]) == (number if number > 1 else 0)
-    np.testing.assert_allclose(model.kernel[...], expected, rtol=1e-4, atol=1e-5)
-  assert float(gaf_optax.metrics(optimizer.opt_state)["num_accepted"]) == number == 2
-  assert model.kernel[...].shape == (FEATURES, 1)
 
 
 def test_linen_train_state_trains_on_stacked_gradients():

@@ -290,7 +290,7 @@ class TestMemory:
 
 
 def test_bf16_running_mean_is_kept_in_float32():
-  """256 times 1 + 2**-7: a bfloat16 running sum would lose every small term."""
-  stack = jnp.full((64, 3), 1 + 2**-7).astype(jnp.bfloat16)
+  """1, and 63 times the next number: in bfloat16 every one of them would be lost."""
+  stack = jnp.full((64, 3), 1 + 2**-7).astype(jnp.bfloat16).at[0].set(1)
   gradient = forms.streamed({"w": stack}, 0.97).gradient["w"]
   np.testing.assert_array_equal(np.asarray(gradient, np.float32), 1 + 2**-7)

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 
 import gaf_optax
 from clients import task
@@ -76,7 +75,7 @@ def train(tau, how="pmap", data=None, averaged=False):
   return task.Run(losses, task.first(state.params), accepted), scales
 
 
-def test_accepting_all_is_the_mean():
+def test_as_the_mean_and_as_stacked_on_one_device():
   scales = []
 
   def run(tau):
@@ -84,15 +83,13 @@ def test_accepting_all_is_the_mean():
     scales.append(found)
     return result
 
-  task.assert_trains_as_the_mean(run)
+  task.assert_trains(run, task.wanted(task.SGD))
   # They grow after three finite steps, as one.
   assert scales[0] == scales[1] == [[2.0**16]] * 3 + [[2.0**17]]
 
 
-@pytest.mark.parametrize("how", ["pmap", "vmap"])
-def test_as_stacked_on_one_device(how):
-  wanted = task.wanted(task.SGD)
-  task.assert_same(train(task.TAU, how)[0], wanted)
+def test_under_vmap():
+  task.assert_same(train(task.tau, "vmap")[0], task.wanted(task.SGD))
 
 
 def test_a_microbatch_that_overflows_is_dropped_and_lowers_the_scale():

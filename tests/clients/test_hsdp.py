@@ -48,9 +48,5 @@ def train(tau):
   return task.Run(losses, params, accepted)
 
 
-def test_accepting_all_is_the_mean():
-  task.assert_trains_as_the_mean(train)
-
-
-def test_as_stacked_on_one_device():
-  task.assert_same(train(task.TAU), task.wanted(task.ADAM))
+def test_as_the_mean_and_as_stacked_on_one_device():
+  task.assert_trains(train, task.wanted(task.ADAM))

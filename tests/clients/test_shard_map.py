@@ -41,12 +41,8 @@ def train(tau):
   return task.Run(losses, params, accepted)
 
 
-def test_accepting_all_is_the_mean():
-  task.assert_trains_as_the_mean(train)
-
-
-def test_as_stacked_on_one_device():
-  task.assert_same(train(task.TAU), task.wanted(task.SGD))
+def test_as_the_mean_and_as_stacked_on_one_device():
+  task.assert_trains(train, task.wanted(task.SGD))
 
 
 def test_a_mean_left_in_the_loss_divides_the_result():

@@ -28,7 +28,7 @@ def step_of(tau):
       value, grads = jax.value_and_grad(task.loss)(state.params, x, y)
       number = None
     else:
-      of_params = gaf_optax.value_and_grad(task.loss, task.K, tau)
+      of_params = gaf_optax.value_and_grad(task.loss, task.K, tau(state.step))
       value, grads, agreement = of_params(state.params, x, y)
       number = agreement.num_accepted
     return state.apply_gradients(grads=grads), value, number
@@ -46,16 +46,12 @@ def train(tau):
   return task.Run(losses, state.params, accepted)
 
 
-def test_accepting_all_is_the_mean():
-  task.assert_trains_as_the_mean(train)
-
-
-def test_as_stacked_on_one_device():
-  task.assert_same(train(task.TAU), task.wanted(task.ADAM))
+def test_as_the_mean_and_as_stacked_on_one_device():
+  task.assert_trains(train, task.wanted(task.ADAM))
 
 
 def test_a_step_without_agreement_leaves_everything_as_it_was():
-  state, train_step = create(task.TAU), step_of(task.TAU)
+  state, train_step = create(task.tau), step_of(lambda step: task.TAU)
   x, y = task.batches()[0]
   state, _, _ = train_step(state, *task.interleaved((x, y)))
   # All but the first want the opposite of what the first wants.
