@@ -18,7 +18,8 @@ from gaf_optax import _compat, _mesh, _tree
 # Columns of a CPU's block. XLA's CPU product of long rows copies them, and adds up many
 # terms one after the other: the error of a squared norm grows with the block. With many
 # rows XLA cuts the sums itself, and the products of many small blocks take memory.
-_BLOCK, _MANY_ROWS, _BLOCK_OF_MANY = 1 << 11, 12, 1 << 12
+_BLOCK = 1 << (11 if jax.__version_info__ >= (0, 10) else 10)
+_MANY_ROWS, _BLOCK_OF_MANY = 12, 1 << 12
 
 # Values of a leaf up to which it is joined with others, and of what it is joined to.
 # Compiling a kernel for each small leaf takes longer than copying its values.
@@ -217,7 +218,7 @@ def _by_blocks(products, dtype, *arrays):
   flat = [_tree.flat_rows(x) for x in arrays]
   width = _BLOCK if flat[-1].shape[0] < _MANY_ROWS else _BLOCK_OF_MANY
   whole, rest = divmod(flat[0].shape[1], width)
-  if whole < 2:
+  if flat[0].shape[1] <= width:
     return products(*(x.astype(dtype) for x in flat))
   held = [_compat.for_cpu_loop(x, dtype) for x in flat]
 

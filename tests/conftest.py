@@ -14,7 +14,10 @@ collect_ignore = ["typing"]
 # Most of a test's time goes into compiling, and programs this small gain nothing from
 # being optimized. Options of XLA that save time, with the values that they have
 # where nobody sets them. GAF_TESTS_COMPILE=full leaves them so, as users compile.
-QUICK = {"xla_backend_optimization_level": (0, 3)}
+QUICK = {
+  "xla_backend_optimization_level": (0, 3),
+  "xla_cpu_parallel_codegen_split_count": (1, 32),
+}
 if jax.__version_info__ < (0, 11):  # Newer ones end the process over it.
   QUICK["xla_cpu_use_fusion_emitters"] = (False, True)
 if os.environ.get("GAF_TESTS_COMPILE", "quick") == "full":
