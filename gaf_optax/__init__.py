@@ -12,6 +12,7 @@ from gaf_optax._example_weights import example_weights
 from gaf_optax._gaf import gaf
 from gaf_optax._metrics import metrics, sources
 from gaf_optax._multi_steps import MultiStepsState, multi_steps
+from gaf_optax._on_shards import on_shards
 from gaf_optax._state import Agreement, GafState
 from gaf_optax._tau import adaptive_tau, target_accept_rate, tau_quantile
 from gaf_optax._value_and_grad import value_and_grad
@@ -34,6 +35,7 @@ __all__ = [
   "gaf",
   "metrics",
   "multi_steps",
+  "on_shards",
   "rules",
   "sources",
   "target_accept_rate",

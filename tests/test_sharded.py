@@ -94,24 +94,6 @@ def sent(compiled):
   return total / (4 * VALUES), temporary / (4 * VALUES)
 
 
-def on_shards(tx, mesh, specs, lead=(None,)):
-  """As docs/sharding.md has it."""
-  grad_specs = jax.tree.map(lambda s: P(*lead, *s), specs)
-
-  def update(grads, state, params):
-    state_specs = optax.tree_map_params(
-      tx, lambda _, s: s, state, specs, transform_non_params=lambda _: P()
-    )
-    return jax.shard_map(
-      tx.update,
-      mesh=mesh,
-      in_specs=(grad_specs, state_specs, specs),
-      out_specs=(specs, state_specs),
-    )(grads, state, params)
-
-  return optax.GradientTransformation(tx.init, update)
-
-
 def test_some_members_are_dropped():
   """So that the tests below can fail."""
   assert 2 <= wanted(N).accepted.sum() < N
@@ -149,7 +131,7 @@ class TestFSDP:
   def test_auto_axes(self):
     mesh = across.mesh()
     tx = gaf_optax.gaf(TAU, param_axes="data", num_microbatches=N)
-    tx = on_shards(tx, mesh, SPECS)
+    tx = gaf_optax.on_shards(tx, mesh, SPECS)
     params, batch = self.batch(mesh)
 
     def step(params, state, x, y):
@@ -215,7 +197,7 @@ class TestFSDP:
     inner = optax.sgd(1.0, momentum=0.9)
     if kind == AxisType.Auto:
       tx = gaf_optax.multi_steps(inner, N, TAU, param_axes="data", **options)
-      tx = on_shards(tx, mesh, SPECS, lead=())
+      tx = gaf_optax.on_shards(tx, mesh, SPECS, lead=())
     else:
       tx = gaf_optax.multi_steps(inner, N, TAU, **options)
 
@@ -251,7 +233,9 @@ class TestReplicasOfShards:
     options = dict(num_microbatches=2)
     if kind == AxisType.Auto:
       options |= dict(axis_name="replica", stacked=True, param_axes="fsdp")
-      tx = on_shards(gaf_optax.gaf(TAU, **options), mesh, HALVES, ("replica",))
+      tx = gaf_optax.on_shards(
+        gaf_optax.gaf(TAU, **options), mesh, HALVES, lead=("replica",)
+      )
     else:
       tx = gaf_optax.gaf(TAU, **options)
 

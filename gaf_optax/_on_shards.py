@@ -1,0 +1,137 @@
+"""On shards: a transformation that each device of a mesh runs on its own part."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from gaf_optax import _validate
+from gaf_optax._validate import leaf_name
+
+
+def on_shards(
+  tx: optax.GradientTransformation,
+  mesh: Mesh,
+  specs: Any,
+  *,
+  lead: tuple[Any, ...] = (None,),
+) -> optax.GradientTransformationExtraArgs:
+  """`tx` for gradients under plain `jit` on a mesh of Auto axes.
+
+  On Auto axes the type of an array does not say where it is. `update` runs inside a
+  `jax.shard_map` over the mesh, where each device has its part of every leaf. Give `tx`
+  the axes that the parameters are sharded over: `gaf(tau, param_axes="data")`.
+
+  Args:
+    tx: `gaf`, `apply_if_agreed`, `multi_steps`, or a chain of them and of
+      transformations that treat every value alike.
+    mesh: the mesh.
+    specs: a tree of the parameters' `PartitionSpec`, a prefix of it, or a function of
+      the parameters' shapes (a tree of `jax.ShapeDtypeStruct`) that returns either.
+    lead: entries of the `PartitionSpec` of the gradients' leading axes: `(None,)` where
+      each device has all micro-gradients of its part, `(name,)` where they are sharded
+      (with `gaf(axis_name=name, stacked=True)`), `()` where there is no such axis, as
+      for `multi_steps`.
+
+  Returns:
+    A transformation whose `update` takes leaves `[*lead, *shape]` and returns leaves
+    `[*shape]`, sharded as `specs` says. Extra arguments that are arrays are the same on
+    all devices, but `microbatch_weights`, which lies as `lead` says.
+
+  Raises:
+    ValueError: for a mesh or a `lead` of another kind. `update` raises it for a leaf
+      without a spec, and for a spec with an axis that the mesh does not have.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, optax
+    >>> from jax.sharding import PartitionSpec as P
+    >>> from gaf_optax import gaf, on_shards
+    >>> mesh = jax.make_mesh((jax.device_count(),), ('data',),
+    ...                      axis_types=(jax.sharding.AxisType.Auto,))
+    >>> tx = optax.chain(
+    ...     on_shards(gaf(0.97, param_axes='data'), mesh, P('data')), optax.sgd(1.0))
+    >>> params = jnp.zeros(jax.device_count())
+    >>> state = tx.init(params)
+    >>> updates, state = jax.jit(tx.update)(jnp.ones((2, params.size)), state, params)
+    >>> print(updates[0])
+    -1.0
+  """
+  if not isinstance(mesh, Mesh):
+    raise ValueError(f"mesh must be a jax.sharding.Mesh, got {mesh!r}.")
+  if not isinstance(lead, tuple):
+    raise ValueError(f"lead must be a tuple such as (None,) or (), got {lead!r}.")
+  tx = optax.with_extra_args_support(tx)
+
+  def update_fn(
+    grads, state, params=None, *, microbatch_weights=None, **extra_args: Any
+  ):
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape[len(lead) :], x.dtype)
+    like = jax.tree.map(shape, grads) if params is None else params
+    of_params = _whole(specs, jax.eval_shape(lambda tree: tree, like), mesh)
+    own = dict(jax.tree_util.tree_flatten_with_path(of_params, _is_spec)[0])
+    of_path: Callable[[Any, Any], Any] = lambda path, _: own[path]
+    of_updates = jax.tree_util.tree_map_with_path(of_path, grads)
+    of_grads = jax.tree.map(lambda spec: P(*lead, *spec), of_updates, is_leaf=_is_spec)
+    of_state = optax.tree_map_params(
+      tx,
+      lambda _, spec: spec,
+      state,
+      of_params,
+      transform_non_params=lambda _: P(),
+    )
+    arrays = {
+      name: value
+      for name, value in extra_args.items()
+      if all(isinstance(x, jax.Array) for x in jax.tree.leaves(value))
+    }
+    others = {name: extra_args[name] for name in extra_args.keys() - arrays.keys()}
+    weights = {"microbatch_weights": microbatch_weights}
+    weights = {} if microbatch_weights is None else weights
+
+    def update(grads, state, params, arrays, weights):
+      return tx.update(grads, state, params, **arrays, **weights, **others)
+
+    of_inputs: Any = (
+      of_grads,
+      of_state,
+      None if params is None else of_params,
+      P(),
+      P(*lead),
+    )
+    run = jax.shard_map(
+      update, mesh=mesh, in_specs=of_inputs, out_specs=(of_updates, of_state)
+    )
+    return run(grads, state, params, arrays, weights)
+
+  return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+
+
+def _is_spec(node):
+  return isinstance(node, P)
+
+
+def _whole(specs, shapes, mesh):
+  """A spec for every leaf of the parameters, from what the user gave."""
+  specs = specs(shapes) if callable(specs) and not _is_spec(specs) else specs
+  flat = jax.tree_util.tree_flatten_with_path(specs, is_leaf=_is_spec)[0]
+  for path, spec in flat:
+    if not _is_spec(spec):
+      raise ValueError(
+        f"specs must hold PartitionSpecs, got {spec!r} at {leaf_name(path)}."
+      )
+    names = [n for e in spec if e for n in (e if isinstance(e, tuple) else (e,))]
+    _validate.one_of(tuple(mesh.axis_names), **{f"axis of {spec}": n for n in names})
+
+  def of(path, _):
+    for prefix, spec in flat:
+      if path[: len(prefix)] == prefix:
+        return spec
+    raise ValueError(
+      f"specs hold no PartitionSpec for leaf {leaf_name(path)}. Give a tree of them"
+      " like the parameters, a prefix of it, or a function of the parameters' shapes."
+    )
+
+  return jax.tree_util.tree_map_with_path(of, shapes)
