@@ -87,9 +87,10 @@ def test_sends_what_the_mean_sends(across, tree, form):
   """The Gram matrix and padding count; an anchor sends half as much again."""
   row = across(tree, form)
   assert row["mean"]["sent"] == pytest.approx(2 * row["size"] * 7 / 8)
-  assert (
-    row["own"]["sent"] <= (1.51 if form == "anchor" else 1.01) * row["mean"]["sent"]
-  )
+  most = (1.51 if form == "anchor" else 1.01) * row["mean"]["sent"]
+  if form == "leaf":  # The slice of each of five leaves is padded to 128 values.
+    most += 2 * 7 / 8 * 5 * 127 * 8 * 4
+  assert row["own"]["sent"] <= most
 
 
 @pytest.mark.parametrize("form", [form for form in ACROSS[SMALL] if form != "anchor"])
