@@ -116,7 +116,7 @@ def axes(
 def spec_axes(specs: Any) -> tuple[Hashable, ...]:
   """All axes that a tree of `PartitionSpec` names, in order."""
   flat = jax.tree.leaves(specs, is_leaf=lambda node: isinstance(node, P))
-  return tuple(dict.fromkeys(name for spec in flat for name in _of_spec(spec)))
+  return tuple(dict.fromkeys(name for spec in flat for name in axes_of_spec(spec)))
 
 
 def _check_bound(argument, names):
@@ -134,7 +134,7 @@ def _check_bound(argument, names):
 def _replicated(path, x, param_axes, param_specs):
   """The names in `param_axes` that a leaf is replicated over."""
   if param_specs is not None:
-    sharded = _named_in(param_specs, path)
+    sharded = frozenset(axes_of_spec(spec_at(param_specs, path, "param_axes")))
   else:
     for name in param_axes:
       if not _compat.checks_replication(name):
@@ -143,21 +143,22 @@ def _replicated(path, x, param_axes, param_specs):
   return tuple(name for name in param_axes if name not in sharded)
 
 
-def _of_spec(spec):
+def axes_of_spec(spec: P) -> list[str]:
+  """All axes that a `PartitionSpec` names."""
   entries = [e if isinstance(e, tuple) else (e,) for e in spec]
   return [name for entry in entries for name in entry if name is not None]
 
 
-def _named_in(specs, path):
-  """Axes in the `PartitionSpec` of a leaf; the tree of specs may be a prefix."""
+def spec_at(specs: Any, path: Any, argument: str) -> P:
+  """The `PartitionSpec` of a leaf; the tree of specs may be a prefix."""
   flat, _ = jax.tree_util.tree_flatten_with_path(
     specs, is_leaf=lambda node: isinstance(node, P)
   )
   for prefix, spec in flat:
     if path[: len(prefix)] == prefix:
-      return set(_of_spec(spec))
+      return spec
   raise ValueError(
-    f"param_axes holds no PartitionSpec for leaf {leaf_name(path)}. Give a tree of"
+    f"{argument} holds no PartitionSpec for leaf {leaf_name(path)}. Give a tree of"
     " them like the parameters, or a prefix of it, as in_specs of jax.shard_map."
   )
 

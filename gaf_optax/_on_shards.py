@@ -8,7 +8,7 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from gaf_optax import _validate
+from gaf_optax import _mesh, _validate
 from gaf_optax._validate import leaf_name
 
 
@@ -122,16 +122,8 @@ def _whole(specs, shapes, mesh):
       raise ValueError(
         f"specs must hold PartitionSpecs, got {spec!r} at {leaf_name(path)}."
       )
-    names = [n for e in spec if e for n in (e if isinstance(e, tuple) else (e,))]
-    _validate.one_of(tuple(mesh.axis_names), **{f"axis of {spec}": n for n in names})
-
-  def of(path, _):
-    for prefix, spec in flat:
-      if path[: len(prefix)] == prefix:
-        return spec
-    raise ValueError(
-      f"specs hold no PartitionSpec for leaf {leaf_name(path)}. Give a tree of them"
-      " like the parameters, a prefix of it, or a function of the parameters' shapes."
-    )
-
-  return jax.tree_util.tree_map_with_path(of, shapes)
+    for name in _mesh.axes_of_spec(spec):
+      _validate.one_of(tuple(mesh.axis_names), **{f"axis of {spec}": name})
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: _mesh.spec_at(specs, path, "specs"), shapes
+  )

@@ -95,7 +95,7 @@ def test_errors():
   mesh, tx = across.mesh(), gaf_optax.gaf(0.9, param_axes="data")
   params = tree(0)
   for bad, words in [
-    ({"w": P("data")}, r"no PartitionSpec for leaf \['v'\]"),
+    ({"w": P("data")}, r"specs holds no PartitionSpec for leaf \['v'\]"),
     ({"w": P("model"), "v": P()}, "must be one of 'data', got 'model'"),
     ({"w": "data", "v": P()}, r"must hold PartitionSpecs, got 'data' at \['w'\]"),
   ]:

@@ -269,7 +269,7 @@ def test_a_state_of_another_transformation():
     (
       gaf_optax.gaf(gaf_optax.target_accept_rate(0.5)),
       gaf_optax.gaf().init(PARAMS),
-      "tau is .* the state lacks what it needs .steered",
+      "tau is _TargetAcceptRate.* the state lacks what it needs .steered",
     ),
     (
       gaf_optax.gaf(anchor_decay=0.5),
