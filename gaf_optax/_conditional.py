@@ -1,14 +1,13 @@
 """Conditional: an inner transformation that is left out on steps without agreement."""
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from gaf_optax import _gaf, _inner, _options, _state, rules
+from gaf_optax import _gaf, _inner, _options, _state, _tree, rules
 
 
 class ApplyIfAgreedState(NamedTuple):
@@ -28,7 +27,7 @@ def apply_if_agreed(
   tau: _options.Tau = 0.97,
   *,
   rule: rules.RuleFn | None = None,
-  embed: Callable[[jax.Array], jax.Array] | None = None,
+  embed: _tree.Embed | None = None,
   axis_name: _options.AxisNames | None = None,
   param_axes: _options.ParamAxes = (),
   stacked: bool | None = None,

@@ -1,8 +1,5 @@
 """GAF: the filter as the first link of a chain."""
 
-from collections.abc import Callable
-
-import jax
 import optax
 
 from gaf_optax import (
@@ -20,7 +17,7 @@ def gaf(
   tau: _options.Tau = 0.97,
   *,
   rule: rules.RuleFn | None = None,
-  embed: Callable[[jax.Array], jax.Array] | None = None,
+  embed: _tree.Embed | None = None,
   axis_name: _options.AxisNames | None = None,
   param_axes: _options.ParamAxes = (),
   stacked: bool | None = None,

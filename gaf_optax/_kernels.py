@@ -6,7 +6,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,14 +25,12 @@ _MANY_ROWS, _BLOCK_OF_MANY = 12, 1 << 12
 # Compiling a kernel for each small leaf takes longer than copying its values.
 _SMALL, _BUNDLE = 1 << 12, 1 << 16
 
-Embed = Callable[[jax.Array], jax.Array]
-
 
 def gram(
   leaves: Sequence[jax.Array],
   group_ids: Sequence[int],
   num_groups: int,
-  embed: Embed | None = None,
+  embed: _tree.Embed | None = None,
   shards: _mesh.Shards = _mesh.WHOLE,
 ) -> tuple[jax.Array, jax.Array]:
   """The Gram matrix of each group, and which micro-gradients are finite.
@@ -84,7 +82,7 @@ def dots(
   leaves: Sequence[jax.Array],
   group_ids: Sequence[int],
   num_groups: int,
-  embed: Embed | None = None,
+  embed: _tree.Embed | None = None,
   shards: _mesh.Shards = _mesh.WHOLE,
 ) -> tuple[jax.Array, jax.Array]:
   """The squared norm `[m]` of a vector, and its products `[m, k]` with k others.

@@ -65,7 +65,7 @@ def multi_steps(
   tau: _options.Tau = 0.97,
   *,
   rule: rules.RuleFn | None = None,
-  embed: _options.Embed | None = None,
+  embed: _tree.Embed | None = None,
   axis_name: _options.AxisNames | None = None,
   param_axes: _options.ParamAxes = (),
   stacked: bool | None = None,

@@ -1,7 +1,7 @@
 """Options: the arguments that every form of the filter shares, checked once."""
 
 import dataclasses
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -14,7 +14,6 @@ AxisNames: TypeAlias = Hashable | tuple[Hashable, ...]
 # Names of axes, or a tree of `PartitionSpec`.
 ParamAxes: TypeAlias = Any
 Groups: TypeAlias = Literal["leaf"] | _tree.GroupsFn
-Embed: TypeAlias = Callable[[jax.Array], jax.Array]
 
 
 class Plan(NamedTuple):
@@ -30,7 +29,7 @@ class Plan(NamedTuple):
 
   rule: Any
   tau: _tau.Tau
-  embed: Embed | None
+  embed: _tree.Embed | None
   layout: _tree.Layout
   axes: _mesh.Axes
 
@@ -56,7 +55,7 @@ class Options:
 
   tau: _tau.Tau
   rule: Any
-  embed: Embed | None
+  embed: _tree.Embed | None
   axis_names: tuple[Hashable, ...]
   stacked: bool
   param_axes: tuple[Hashable, ...]

@@ -12,6 +12,7 @@ import optax
 from gaf_optax import _compat
 from gaf_optax._validate import leaf_name
 
+Embed = Callable[[jax.Array], jax.Array]
 GroupsFn = Callable[[Any, jax.ShapeDtypeStruct], Hashable]
 
 

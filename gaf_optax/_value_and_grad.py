@@ -33,7 +33,7 @@ def value_and_grad(
   compare: _two_pass.Compare | None = None,
   microbatch_weights: Callable[..., jax.typing.ArrayLike] | None = None,
   rule: rules.RuleFn | None = None,
-  embed: _options.Embed | None = None,
+  embed: _tree.Embed | None = None,
   axis_name: _options.AxisNames | None = None,
   param_axes: _options.ParamAxes = (),
   stacked: bool | None = None,
