@@ -187,10 +187,10 @@ def finish(
   layout = plan.layout
   agreed = stream.num_in_mean >= min_accepted
   slots = jnp.append(agreed, jnp.any(agreed))
-  found = zip(_tree.pick(stream.means, layout), layout.group_ids)
-  means = [jnp.where(slots[group], mean, 0) for mean, group in found]
+  found = _tree.pick(stream.means, layout)
+  means = [jnp.where(slots[g], x, 0) for x, g in zip(found, layout.group_ids)]
   square, _ = _kernels.gram(
-    [x[None] for x in means],
+    [x[None] for x in found],
     layout.group_ids,
     layout.num_groups,
     None,
@@ -216,7 +216,9 @@ def finish(
     nonfinite=stream.num_present - stream.num_valid,
     identical=_state.are_copies(mean_distance),
     noise_scale=_state.nothing(),
-    grad_norm=jnp.sqrt(jnp.sum(square)).astype(jnp.float32),
+    grad_norm=jnp.sqrt(jnp.sum(jnp.where(agreed, square[:, 0, 0], 0))).astype(
+      jnp.float32
+    ),
     each=decision,
   )
   return [mean.astype(x.dtype) for mean, x in zip(means, arrays)], outcome
