@@ -101,8 +101,9 @@ def apply_if_agreed(
     micro_grads, state, params=None, *, microbatch_weights=None, **extra_args
   ):
     _state.check_type(state, ApplyIfAgreedState)
+    weights = {"microbatch_weights": microbatch_weights}
     grads, gaf_state = outer.update(
-      micro_grads, state.gaf_state, params, microbatch_weights=microbatch_weights
+      micro_grads, state.gaf_state, params, **weights, **extra_args
     )
     updates, inner_state = _inner.run_if(
       gaf_state.ready, inner, grads, state.inner_state, params, extra_args

@@ -203,9 +203,9 @@ def gaf(
   def update_fn(
     micro_grads, state, params=None, *, microbatch_weights=None, **extra_args
   ):
-    del extra_args
     _state.check(state, options)
     _tree.check_not_empty(micro_grads)
+    _tree.check_not_stacked(extra_args, micro_grads if options.stacked else None)
     leaves = _tree.flatten(
       micro_grads,
       state.anchor if params is None else params,

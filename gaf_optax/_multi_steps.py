@@ -194,6 +194,9 @@ def multi_steps(
       updates, inner_state = _inner.run_if(
         step.agreed, inner, grads, state.inner_opt_state, params, extra_args
       )
+      # As optax.MultiSteps: gradients wider than the parameters widen moments otherwise,
+      # and then the state does not fit a scan.
+      inner_state = jax.tree.map(_as, inner_state, state.inner_opt_state)
       empty = jax.tree.map(jnp.zeros_like, state.stream)
       zero = jnp.zeros((), jnp.int32)
       return updates, MultiStepsState(zero, new_state, inner_state, empty)
@@ -212,3 +215,7 @@ def multi_steps(
     return _compat.cond(state.mini_step + 1 >= every_k, end_of_cycle, within_cycle)
 
   return MultiSteps(init_fn, update_fn)
+
+
+def _as(new, old):
+  return new if new.dtype == old.dtype else new.astype(old.dtype)

@@ -222,7 +222,17 @@ def are_copies(difference: jax.Array) -> jax.Array:
 
 
 def init(params: Any, options: Any, memory: Any = None) -> GafState:
-  """The state before the first step, for checked options."""
+  """The state before the first step, for checked options.
+
+  Raises:
+    ValueError: for parameters that `optax.lookahead` has doubled.
+  """
+  if isinstance(params, optax.LookaheadParams):
+    raise ValueError(
+      "the parameters are optax.LookaheadParams, but gradients are those of the fast"
+      " ones alone. Put the filter inside:"
+      " optax.lookahead(optax.chain(gaf(tau), optax.sgd(0.1)), 5, 0.5)."
+    )
   k = options.num_microbatches
   # A function each, since a donated state must not hold a buffer twice.
   zero = lambda dtype=jnp.int32: jnp.zeros((), dtype)

@@ -79,8 +79,8 @@ def flatten(
   results: list[Any] = []
   labels: dict[Hashable, int] = {}
   for path, leaf in flat:
+    dtype = _dtype(path, leaf)
     shape = leaf_shape(leaf)[1:] if stacked else leaf_shape(leaf)
-    dtype = _dtype(leaf)
     if not jnp.issubdtype(dtype, jnp.inexact):
       results.append(_zeros(shape, dtype))
       continue
@@ -134,13 +134,39 @@ def check_num_groups(layout: Layout, expected: int) -> None:
 def accumulators(tree: Any) -> Any:
   """Zeros like the leaves, wide enough to keep sums of such values."""
 
-  def zeros(leaf):
-    dtype = _dtype(leaf)
+  def zeros(path, leaf):
+    dtype = _dtype(path, leaf)
     if not jnp.issubdtype(dtype, jnp.inexact):
       return _zeros(leaf_shape(leaf), dtype)
     return _compat.zeros_like(leaf, _compat.accumulator_dtype(dtype))
 
-  return jax.tree.map(zeros, tree)
+  return jax.tree_util.tree_map_with_path(zeros, tree)
+
+
+def check_arrays(tree: Any) -> None:
+  """Raises for a leaf that is not an array or a number."""
+  for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+    _dtype(path, leaf)
+
+
+def check_not_stacked(extra_args: dict[str, Any], stack: Any) -> None:
+  """Raises for a `value` or `grad` that has a microbatch axis, as line searches get."""
+  shapes = lambda tree: jax.tree.map(leaf_shape, tree)
+  value = extra_args.get("value")
+  gradient = extra_args.get("grad")
+  name = None
+  if value is not None and leaf_shape(value):
+    name, found = "value", f"shape {leaf_shape(value)}"
+  elif gradient is not None and stack is not None and shapes(gradient) == shapes(stack):
+    name, found = "grad", "the stacked micro-gradients"
+  if name is not None:
+    raise ValueError(
+      f"the extra argument {name} has {found}, but the transformations behind gaf take"
+      " the value and the gradient of one loss. For reduce_on_plateau give"
+      " value=losses.mean(). For a line search filter first: value, grads, _ ="
+      " gaf_optax.value_and_grad(loss, k, tau)(params, *batch), then"
+      " apply_if_nonzero(optax.lbfgs()).update(grads, ..., value=value, grad=grads)."
+    )
 
 
 def check_kept(tree: Any, leaves: Leaves) -> None:
@@ -199,9 +225,17 @@ def _label(groups, path, leaf):
   return label
 
 
-def _dtype(leaf):
+def _dtype(path, leaf):
   dtype = getattr(leaf, "dtype", None)
-  return jnp.result_type(leaf) if dtype is None else dtype
+  if dtype is not None:
+    return dtype
+  if not isinstance(leaf, (bool, int, float, complex)):
+    raise ValueError(
+      f"leaf {leaf_name(path)} is {leaf!r}, not an array. Was a whole Equinox module"
+      " passed? Split it: params, static = eqx.partition(model, eqx.is_inexact_array),"
+      " and call eqx.combine(params, static) in the loss."
+    )
+  return jnp.result_type(leaf)
 
 
 def _zeros(shape, dtype):

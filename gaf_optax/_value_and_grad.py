@@ -155,6 +155,7 @@ def value_and_grad(
     params: Any = tuple(args[i] for i in wanted)
     if not isinstance(argnums, Sequence):
       (params,) = params
+    _tree.check_arrays(params)
     positions = _others(wanted, len(args), kwargs) if given is None else given
     batch, rebuild = _split(args, positions, kwargs, k, at_once=compare is not None)
 

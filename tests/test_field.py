@@ -180,9 +180,11 @@ def test_float32_gradients_of_bfloat16_parameters(form):
     "momentum": optax.sgd(0.1, momentum=0.9),
     "lion": optax.lion(0.1),
     "rmsprop": optax.rmsprop(0.1),
+    "muon": optax.contrib.muon(0.1),
     "adafactor": optax.adafactor(0.1),
   }
-  if form == "multi_steps":  # Whose branches are those of apply_if_agreed.
+  streamed = form == "multi_steps"
+  if streamed:  # Whose branches are those of apply_if_agreed.
     inners = {name: inners[name] for name in ("adam", "momentum", "adafactor")}
   params = steps.params(jnp.bfloat16)
   sequence = steps.sequence(("all", "none", "half"))
@@ -193,15 +195,19 @@ def test_float32_gradients_of_bfloat16_parameters(form):
       tx, given = gaf_optax.apply_if_nonzero(inner), [step.mean for step in sequence]
     else:
       kind = steps.FORMS[form]
-      tx, feed = kind.make(inner), kind.feed
+      tx, feed = kind.make(inner), kind.feed  # In a scan where it is streamed.
       given = [step.micro_grads for step in sequence]
-      if form == "multi_steps":  # Not in a scan: Optax changes dtypes of its state.
-        feed = one_by_one
     state, results = tx.init(params), []
     for grads in given:
       updates, state = feed(tx, grads, state, params)
       results.append(updates)
     return results
+
+  def rounded(new, old):
+    """As the state of `optax.MultiSteps`, whatever XLA does to two conversions."""
+    if old.dtype == jnp.bfloat16:
+      new = jax.lax.reduce_precision(new, exponent_bits=8, mantissa_bits=7)
+    return new.astype(old.dtype)
 
   def alone(inner):
     state, results = inner.init(params), []
@@ -209,7 +215,8 @@ def test_float32_gradients_of_bfloat16_parameters(form):
       mean = jax.tree.map(jnp.asarray, step.mean)
       updates = jax.tree.map(jnp.zeros_like, mean)
       if step.accepted:
-        updates, state = inner.update(mean, state, params)
+        updates, new = inner.update(mean, state, params)
+        state = jax.tree.map(rounded, new, state) if streamed else new
       results.append(updates)
     return results
 
@@ -220,13 +227,6 @@ def test_float32_gradients_of_bfloat16_parameters(form):
     y = dict(jax.tree_util.tree_leaves_with_path(want))[path]
     assert x.dtype == y.dtype == jnp.float32, path
     np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6, err_msg=str(path))
-
-
-def one_by_one(tx, micro_grads, state, params):
-  for i in range(steps.K):
-    row = jax.tree.map(lambda x: x[i], micro_grads)
-    updates, state = tx.update(row, state, params)
-  return updates, state
 
 
 class TestKeywords:
@@ -351,3 +351,62 @@ class TestChecksOfJax:
     with jax.debug_nans(True), jax.debug_infs(True):
       for tx in txs:
         jax.block_until_ready(tx.update(rows, tx.init(params), params))
+
+
+class TestErrorsThatNameTheMistake:
+  """Of what users have tried with Optax's wrappers and Equinox's modules."""
+
+  PARAMS = {"w": jnp.ones(3), "b": jnp.zeros(())}
+  GRADS = {"w": jnp.ones((4, 3)), "b": jnp.ones(4)}
+
+  def test_lookahead_inside_the_chain(self):
+    params = optax.LookaheadParams.init_synced(self.PARAMS)
+    inner = optax.lookahead(optax.sgd(0.1), 5, 0.5)
+    for tx in (
+      optax.chain(gaf_optax.gaf(TAU), inner),
+      gaf_optax.apply_if_agreed(inner, TAU),
+      gaf_optax.multi_steps(inner, 4, TAU),
+    ):
+      with pytest.raises(ValueError, match=r"LookaheadParams.*optax.lookahead\(optax"):
+        tx.init(params)
+
+  @pytest.mark.parametrize("form", ["gaf", "apply_if_agreed"])
+  def test_line_searches_with_stacks(self, form):
+    search = optax.scale_by_backtracking_linesearch(10)
+    tx = {
+      "gaf": optax.chain(gaf_optax.gaf(TAU), search),
+      "apply_if_agreed": gaf_optax.apply_if_agreed(search, TAU),
+    }[form]
+    state = tx.init(self.PARAMS)
+    value_fn = lambda params: jnp.sum(params["w"]) + params["b"]
+    for name, given in {
+      "value": dict(value=jnp.ones(4), grad=self.PARAMS),
+      "grad": dict(value=jnp.float32(1), grad=self.GRADS),
+    }.items():
+      with pytest.raises(ValueError, match=f"extra argument {name} .*value_and_grad"):
+        tx.update(self.GRADS, state, self.PARAMS, value_fn=value_fn, **given)
+
+  def test_a_module_with_functions_in_it(self):
+    module = {"layer": jnp.ones(3), "activation": jax.nn.relu}
+    loss = lambda module, x: jnp.mean(module["activation"](x @ module["layer"]))
+    match = r"leaf \['activation'\] is .*eqx.partition"
+    for compare in (None, lambda path, leaf: path[0].key == "layer"):
+      with pytest.raises(ValueError, match=match):
+        gaf_optax.value_and_grad(loss, 2, compare=compare)(module, jnp.ones((4, 3)))
+    for tx in (
+      gaf_optax.gaf(TAU, anchor_decay=0.9),
+      gaf_optax.multi_steps(optax.identity(), 2, TAU),
+    ):
+      with pytest.raises(ValueError, match=match):
+        tx.init(module)
+
+  def test_unknown_options_name_the_function_that_was_called(self):
+    inner = optax.sgd(0.1)
+    for name, make in {
+      "gaf": lambda: gaf_optax.gaf(TAU, use_grad_mean=False),
+      "apply_if_agreed": lambda: gaf_optax.apply_if_agreed(inner, use_grad_mean=False),
+      "multi_steps": lambda: gaf_optax.multi_steps(inner, 2, use_grad_mean=False),
+      "value_and_grad": lambda: gaf_optax.value_and_grad(abs, 2, use_grad_mean=False),
+    }.items():
+      with pytest.raises(TypeError, match=rf"^{name}\(\) got .*use_grad_mean"):
+        make()
