@@ -44,6 +44,9 @@ ACROSS: dict[str, dict[str, Any]] = {
   "sharded": {"explicit": True},
   "bfloat16": {"dtypes": ("bfloat16",)},
   "mixed": {"dtypes": ("float32", "bfloat16")},
+  # FSDP under plain jit: a micro-gradient on each device, the result sharded.
+  "on_shards": {},
+  "no_on_shards": {},
 }
 # On one device: `gaf` on a stack of k, and the streamed forms of `run.streamed_forms`.
 ALONE = [f"k{k}{dtype}" for dtype in ("", "_bfloat16") for k in (2, 8, 32)]
@@ -113,6 +116,47 @@ def _across(form, tree, found) -> Iterator[tuple[int, Callable, tuple]]:
   size = sum(x.size * x.dtype.itemsize for x in grads.values())
   for mean in (False, True):
     yield size, *exchange.across(grads, mesh, mean=mean, **options)
+
+
+def _fsdp(form, tree, found):
+  """As `_across`, for parameters that are sharded on Auto axes."""
+  import jax
+  import numpy as np
+  from jax.sharding import NamedSharding
+  from jax.sharding import PartitionSpec as P
+
+  import gaf_optax
+
+  n = len(found)
+  auto = (jax.sharding.AxisType.Auto,)
+  mesh = jax.sharding.Mesh(np.array(found), ("data",), axis_types=auto)
+  grads = exchange.gradient(exchange.shapes(tree), ("float32",))
+
+  def spec(x):
+    fits = [i for i, size in enumerate(x.shape) if size % n == 0]
+    return P(*[None] * fits[0], "data") if fits else P()
+
+  def placed(tree, specs, leading=()):
+    place = lambda x, spec: jax.ShapeDtypeStruct(
+      (*leading, *x.shape), x.dtype, sharding=NamedSharding(mesh, spec)
+    )
+    return jax.tree.map(place, tree, specs)
+
+  specs = jax.tree.map(spec, grads)
+  tx = gaf_optax.gaf(0.97)
+  if form == "on_shards":
+    sharded = gaf_optax.gaf(0.97, param_axes="data")
+    tx = gaf_optax.on_shards(sharded, mesh, specs)
+  state = jax.eval_shape(tx.init, grads)
+  state = placed(state, jax.tree.map(lambda _: P(), state))
+  params = placed(grads, specs)
+  stack = placed(grads, jax.tree.map(lambda _: P("data"), grads), (n,))
+  out = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+  size = sum(4 * x.size for x in grads.values())
+  update = lambda stack, state, params: tx.update(stack, state, params)
+  yield size, jax.jit(update, out_shardings=(out, None)), (stack, state, params)
+  mean = lambda stack: jax.tree.map(lambda x: x.mean(0), stack)
+  yield size, jax.jit(mean, out_shardings=out), (stack,)
 
 
 def _alone(form, tree, found):
@@ -218,6 +262,7 @@ def _worker(target, tree, forms, gib, seconds, plain) -> None:
     signal.alarm(seconds)
     row = {"form": form, "devices": len(found), "kind": found[0].device_kind}
     make = _across if len(found) > 1 else _alone
+    make = _fsdp if form.endswith("on_shards") else make
     try:
       for name, (size, function, args) in zip(("own", "mean"), make(form, tree, found)):
         row |= {"size": size, name: figures(function, args, len(found))}

@@ -194,8 +194,8 @@ def multi_steps(
       updates, inner_state = _inner.run_if(
         step.agreed, inner, grads, state.inner_opt_state, params, extra_args
       )
-      # As optax.MultiSteps: gradients wider than the parameters widen moments otherwise,
-      # and then the state does not fit a scan.
+      # As optax.MultiSteps does: gradients that are wider than the parameters would
+      # widen the moments, and a scan needs fixed types.
       inner_state = jax.tree.map(_as, inner_state, state.inner_opt_state)
       empty = jax.tree.map(jnp.zeros_like, state.stream)
       zero = jnp.zeros((), jnp.int32)

@@ -20,7 +20,7 @@ SHAPED = "3x3x256x512,512x1024,3x3x64x64,700,64,512x128"
 
 ACROSS = {
   SMALL: ["gaf", "leaf", "memory", "anchor", "unchecked", "bfloat16", "mixed"],
-  LARGE: ["gaf", "anchor"],
+  LARGE: ["gaf", "anchor", "on_shards"],
 }
 ALONE = {
   SHAPED: [f"k{k}{dtype}" for dtype in ("", "_bfloat16") for k in (2, 8, 32)],
@@ -86,7 +86,11 @@ def alone(request, compiled):
 def test_sends_what_the_mean_sends(across, tree, form):
   """The Gram matrix and padding count; an anchor sends half as much again."""
   row = across(tree, form)
-  assert row["mean"]["sent"] == pytest.approx(2 * row["size"] * 7 / 8)
+  half = row["size"] * 7 / 8  # Of an all-reduce: what a sharded result needs.
+  if form == "on_shards":  # XLA makes an all-reduce of the mean of some leaves.
+    assert row["own"]["sent"] <= 1.01 * half <= row["mean"]["sent"] * 1.02
+    return
+  assert row["mean"]["sent"] == pytest.approx(2 * half)
   most = (1.51 if form == "anchor" else 1.01) * row["mean"]["sent"]
   if form == "leaf":  # The slice of each of five leaves is padded to 128 values.
     most += 2 * 7 / 8 * 5 * 127 * 8 * 4
