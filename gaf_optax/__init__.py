@@ -16,6 +16,7 @@ from gaf_optax._on_shards import on_shards
 from gaf_optax._state import Agreement, GafState
 from gaf_optax._tau import adaptive_tau, target_accept_rate, tau_quantile
 from gaf_optax._value_and_grad import value_and_grad
+from gaf_optax._worker_momentum import WorkerMomentumState, worker_momentum
 from gaf_optax.rules import Decision
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ __all__ = [
   "Decision",
   "GafState",
   "MultiStepsState",
+  "WorkerMomentumState",
   "adaptive_tau",
   "apply_if_agreed",
   "apply_if_nonzero",
@@ -41,4 +43,5 @@ __all__ = [
   "target_accept_rate",
   "tau_quantile",
   "value_and_grad",
+  "worker_momentum",
 ]
