@@ -1,4 +1,4 @@
-"""Conditional: an inner transformation that is left out on steps without agreement."""
+"""Conditional: runs an inner transformation only on steps with agreement."""
 
 import functools
 from typing import Any, NamedTuple
@@ -37,30 +37,29 @@ def apply_if_agreed(
   num_microbatches: int | None = None,
   max_norm_ratio: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  """`gaf` followed by `inner`, which is left out on steps without agreement.
+  """Applies `gaf`, then `inner`; skips `inner` on steps without agreement.
 
-  As `optax.chain(gaf(tau), inner)`, but on a step without agreement `inner` is not
-  run: the update is zero and its state stays as it was. That is what the paper's
-  algorithm does.
+  As `optax.chain(gaf(tau), inner)`, except that a step without agreement does not run
+  `inner`: the update is zero and the state of `inner` is unchanged, as in the paper.
 
   ==================  ==========================  =======================
   without agreement   `chain(gaf(), inner)`       `apply_if_agreed(inner)`
   ==================  ==========================  =======================
-  momentum            decays, moves the weights   stays, moves nothing
-  weight decay        goes on                     pauses
-  Adam's moments      decay                       stay
-  Adam's counter      goes on                     stays
-  schedules in inner  go on                       pause
+  momentum            decays, moves the weights   unchanged
+  weight decay        continues                   pauses
+  Adam's moments      decay                       unchanged
+  Adam's counter      continues                   pauses
+  schedules in inner  continue                    pause
   ==================  ==========================  =======================
 
   Args:
     inner: the transformation that takes the filtered gradient.
     tau: see :func:`gaf`.
-    rule: and the options that follow it, see :func:`gaf`.
+    rule: this and the following options: see :func:`gaf`.
 
   Returns:
-    A transformation like that of :func:`gaf`, which takes `microbatch_weights`; the
-    other extra arguments go to `inner`.
+    A transformation like that of :func:`gaf`, which takes `microbatch_weights` and
+    passes other extra arguments to `inner`.
 
   Raises:
     ValueError: as :func:`gaf`.
@@ -128,26 +127,26 @@ class ApplyIfNonzeroState(NamedTuple):
 def apply_if_nonzero(
   inner: optax.GradientTransformation, *, param_axes: Any = ()
 ) -> optax.GradientTransformationExtraArgs:
-  """`inner`, which is left out on steps whose gradient is all zeros.
+  """Skips `inner` on steps whose gradient is all zeros.
 
-  For what :func:`value_and_grad` returns, whose gradient is exactly zero where no two
-  micro-gradients agreed. `inner` then is not run, as with :func:`apply_if_agreed`: the
-  update is zero and its state stays as it was. Nothing but the gradient has to be
-  passed on, so that it fits any trainer: `TrainState.apply_gradients(grads=grads)`,
+  For the gradients of :func:`value_and_grad`, which are exactly zero if no two
+  micro-gradients agree. As with :func:`apply_if_agreed`, the update is then zero and
+  the state of `inner` unchanged. It only needs the gradient, so it works with any
+  training loop: `TrainState.apply_gradients(grads=grads)`,
   `nnx.Optimizer.update(model, grads)`, `tx.update(grads, state, params)`.
 
   Args:
     inner: the transformation that takes the filtered gradient.
     param_axes: under `jax.shard_map` the name of the mesh axis, or a tuple of names,
-      over which the parameters are sharded: `inner` is run where any device's part of
-      the gradient is not zero.
+      over which the parameters are sharded: `inner` runs if any device's part of the
+      gradient is not zero.
 
   Returns:
-    A transformation whose state is an :class:`ApplyIfNonzeroState`. Extra arguments go
-    to `inner`.
+    A transformation whose state is an :class:`ApplyIfNonzeroState`. Passes extra
+    arguments to `inner`.
 
   Raises:
-    ValueError: if `inner` has a filter in it, whose place is in front.
+    ValueError: if `inner` contains a `gaf`, which must come first.
 
   Examples:
     >>> import jax.numpy as jnp, optax
@@ -163,7 +162,7 @@ def apply_if_nonzero(
     False [0. 0.] 1
   """
   inner = optax.with_extra_args_support(inner)
-  names = _options.as_names("param_axes", param_axes)
+  names = _options.normalize_axis_names("param_axes", param_axes)
 
   def init_fn(params):
     inner_state = _inner.init(inner, params)

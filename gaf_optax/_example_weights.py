@@ -61,7 +61,7 @@ def example_weights(
     Array([ True,  True,  True, False], dtype=bool)
   """
   layers = _layers(activations, cotangents)
-  options = _options.checked(_tau.checked_without_state(tau), rule=rule)
+  options = _options.validate(_tau.as_stateless_tau(tau), rule=rule)
   value = options.tau.at(None, jnp.zeros((), jnp.int32))
   return _of_layers(layers, value, rule=options.rule, tau=options.tau.static())
 
@@ -71,7 +71,7 @@ def _of_layers(layers, value, *, rule, tau):
   gram = sum(_layer_gram(*layer) for layer in layers)
   gram, finite = _kernels.cleaned(gram[None], jnp.ones(gram.shape[0], bool))
   decided = _decide.decide(rule, tau, gram, finite, _decide.Inputs(value))
-  return _state.agreement(_state.outcome(decided, gram, knows_norms=True))
+  return _state.agreement(_state.outcome(decided, gram, has_norms=True))
 
 
 def _layer_gram(activations, cotangents):

@@ -58,8 +58,8 @@ def scatter(
     axes: over which devices they are spread.
   """
   if not axes.axis_names:
-    return Rows(arrays, group_ids, _mesh.shards(axes), lambda x: x, lambda x: x)
-  n, names = axes.num_replicas(), axes.axis_names
+    return Rows(arrays, group_ids, axes.shards(), lambda x: x, lambda x: x)
+  n, names = axes.num_devices(), axes.axis_names
   replicated = axes.replicated or ((),) * len(arrays)
   shapes = [x.shape[1:] if axes.stacked else x.shape for x in arrays]
   buckets = _buckets(arrays, shapes, list(zip(group_ids, replicated)), n)

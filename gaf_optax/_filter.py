@@ -20,11 +20,11 @@ from gaf_optax import (
 
 
 class Filtered(NamedTuple):
-  """What the filter makes of a step's micro-gradients.
+  """The result of a step.
 
   Attributes:
-    means: leaves `[*shape]`, the weighted means.
-    plain_means: with an anchor the means of all finite ones, else None.
+    means: leaves `[*shape]`, the filtered means.
+    plain_means: with an anchor the means of all finite micro-gradients, else None.
     decided: a `_decide.Decided`.
     gram: `[m, k, k]`.
   """
@@ -35,29 +35,26 @@ class Filtered(NamedTuple):
   gram: Any
 
 
-@functools.partial(jax.jit, static_argnames="plan")
+@functools.partial(jax.jit, static_argnames="spec")
 def step(
   arrays: Sequence[jax.Array],
   state: _state.GafState,
   inputs: _decide.Inputs,
   anchor_decay: Any,
   *,
-  plan: _options.Plan,
+  spec: _options.StepSpec,
 ) -> tuple[Sequence[jax.Array], _state.GafState]:
-  """Leaves of micro-gradients and the state to filtered means and the state.
-
-  Compiled as one, so that a call outside `jit` costs no more than it has to.
-  """
-  anchor = None if anchor_decay is None else _tree.pick(state.anchor, plan.layout)
-  on_mesh = not plan.axes.axis_names and _mesh.is_sharded(arrays)
+  """One step: filtered means and the new state. Jitted for calls outside of `jit`."""
+  anchor = None if anchor_decay is None else _tree.select(state.anchor, spec.layout)
+  on_mesh = not spec.axes.axis_names and _mesh.is_sharded(arrays)
   run = _on_explicit_mesh if on_mesh else filtered
-  means, plain_means, decided, gram = run(arrays, anchor, inputs, plan)
+  means, plain_means, decided, gram = run(arrays, anchor, inputs, spec)
   if plain_means is not None:
     state = _state.move_anchor(
-      state, plan.layout, anchor_decay, plain_means, jnp.any(decided.valid)
+      state, spec.layout, anchor_decay, plain_means, jnp.any(decided.valid)
     )
-  outcome = _state.outcome(decided, gram, knows_norms=plan.embed is None)
-  state = _state.advance(state, plan.tau, decided.tau, outcome)
+  outcome = _state.outcome(decided, gram, has_norms=spec.embed is None)
+  state = _state.advance(state, spec.tau, decided.tau, outcome)
   return means, state._replace(memory=decided.memory)
 
 
@@ -65,17 +62,17 @@ def filtered(
   arrays: Sequence[jax.Array],
   anchor: Sequence[jax.Array] | None,
   inputs: _decide.Inputs,
-  plan: _options.Plan,
+  spec: _options.StepSpec,
 ) -> Filtered:
   """The path of a gradient, from leaves `[k, *shape]` (or `[*shape]` per replica)."""
-  layout = plan.layout
-  rows = _exchange.scatter(arrays, layout.group_ids, plan.axes)
-  where = (rows.group_ids, layout.num_groups, plan.embed, rows.shards)
+  layout = spec.layout
+  rows = _exchange.scatter(arrays, layout.group_ids, spec.axes)
+  where = (rows.group_ids, layout.num_groups, spec.embed, rows.shards)
   gram, finite = _kernels.gram(rows.leaves, *where)
   compared = None
   if anchor is not None:
     compared = _kernels.dots(rows.split(anchor), rows.leaves, *where)
-  decided = _decide.decide(plan.rule, plan.tau, gram, finite, inputs, compared)
+  decided = _decide.decide(spec.rule, spec.tau, gram, finite, inputs, compared)
   means = _kernels.weighted_means(rows.leaves, rows.group_ids, decided.factors)
   if anchor is None:
     return Filtered(rows.join(means), None, decided, gram)
@@ -89,13 +86,13 @@ def filtered(
   return Filtered(rows.join(means), rows.join(plain_means), decided, gram)
 
 
-def _on_explicit_mesh(arrays, anchor, inputs, plan):
-  """`filtered`, called by each device on its part; the rest is the same on all.
+def _on_explicit_mesh(arrays, anchor, inputs, spec):
+  """`filtered` on every device's part of a stack on an Explicit mesh.
 
-  The leaves of the result are sharded as those of the stack, without the leading axis.
+  The result has the sharding of the stack without its leading axis.
   """
-  placement = _mesh.placement(arrays, plan.layout.paths)
-  plan = plan._replace(axes=placement.axes)
+  placement = _mesh.placement(arrays, spec.layout.paths)
+  spec = spec._replace(axes=placement.axes)
   mesh: Any = placement.mesh
   single: Any = placement.single
   out_specs: Any = Filtered(single, None, P(), P())
@@ -104,7 +101,7 @@ def _on_explicit_mesh(arrays, anchor, inputs, plan):
     own = [_mesh.explicit_partition(a) for a in anchor]
     anchor = _mesh.reshard(anchor, single, mesh)
   result = jax.shard_map(
-    lambda arrays, anchor, inputs: filtered(arrays, anchor, inputs, plan),
+    lambda arrays, anchor, inputs: filtered(arrays, anchor, inputs, spec),
     mesh=mesh,
     in_specs=(placement.stacked, None if anchor is None else single, P()),
     out_specs=out_specs,

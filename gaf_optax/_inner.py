@@ -1,4 +1,4 @@
-"""Inner: the transformation behind the filter, which is run only on some steps."""
+"""Inner: the optimizer behind the filter, which runs on some steps only."""
 
 import jax
 import optax
@@ -7,22 +7,22 @@ from gaf_optax import _compat, _state
 
 
 def init(inner, params):
-  """The state of a transformation that gets filtered gradients.
+  """The state of the inner transformation.
 
   Raises:
-    ValueError: if it filters, too.
+    ValueError: if it contains a filter.
   """
   state = inner.init(params)
   if _state.find(state):
     raise ValueError(
-      "inner has a gaf in it, but what it gets is filtered already. Leave the gaf out:"
-      " apply_if_agreed(optax.sgd(0.1), tau), for instance."
+      "`inner` contains a gaf, but its input is already filtered. Remove the gaf, as in"
+      " apply_if_agreed(optax.sgd(0.1), tau)."
     )
   return state
 
 
 def run_if(condition, inner, grads, inner_state, params, extra_args):
-  """The update and state of `inner`, or zeros and the old state."""
+  """The update and state of `inner` if `condition`, else zeros and the old state."""
 
   def run():
     return inner.update(grads, inner_state, params, **extra_args)

@@ -31,7 +31,7 @@ def gram(
   group_ids: Sequence[int],
   num_groups: int,
   embed: _tree.Embed | None = None,
-  shards: _mesh.Shards = _mesh.WHOLE,
+  shards: _mesh.Shards = _mesh.UNSHARDED,
 ) -> tuple[jax.Array, jax.Array]:
   """The Gram matrix of each group, and which micro-gradients are finite.
 
@@ -83,7 +83,7 @@ def dots(
   group_ids: Sequence[int],
   num_groups: int,
   embed: _tree.Embed | None = None,
-  shards: _mesh.Shards = _mesh.WHOLE,
+  shards: _mesh.Shards = _mesh.UNSHARDED,
 ) -> tuple[jax.Array, jax.Array]:
   """The squared norm `[m]` of a vector, and its products `[m, k]` with k others.
 
@@ -125,7 +125,7 @@ def weighted_means(
   # Or XLA would compute the weights again for every value of every leaf.
   rows = lax.optimization_barrier({group: weights[group] for group in set(group_ids)})
   results: list[jax.Array] = [jnp.zeros(())] * len(leaves)
-  for bundle in _plan(leaves, group_ids, _mesh.WHOLE):
+  for bundle in _plan(leaves, group_ids, _mesh.UNSHARDED):
     x, first = _joined(leaves, bundle), bundle[0]
     dtype = _compat.accumulator_dtype(x.dtype)
     row = rows[group_ids[first]].astype(dtype)
@@ -262,7 +262,7 @@ def _bundles(leaves, group_ids, shards, like=None):
   """Leaves and bundles of small ones: arrays, their groups, and whether they count."""
   for bundle in _plan(leaves if like is None else like, group_ids, shards):
     i = bundle[0]
-    yield _joined(leaves, bundle), group_ids[i], shards.counts(i)
+    yield _joined(leaves, bundle), group_ids[i], shards.is_primary(i)
 
 
 def _plan(leaves, group_ids, shards):

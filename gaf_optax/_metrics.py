@@ -1,4 +1,4 @@
-"""Metrics: what users read of an optimizer state."""
+"""Metrics: summaries of an optimizer state for users."""
 
 import warnings
 from typing import Any
@@ -7,46 +7,45 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gaf_optax import _decide, _state, _validate
+from gaf_optax import _rules, _state, _validate
 
-# Steps in a row with micro-gradients that are copies of one, from which on to warn.
+# Minimum number of consecutive steps with identical micro-gradients for a warning.
 _MANY_STEPS = 10
 
 
 def metrics(opt_state: Any) -> dict[str, jax.Array]:
-  """What the last step did, as scalars ready to log.
+  """Scalars about the last step and the run, ready to log.
 
   Args:
-    opt_state: an optimizer state that holds a `GafState` anywhere in it, for
-      instance that of `optax.chain(gaf(), optax.adam(1e-3))`.
+    opt_state: an optimizer state that contains a `GafState`, for instance the state of
+      `optax.chain(gaf(), optax.adam(1e-3))`.
 
   Returns:
     A dict of scalar arrays:
 
-    * `num_accepted`: micro-gradients accepted in the last step (float32; with
-      `groups` the mean over the groups);
-    * `num_microbatches`: of how many (int32);
+    * `num_accepted`: the number of micro-gradients accepted in the last step (float32;
+      with `groups` the mean over the groups);
+    * `num_microbatches`: the number of micro-gradients in the last step (int32);
     * `accept_rate`: the accepted share since `init`, in [0, 1] (float32);
-    * `mean_distance`: mean of the distances of the last step, in [0, 2], -1 if there
-      was none (float32);
+    * `mean_distance`: the mean of the last step's distances, in [0, 2]; -1 if there are
+      none (float32);
     * `threshold`: tau of the last step (float32);
     * `agreed`: whether the last step agreed (bool);
-    * `skipped_steps`: steps without agreement since `init` (int32);
-    * `nonfinite`: micro-gradients with a NaN or an infinity since `init`
+    * `skipped_steps`: the number of steps without agreement since `init` (int32);
+    * `nonfinite`: the number of micro-gradients with a NaN or an infinity since `init`
       (int32);
-    * `num_identical_steps`: steps in a row, up to the last one, in which all
-      micro-gradients were copies of one (int32): they were averaged before, and the
-      filter does nothing. From ten on, reading them outside `jit` warns as well;
-    * `grad_norm`: norm of the last step's result, of the leaves that are compared
-      (float32), from the Gram matrix; -1 with `embed`;
-    * `noise_scale`: the simple gradient noise scale of the last step (float32): the
-      number of microbatches whose mean is as much noise as gradient. It comes from
-      the inner products of all finite micro-gradients, accepted or not. Inf where
-      they have nothing in common, -1 where it cannot be known: in streamed forms,
-      and with fewer than two finite ones.
+    * `num_identical_steps`: the number of consecutive steps, up to the last one, with
+      identical micro-gradients (int32). The filter has no effect on such steps; the
+      usual cause is an average before the filter. From 10 on, calls outside `jit` warn;
+    * `grad_norm`: the norm of the compared leaves of the last step's result, from the
+      Gram matrix; -1 with `embed` (float32);
+    * `noise_scale`: the simple gradient noise scale of the last step: the number of
+      microbatches whose mean has as much noise as signal (float32). All finite
+      micro-gradients enter it, accepted or not. Inf if they have no common signal; -1
+      in streamed forms and with fewer than two finite micro-gradients.
 
   Raises:
-    ValueError: if there is no `GafState` in it, or more than one.
+    ValueError: unless the state contains exactly one `GafState`.
 
   Examples:
     >>> import jax.numpy as jnp, optax
@@ -61,8 +60,8 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
     McCandlish et al., `An Empirical Model of Large-Batch Training
     <https://arxiv.org/abs/1812.06162>`_, 2018, for the noise scale.
   """
-  state = _the_one(opt_state)
-  _warn_if_identical(state, stacklevel=3)
+  state = _find_single_state(opt_state)
+  _warn_if_identical(state)
   noise_scale = jnp.asarray(state.noise_scale)
   with jax.debug_infs(False):
     noise_scale = jnp.where(noise_scale == _state.INFINITE, jnp.inf, noise_scale)
@@ -84,34 +83,32 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
 
 
 def sources(opt_state: Any) -> dict[str, jax.Array]:
-  """What `memory_decay` has found of the k sources, as a table to log or to print.
+  """A table of the k sources, from the memory of `memory_decay`.
 
   Source i is where the i-th micro-gradient of every step comes from: a device, a shard,
-  an annotator. A wrong source has an agreement near zero or below. One whose data are
-  of a kind of their own has less than the others, too, but more than zero.
+  an annotator. A wrong source has an agreement of about zero or less. A source with a
+  different but valid data distribution scores lower than the rest, but above zero.
 
   Args:
-    opt_state: an optimizer state that holds a `GafState` anywhere in it, as for
-      :func:`metrics`, of a `gaf` or `apply_if_agreed` with `memory_decay`.
+    opt_state: an optimizer state that contains a `GafState`, as for :func:`metrics`, of
+      a `gaf` or `apply_if_agreed` with `memory_decay`.
 
   Returns:
     A dict of columns, float32 `[k]`:
 
-    * `agreement`: the cosine, in the memory, to the (k // 2)-th nearest of the other
-      sources, in [-1, 1]: with so many others, all at least as near, it is in a
-      majority. That is 1 minus the distance of `rules.majority()`. A pair that was
-      never compared counts as orthogonal. The mean over the groups; NaN for a source
-      that was never compared with another;
-    * `accept_rate`: the share of the steps since `init` in which it was accepted in any
-      group, in [0, 1]. Steps without agreement count, and so do those in which it was
-      not finite;
-    * `num_steps`: on how many steps its cosines rest: the mean weight of its pairs with
-      the others in the memory, at most `1 / (1 - memory_decay)`. The mean over the
-      groups.
+    * `agreement`: the mean cosine to the (k // 2)-th nearest of the other sources, in
+      [-1, 1]; at least k // 2 other sources agree with it at least this well. It is 1
+      minus the distance of `rules.majority()`, the mean over the groups. Pairs that
+      were never compared count as orthogonal; NaN for a source without any comparison;
+    * `accept_rate`: the share of steps since `init` in which the source was accepted in
+      any group, in [0, 1]. Steps without agreement or with a NaN from the source count
+      as not accepted;
+    * `num_steps`: the effective number of steps averaged: the mean weight of the
+      source's pairs, at most `1 / (1 - memory_decay)`; the mean over the groups.
 
   Raises:
-    ValueError: if there is no `GafState` in it, or more than one; if it has no memory;
-      and if it is the state of all devices of a `jax.pmap`, of which to give one.
+    ValueError: unless the state contains exactly one `GafState`, with a memory, of one
+      device. (`jax.pmap` returns the states of all devices; pass one of them.)
 
   Examples:
     >>> import jax.numpy as jnp, optax
@@ -126,22 +123,26 @@ def sources(opt_state: Any) -> dict[str, jax.Array]:
     accept_rate [1. 1. 0.]
     num_steps [1. 1. 1.]
   """
-  state = _the_one(opt_state)
+  state = _find_single_state(opt_state)
   if state.memory is None:
     raise ValueError(
-      "this GafState remembers nothing of its sources. Make it with"
-      " gaf(..., memory_decay=0.98, num_microbatches=k); the streamed forms have no"
-      " memory."
+      "this GafState has no memory. Create it with gaf(..., memory_decay=0.98,"
+      " num_microbatches=k); the streamed forms do not support a memory."
     )
-  if jnp.ndim(state.memory.mean) != 3:
+  cosines = jnp.asarray(state.memory.mean)
+  if cosines.ndim != 3:
     raise ValueError(
-      "expected the state of one device, whose memory is [m, k, k], got shape"
-      f" {jnp.shape(state.memory.mean)}. Is it that of all devices of a jax.pmap? They"
-      " hold the same: jax.tree.map(lambda x: x[0], opt_state)."
+      "expected the state of one device, with a memory [m, k, k], got shape"
+      f" {cosines.shape}. The devices of a jax.pmap have equal states; pass one:"
+      " jax.tree.map(lambda x: x[0], opt_state)."
     )
+  k = cosines.shape[-1]
+  diagonal = jnp.eye(k, dtype=bool)
+  majority = lambda gram: _rules.Majority()(gram, jnp.ones(k, bool), 2)
+  distances = jax.vmap(majority)(jnp.where(diagonal, 1, cosines)).distances
+  num_steps = jnp.where(diagonal, 0, state.memory.weight).sum(-1) / max(k - 1, 1)
   with jax.debug_nans(False):
-    agreement, num_steps = _decide.majority(state.memory)
-    agreement = jnp.nanmean(agreement, axis=0)
+    agreement = jnp.nanmean(jnp.where(num_steps > 0, 1 - distances, jnp.nan), axis=0)
   return {
     "agreement": agreement,
     "accept_rate": jnp.asarray(state.accept_rates),
@@ -149,8 +150,8 @@ def sources(opt_state: Any) -> dict[str, jax.Array]:
   }
 
 
-def _warn_if_identical(state: _state.GafState, stacklevel: int) -> None:
-  """Warns of micro-gradients that are copies of one, if that is known by now."""
+def _warn_if_identical(state: _state.GafState) -> None:
+  """Warns of identical micro-gradients, without waiting for the state."""
   number: Any = state.num_identical_steps
   if callable(getattr(number, "__jax_array__", None)):  # A variable of Flax NNX.
     number = number.__jax_array__()
@@ -158,30 +159,29 @@ def _warn_if_identical(state: _state.GafState, stacklevel: int) -> None:
     return
   if isinstance(number, jax.Array):
     if not getattr(number, "is_ready", lambda: True)():
-      return  # Nothing is waited for.
+      return
     number = number.addressable_data(0)
   largest = np.asarray(number).max()
   if largest >= _MANY_STEPS:
     warnings.warn(
-      f"in the last {largest} steps all micro-gradients were copies of one, so"
-      " that the filter did nothing. Were they averaged before it, by jax.lax.pmean or"
-      " by flax's DynamicScale(axis_name), or are the microbatches the same?",
-      stacklevel=stacklevel,
+      f"all micro-gradients of the last {largest} steps were identical, so the filter"
+      " had no effect. Were they averaged before it, by jax.lax.pmean or by flax's"
+      " DynamicScale(axis_name)? Or are the microbatches identical?",
+      stacklevel=3,
     )
 
 
-def _the_one(opt_state: Any) -> _state.GafState:
-  """The one `GafState` in an optimizer state."""
+def _find_single_state(opt_state: Any) -> _state.GafState:
   found = _state.find(opt_state)
   if not found:
     raise ValueError(
-      "there is no GafState in this optimizer state. Pass the whole state of a"
-      f" chain that has gaf in it; got {type(opt_state).__name__}."
+      "there is no GafState in this optimizer state. Pass the whole state of a chain"
+      f" that contains gaf; got {type(opt_state).__name__}."
     )
   if len(found) > 1:
     places = ", ".join(jax.tree_util.keystr(path) or "(the root)" for path, _ in found)
     raise ValueError(
-      f"there are {len(found)} GafStates in this optimizer state, at {places}."
-      " Pass the part of it that holds one."
+      f"there are {len(found)} GafStates in this optimizer state, at {places}. Pass a"
+      " part of it with one GafState."
     )
   return found[0][1]

@@ -1,4 +1,4 @@
-"""Multi steps: the filter on one micro-gradient per call, as Optax accumulates."""
+"""Multi steps: the filter for one micro-gradient per call, like `optax.MultiSteps`."""
 
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from gaf_optax import (
 
 
 class MultiStepsState(NamedTuple):
-  """State of `multi_steps`; what `optax.MultiStepsState` has is there by its name.
+  """State of `multi_steps`; has all attributes of `optax.MultiStepsState`.
 
   Attributes:
     mini_step: int32 scalar, micro-gradients seen in this cycle, in
@@ -29,7 +29,7 @@ class MultiStepsState(NamedTuple):
     gaf_state: a `GafState` of the last finished cycle, whose `ready` is False
       within a cycle.
     inner_opt_state: the state of the inner transformation.
-    stream: what is kept of this cycle's micro-gradients.
+    stream: the running means and counts of this cycle.
   """
 
   mini_step: jax.Array
@@ -39,20 +39,20 @@ class MultiStepsState(NamedTuple):
 
   @property
   def gradient_step(self) -> jax.Array:
-    """int32 scalar, finished cycles, those without agreement too."""
+    """int32 scalar, finished cycles, including those without agreement."""
     return self.gaf_state.num_updates
 
   @property
   def acc_grads(self) -> Any:
-    """The weighted mean of what this cycle has accepted, like the parameters."""
+    """The weighted mean of this cycle's accepted micro-gradients."""
     return self.stream.means
 
 
 class MultiSteps(optax.GradientTransformationExtraArgs):
-  """What `multi_steps` returns: with the methods of `optax.MultiSteps`."""
+  """A transformation with the methods of `optax.MultiSteps`."""
 
   def has_updated(self, state: MultiStepsState) -> jax.Array:
-    """Whether the last call ended a cycle that agreed, and so ran `inner`."""
+    """Whether the last call ended a cycle with agreement, and so ran `inner`."""
     return jnp.asarray(state.gaf_state.ready)
 
   def gradient_transformation(self) -> optax.GradientTransformationExtraArgs:
@@ -77,12 +77,11 @@ def multi_steps(
 ) -> MultiSteps:
   """Takes one micro-gradient per call and runs `inner` on every k-th, if they agree.
 
-  The drop-in for `optax.MultiSteps`: calls before the k-th of a cycle emit zero
-  updates, the k-th emits the update of `inner` for the filtered mean of the k
-  micro-gradients. One running mean is kept, whatever k is (with `anchor_decay` the
-  moving average and a second one). A rejected
-  micro-gradient uses up its slot. A cycle without agreement emits zeros and leaves
-  the state of `inner` as it was.
+  A drop-in replacement for `optax.MultiSteps`: the k-th call of a cycle emits the
+  update of `inner` for the filtered mean of the k micro-gradients; the others emit
+  zeros. The state holds one running mean for any k (with `anchor_decay` also a second
+  one and the moving average). A rejected micro-gradient uses up its slot. A cycle
+  without agreement emits zeros and does not change the state of `inner`.
 
   Args:
     inner: the transformation that takes the filtered gradient.
@@ -91,21 +90,20 @@ def multi_steps(
     tau: see :func:`gaf`; a schedule is called with the number of finished cycles.
     rule: `rules.sequential()` (the default) or `rules.running_average()`.
     param_axes, groups, anchor_decay, num_microbatches: see :func:`gaf`.
-    embed, axis_name, stacked, memory_decay, max_norm_ratio: refused, since they need
-      all micro-gradients at once.
+    embed, axis_name, stacked, memory_decay, max_norm_ratio: not supported, because they
+      need all micro-gradients at once.
 
   Returns:
-    A transformation whose `update(micro_grad, state, params=None)` takes and
-    returns leaves shaped like the parameters. With each call, `microbatch_weights`
-    takes a scalar, see :func:`gaf`; the other extra arguments go to `inner`.
-    :func:`metrics` reads its state and speaks of the last finished cycle. As with
-    `optax.MultiSteps`, `has_updated(state)` tells whether the last call ran `inner`,
-    and the state has `mini_step`, `gradient_step` (finished cycles),
+    A transformation whose `update(micro_grad, state, params=None)` takes and returns
+    leaves shaped like the parameters. The extra argument `microbatch_weights` is a
+    scalar, see :func:`gaf`; others go to `inner`. :func:`metrics` describes the last
+    finished cycle. As with `optax.MultiSteps`, `has_updated(state)` is whether the last
+    call ran `inner`, and the state has `mini_step`, `gradient_step` (finished cycles),
     `inner_opt_state` and `acc_grads`.
 
   Raises:
-    ValueError: for arguments outside their ranges, and for a rule that has to see
-      all micro-gradients at once.
+    ValueError: for arguments outside their ranges, and for a rule that needs all
+      micro-gradients at once.
 
   Examples:
     >>> import jax.numpy as jnp, optax
@@ -123,7 +121,7 @@ def multi_steps(
     Chaubard et al., `Beyond Gradient Averaging in Parallel Optimization
     <https://arxiv.org/abs/2412.18052>`_, 2024, algorithm 1.
   """
-  checked = _options.checked_streamed(
+  checked = _options.validate_streamed(
     tau,
     rule=rule,
     embed=embed,
@@ -145,8 +143,8 @@ def multi_steps(
       )
   elif k is not None:
     raise ValueError(
-      "num_microbatches needs a fixed every_k_schedule, since it sets the shape of the"
-      f" state; got the function {every_k_schedule!r}."
+      "num_microbatches sets the shape of the state, so every_k_schedule must be an"
+      f" int, got the function {every_k_schedule!r}."
     )
   inner = optax.with_extra_args_support(inner)
 
@@ -170,26 +168,26 @@ def multi_steps(
     if not leaves.arrays:
       return leaves.unflatten([]), state
     layout = leaves.layout
-    _tree.check_kept(state.stream.means, leaves)
-    _tree.check_num_groups(layout, state.stream.num_in_mean.shape[0])
-    plan = checked.plan(leaves)
+    _tree.check_average_shapes(state.stream.means, leaves)
+    _tree.check_num_groups(layout, state.stream.num_accepted.shape[0])
+    spec = checked.spec(leaves)
     tau = checked.tau.at(gaf_state.steered, gaf_state.num_updates)
-    weight = _mesh.gathered_weights(microbatch_weights, None, ())
+    weight = _mesh.gather_weights(microbatch_weights, None, ())
     has_anchor = checked.anchor_decay is not None
-    anchor = _tree.pick(gaf_state.anchor, layout) if has_anchor else None
+    anchor = _tree.select(gaf_state.anchor, layout) if has_anchor else None
     stream = _stream.push(
-      state.stream, leaves.arrays, tau, weight, anchor, gaf_state.anchored, plan=plan
+      state.stream, leaves.arrays, tau, weight, anchor, gaf_state.anchored, spec=spec
     )
 
     def end_of_cycle():
-      means, step = _stream.finish(stream, leaves.arrays, plan, checked.min_accepted)
+      means, step = _stream.finish(stream, leaves.arrays, spec, checked.min_accepted)
       new_state = gaf_state
       if has_anchor:
-        plain = _tree.pick(stream.plain, layout)
+        plain = _tree.select(stream.plain, layout)
         new_state = _state.move_anchor(
           gaf_state, layout, checked.anchor_decay, plain, stream.num_valid > 0
         )
-      new_state = _state.advance(new_state, plan.tau, tau, step)
+      new_state = _state.advance(new_state, spec.tau, tau, step)
       grads = leaves.unflatten(means)
       updates, inner_state = _inner.run_if(
         step.agreed, inner, grads, state.inner_opt_state, params, extra_args
@@ -203,7 +201,7 @@ def multi_steps(
 
     def within_cycle():
       updates = optax.tree.zeros_like(jax.eval_shape(end_of_cycle)[0])
-      # Nothing is ready for what may follow, until the end of the cycle.
+      # `aggregating.process` runs its postprocessor at the end of a cycle only.
       waiting = gaf_state._replace(ready=jnp.zeros((), bool))
       return updates, MultiStepsState(
         state.mini_step + 1, waiting, state.inner_opt_state, stream

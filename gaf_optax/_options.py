@@ -1,6 +1,7 @@
-"""Options: the arguments that every form of the filter shares, checked once."""
+"""Options: the arguments shared by all forms of the filter, validated once."""
 
 import dataclasses
+import math
 from collections.abc import Hashable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -8,24 +9,14 @@ import jax
 
 from gaf_optax import _mesh, _rules, _tau, _tree, _validate
 
-# A float, an array of one, a schedule, or what the functions of `_tau` return.
 Tau: TypeAlias = float | jax.Array | _tau.Schedule | _tau.Tau
 AxisNames: TypeAlias = Hashable | tuple[Hashable, ...]
-# Names of axes, or a tree of `PartitionSpec`.
-ParamAxes: TypeAlias = Any
+ParamAxes: TypeAlias = Any  # Axis names, or a tree of `PartitionSpec`.
 Groups: TypeAlias = Literal["leaf"] | _tree.GroupsFn
 
 
-class Plan(NamedTuple):
-  """The options of a step on certain leaves, without values; hashable.
-
-  Attributes:
-    rule: a rule.
-    tau: what kind of tau it is.
-    embed: a function or None.
-    layout: which leaves take part in which decision.
-    axes: over which devices they are spread.
-  """
+class StepSpec(NamedTuple):
+  """The static part of a step: options without their values, and layout; hashable."""
 
   rule: Any
   tau: _tau.Tau
@@ -36,21 +27,11 @@ class Plan(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """Checked arguments of `gaf`.
+  """The validated arguments of `gaf`.
 
   Attributes:
-    tau: what kind of tau it is, with its value.
-    rule: hashable.
-    embed: hashable, or None.
-    axis_names: names of the axes along which the micro-gradients lie, () without.
-    stacked: whether a device holds several micro-gradients, on a leading axis.
-    param_axes: names of the axes over which the parameters are sharded.
-    param_specs: a tree of `PartitionSpec` of the parameters, or None.
-    groups: None, 'leaf' or a function.
-    anchor_decay: None without an anchor.
-    memory_decay: None without a memory.
-    num_microbatches: None, or how many micro-gradients a step has.
-    max_norm_ratio: None, or how many times as long as the median one may be.
+    axis_names: `axis_name` as a tuple.
+    param_specs: `param_axes` if it was a tree of `PartitionSpec`.
   """
 
   tau: _tau.Tau
@@ -68,16 +49,12 @@ class Options:
 
   @property
   def min_accepted(self) -> int:
-    """How many micro-gradients a step needs, and a decision of streamed ones."""
+    """Minimum number of accepted micro-gradients in a step with agreement."""
     return 2 if self.anchor_decay is None else 1
 
-  def plan(self, leaves: _tree.Leaves) -> Plan:
-    """The plan of a step on these leaves.
-
-    Raises:
-      ValueError: see `_mesh.axes`.
-    """
-    axes = _mesh.axes(
+  def spec(self, leaves: _tree.Leaves) -> StepSpec:
+    """The `StepSpec` for these leaves; raises as `_mesh.check_axes`."""
+    axes = _mesh.check_axes(
       leaves.layout.paths,
       leaves.arrays,
       self.axis_names,
@@ -85,14 +62,14 @@ class Options:
       self.param_axes,
       self.param_specs,
     )
-    return Plan(self.rule, self.tau.static(), self.embed, leaves.layout, axes)
+    return StepSpec(self.rule, self.tau.static(), self.embed, leaves.layout, axes)
 
-  def check_number(self, k: int) -> None:
-    """Raises for a number of micro-gradients that does not fit."""
+  def check_num_microbatches(self, k: int) -> None:
+    """Raises if a step cannot have k micro-gradients."""
     if k < self.min_accepted:
       raise ValueError(
         f"there is one micro-gradient (k = {k}) and nothing to compare it with. Split"
-        " the batch into at least two microbatches, or give anchor_decay to compare"
+        " the batch into at least two microbatches, or pass anchor_decay to compare"
         " with past steps."
       )
     if self.num_microbatches not in (None, k):
@@ -101,7 +78,7 @@ class Options:
       )
 
 
-def checked(
+def validate(
   tau,
   *,
   rule=None,
@@ -115,62 +92,59 @@ def checked(
   num_microbatches=None,
   max_norm_ratio=None,
 ) -> Options:
-  """Checks the arguments of `gaf` as far as they can be known without data.
-
-  Raises:
-    ValueError: naming the argument, what was found and what was expected.
-  """
-  tau = _tau.checked(tau)
-  axis_names = () if axis_name is None else as_names("axis_name", axis_name)
-  if axis_name is not None and not axis_names:
-    raise ValueError("axis_name must name at least one axis, got ().")
+  """Validates the arguments of `gaf`, as far as possible without data."""
+  tau = _tau.as_tau(tau)
+  axis_names: tuple[Hashable, ...] = ()
+  if axis_name is not None:
+    axis_names = normalize_axis_names("axis_name", axis_name)
+    if not axis_names:
+      raise ValueError("axis_name must name at least one axis, got ().")
   param_specs = None
   if _holds_specs(param_axes):
     param_specs, param_axes = param_axes, _mesh.spec_axes(param_axes)
-  param_axes = as_names("param_axes", param_axes)
+  param_axes = normalize_axis_names("param_axes", param_axes)
   both = set(axis_names) & set(param_axes)
   if both:
     raise ValueError(
-      f"axis {min(both, key=str)!r} is in axis_name and in param_axes, but the"
-      " micro-gradients of different replicas cannot be compared where each holds"
-      " another part of the parameters. Gather the parameters before jax.grad, or"
-      " use a mesh with one axis for the microbatches and one for the parameters."
+      f"axis {min(both, key=str)!r} is in axis_name and in param_axes, but"
+      " micro-gradients of different parts of the parameters cannot be compared. Gather"
+      " the parameters before jax.grad, or use a mesh with one axis for the"
+      " microbatches and one for the parameters."
     )
-  _check_stacked(stacked, axis_name)
+  if stacked is not None and not isinstance(stacked, bool):
+    raise ValueError(f"stacked must be True, False or None, got {stacked!r}.")
+  if stacked is False and axis_name is None:
+    raise ValueError(
+      "stacked=False needs an axis_name: without one, the first axis of every leaf is"
+      " the micro-gradient axis. For one micro-gradient per call use multi_steps."
+    )
   if anchor_decay is not None:
-    _check_anchor(anchor_decay, rule)
-  rule = _rules.Sequential() if rule is None else _checked_rule(rule)
-  if tau.reads_distances and isinstance(rule, _rules.Sequential | _rules.MostNeighbors):
-    if anchor_decay is None:
+    _validate.in_interval(0, 1, anchor_decay=anchor_decay, open_end=True)
+    if rule is not None:
       raise ValueError(
-        f"tau {tau!r} is read off the distances of a step, which for rule {rule!r}"
-        " depend on tau themselves. Use a rule whose distances do not, for instance"
-        " rules.leave_one_out(), rules.majority() or rules.nearest_neighbors(5)."
+        "anchor_decay and rule exclude each other: an anchor replaces the comparison"
+        f" among micro-gradients. Got anchor_decay={anchor_decay!r} and rule={rule!r}."
       )
+  rule = _rules.Sequential() if rule is None else rule
+  _check_rule(rule, tau, anchor_decay)
   if memory_decay is not None:
     _check_memory(memory_decay, anchor_decay, num_microbatches)
   if max_norm_ratio is not None:
+    hint = " Norms are limited to this multiple of the median norm."
     _validate.in_interval(
-      1,
-      float("inf"),
-      " It is how many times as long as the median a micro-gradient may be.",
-      open_end=True,
-      max_norm_ratio=max_norm_ratio,
+      1, math.inf, hint, open_end=True, max_norm_ratio=max_norm_ratio
     )
   if embed is not None:
-    _validate.function(" An elementwise function such as jnp.sign.", embed=embed)
+    _validate.function(" Pass an elementwise function such as jnp.sign.", embed=embed)
   if groups is not None and groups != "leaf":
-    _validate.function(
-      " Expected None, 'leaf', or a function (path, leaf) -> label.",
-      groups=groups,
-    )
+    hint = " Expected None, 'leaf', or a function (path, leaf) -> label."
+    _validate.function(hint, groups=groups)
   if num_microbatches is not None:
-    hint = (
-      " One micro-gradient alone has nothing to compare with (anchor_decay compares it"
-      " with the past)."
-    )
-    least = 2 if anchor_decay is None else 1
-    _validate.count(least, hint if least > 1 else "", num_microbatches=num_microbatches)
+    minimum, hint = 1, ""
+    if anchor_decay is None:
+      minimum, hint = 2, " Only with anchor_decay can there be one micro-gradient."
+    _validate.count(minimum, hint, num_microbatches=num_microbatches)
+    num_microbatches = int(num_microbatches)
   return Options(
     tau,
     _hashable(rule),
@@ -182,99 +156,89 @@ def checked(
     groups,
     anchor_decay,
     memory_decay,
-    None if num_microbatches is None else int(num_microbatches),
+    num_microbatches,
     max_norm_ratio,
   )
 
 
-# Why a form of the filter that sees one micro-gradient at a time refuses an option.
+# Why the streamed forms do not support an option.
 _NOT_STREAMED = {
-  "embed": "its running mean is of gradients, not of embedded ones",
+  "embed": "the running mean is of gradients, not of embedded ones",
   "axis_name": (
-    "they are filtered on the device that they are on. To filter across devices give"
-    " the result to gaf(axis_name=...), or let each device stack its micro-gradients"
-    " and use gaf(axis_name=..., stacked=True)"
+    "each device filters its own. To filter across devices, pass the result to"
+    " gaf(axis_name=...), or let each device stack its micro-gradients and use"
+    " gaf(axis_name=..., stacked=True)"
   ),
-  "stacked": "there is one in each call. Stack them and use gaf",
-  "memory_decay": (
-    "it remembers how all pairs compare, but they are compared with a running mean"
-    " alone. Stack them and use gaf"
-  ),
-  "max_norm_ratio": "the median norm is known at the end alone. Stack them and use gaf",
+  "stacked": "each call takes one. Stack them and use gaf",
+  "memory_decay": "the memory needs the cosines of all pairs. Stack them and use gaf",
+  "max_norm_ratio": "the median norm needs all norms. Stack them and use gaf",
 }
 
 
-def checked_streamed(tau, **options) -> Options:
-  """Checked options, without what needs all micro-gradients at once.
-
-  Raises:
-    ValueError: as `checked`, and for what streamed forms refuse.
-  """
-  refuse(options, _NOT_STREAMED, "micro-gradients that come one at a time")
-  if _tau.checked(tau).reads_distances:
+def validate_streamed(tau, **options) -> Options:
+  """Validates options for the streamed forms."""
+  refuse(options, _NOT_STREAMED, "micro-gradients that arrive one at a time")
+  if _tau.as_tau(tau).uses_distances:
     raise ValueError(
-      f"tau {tau!r} is read off the distances of all micro-gradients of a step, but"
-      " streamed ones show one at a time. Stack them and use gaf."
+      f"tau {tau!r} is computed from all distances in a step, which are not available"
+      " when micro-gradients are streamed. Stack them and use gaf."
     )
-  result = checked(tau, **options)
+  result = validate(tau, **options)
   if result.anchor_decay is None and not isinstance(result.rule, _rules.Sequential):
     raise ValueError(
-      f"rule {result.rule!r} has to see all micro-gradients at once. Streamed"
-      " micro-gradients are compared with a running mean: use rules.sequential(),"
-      " rules.running_average() or anchor_decay, or stack them and use gaf."
+      f"rule {result.rule!r} needs all micro-gradients at once, but streamed ones are"
+      " compared with a running mean. Use rules.sequential(), rules.running_average()"
+      " or anchor_decay, or stack them and use gaf."
     )
   return result
 
 
-def refuse(options: dict[str, Any], reasons: dict[str, str], what: str) -> None:
-  """Raises for options that are given and have no meaning for `what`."""
+def refuse(options: dict[str, Any], reasons: dict[str, str], form: str) -> None:
+  """Raises for options that are given but not supported with `form`."""
   for name, reason in reasons.items():
     if options.get(name) not in (None, ()):
-      raise ValueError(f"{name}={options[name]!r} does not go with {what}: {reason}.")
+      raise ValueError(
+        f"{name}={options[name]!r} is not supported with {form}: {reason}."
+      )
 
 
-def _checked_rule(rule):
+def _check_rule(rule, tau, anchor_decay):
   _validate.function(
-    " Rules are made by gaf_optax.rules, for instance rules.most_neighbors().",
-    rule=rule,
+    " gaf_optax.rules creates rules, for instance rules.most_neighbors().", rule=rule
   )
   if getattr(rule, "__module__", "") == f"{__package__}.rules":
     raise ValueError(
-      f"rule must be a rule, not what makes one, got {rule!r}. Was the call"
-      " forgotten, as in rules.most_neighbors()?"
+      f"rule must be a rule, not the function that creates it, got {rule!r}. Add the"
+      " call, as in rules.most_neighbors()."
     )
-  return rule
-
-
-def _check_anchor(anchor_decay, rule):
-  if rule is not None:
+  depends_on_tau = isinstance(rule, _rules.Sequential | _rules.MostNeighbors)
+  if tau.uses_distances and depends_on_tau and anchor_decay is None:
     raise ValueError(
-      "anchor_decay and rule exclude each other: an anchor replaces the"
-      f" comparison among micro-gradients. Got anchor_decay={anchor_decay!r}"
-      f" and rule={rule!r}."
+      f"tau {tau!r} is computed from the distances in a step, but the distances of rule"
+      f" {rule!r} depend on tau themselves. Use another rule, for instance"
+      " rules.leave_one_out(), rules.majority() or rules.nearest_neighbors(5)."
     )
-  _validate.in_interval(0, 1, anchor_decay=anchor_decay, open_end=True)
 
 
 def _check_memory(memory_decay, anchor_decay, num_microbatches):
   _validate.in_interval(0, 1, memory_decay=memory_decay, open_end=True)
   if anchor_decay is not None:
     raise ValueError(
-      "memory_decay and anchor_decay exclude each other: a memory is of the cosines"
-      " among the micro-gradients, which an anchor does not compare. Got"
+      "memory_decay and anchor_decay exclude each other: the memory stores the cosines"
+      " of pairs of micro-gradients, which an anchor does not need. Got"
       f" memory_decay={memory_decay!r} and anchor_decay={anchor_decay!r}."
     )
   if num_microbatches is None:
     raise ValueError(
-      f"memory_decay={memory_decay!r} needs num_microbatches, since the state holds a"
-      " number for every pair of micro-gradients. Give num_microbatches=k, the number"
-      " of sources."
+      f"memory_decay={memory_decay!r} needs num_microbatches, since the state stores a"
+      " number for each pair of micro-gradients. Pass num_microbatches=k, the number of"
+      " sources."
     )
 
 
-def as_names(argument, value):
-  """One name, or several, as a tuple."""
-  names = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+def normalize_axis_names(argument, value) -> tuple[Hashable, ...]:
+  """One axis name or several, as a tuple."""
+  names = tuple(value) if isinstance(value, tuple | list) else (value,)
   for name in names:
     if not isinstance(name, Hashable) or name is None or callable(name):
       raise ValueError(
@@ -286,6 +250,7 @@ def as_names(argument, value):
 
 
 def _holds_specs(param_axes):
+  """Whether `param_axes` is a tree of `PartitionSpec`."""
   is_spec = lambda node: isinstance(node, jax.sharding.PartitionSpec)
   found = [is_spec(x) for x in jax.tree.leaves(param_axes, is_leaf=is_spec)]
   if any(found) and not all(found):
@@ -296,19 +261,8 @@ def _holds_specs(param_axes):
   return any(found)
 
 
-def _check_stacked(stacked, axis_name):
-  if stacked is not None and not isinstance(stacked, bool):
-    raise ValueError(f"stacked must be True, False or None, got {stacked!r}.")
-  if stacked is False and axis_name is None:
-    raise ValueError(
-      "stacked=False needs an axis_name: without one the micro-gradients are on a"
-      " leading axis of every leaf. For one micro-gradient per call use"
-      " multi_steps."
-    )
-
-
 def _hashable(function):
-  """The function itself, or a wrapper where its class cannot be hashed."""
+  """The function, wrapped if its class cannot be hashed."""
   try:
     hash(function)
   except TypeError:

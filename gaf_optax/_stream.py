@@ -1,4 +1,4 @@
-"""Stream: one running mean of micro-gradients that come one at a time."""
+"""Stream: a running mean of micro-gradients that arrive one at a time."""
 
 import functools
 from collections.abc import Sequence
@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from gaf_optax import (
   _compat,
   _kernels,
-  _mesh,
   _options,
   _rules,
   _state,
@@ -19,41 +18,40 @@ from gaf_optax import (
 
 
 class Stream(NamedTuple):
-  """What is kept of the micro-gradients of a cycle so far; m groups.
+  """The running means and counts of a cycle; m groups.
 
   Attributes:
-    means: like the parameters, the weighted mean of what each leaf's group
-      accepted.
-    plain: with an anchor, the mean of all that are valid, else None.
+    means: like the parameters, the weighted mean of the accepted micro-gradients.
+    plain: with an anchor the mean of all valid ones, else None.
     mean: a `Mean` of arrays `[m]`.
-    plain_weight: scalar, the sum of the weights of all that are valid.
-    num_in_mean: int32 `[m]`, how many were accepted.
-    distance_sum: float32 `[m]`, over the micro-gradients that were compared.
-    num_compared: int32 `[m]`, how many those are.
-    num_pushed: int32 scalar.
-    num_present: int32 scalar, how many of those have a weight above 0.
-    num_valid: int32 scalar, how many of those are finite.
-    each: the weights, `accepted` and distances `[m, k]` of a `Decision`, where k is
-      known; else None. A plain tuple, so that `optax.tree.get` finds them once.
+    plain_weight: scalar, the sum of the weights of the valid ones.
+    num_accepted: int32 `[m]`.
+    distance_sum: float32 `[m]`, the sum of the known distances.
+    num_compared: int32 `[m]`, the number of known distances.
+    num_seen: int32 scalar.
+    num_present: int32 scalar, those with a weight above 0.
+    num_valid: int32 scalar, those that are also finite.
+    per_microbatch: weights, `accepted` and distances `[m, k]` if k is known, else None.
+      A plain tuple, so that `optax.tree.get` finds these names only once.
   """
 
   means: Any
   plain: Any
   mean: _rules.Mean
   plain_weight: jax.Array
-  num_in_mean: jax.Array
+  num_accepted: jax.Array
   distance_sum: jax.Array
   num_compared: jax.Array
-  num_pushed: jax.Array
+  num_seen: jax.Array
   num_present: jax.Array
   num_valid: jax.Array
-  each: tuple[jax.Array, jax.Array, jax.Array] | None
+  per_microbatch: tuple[jax.Array, jax.Array, jax.Array] | None
 
 
 def start(
   params: Any, options: _options.Options, num_microbatches: int | None = None
 ) -> Stream:
-  """An empty stream for micro-gradients shaped like the parameters."""
+  """The stream at the start of a cycle."""
   leaves = _tree.flatten(params, None, options.groups, stacked=False)
   m, k = leaves.layout.num_groups, num_microbatches
   dtype = _compat.real_accumulator_dtype(leaves.arrays)
@@ -61,23 +59,23 @@ def start(
   numbers = lambda *shape: jnp.zeros(shape, jnp.float32)
   each = None
   if k is not None:
-    each = numbers(m, k), jnp.zeros((m, k), bool), _state.nothing(m, k)
+    each = numbers(m, k), jnp.zeros((m, k), bool), _state.missing(m, k)
   return Stream(
     means=_tree.accumulators(params),
     plain=None if options.anchor_decay is None else _tree.accumulators(params),
     mean=_rules.Mean(jnp.zeros((m,), dtype), jnp.zeros((m,), dtype)),
     plain_weight=jnp.zeros((), dtype),
-    num_in_mean=counts(m),
+    num_accepted=counts(m),
     distance_sum=numbers(m),
     num_compared=counts(m),
-    num_pushed=counts(),
+    num_seen=counts(),
     num_present=counts(),
     num_valid=counts(),
-    each=each,
+    per_microbatch=each,
   )
 
 
-@functools.partial(jax.jit, static_argnames="plan")
+@functools.partial(jax.jit, static_argnames="spec")
 def push(
   stream: Stream,
   arrays: Sequence[jax.Array],
@@ -86,59 +84,58 @@ def push(
   anchor: Sequence[jax.Array] | None = None,
   anchored: jax.Array | None = None,
   *,
-  plan: _options.Plan,
+  spec: _options.StepSpec,
 ) -> Stream:
-  """Compares a micro-gradient with the running mean, or the anchor, and takes it up."""
-  layout, dtype = plan.layout, stream.plain_weight.dtype
-  where = (layout.group_ids, layout.num_groups, None, _mesh.shards(plan.axes))
+  """Compares a micro-gradient with the running mean or anchor; adds it if accepted."""
+  layout, dtype = spec.layout, stream.plain_weight.dtype
+  where = (layout.group_ids, layout.num_groups, None, spec.axes.shards())
   rows = [x[None] for x in arrays]
   gram, (finite,) = _kernels.gram(rows, *where)
-  against = _tree.pick(stream.means, layout) if anchor is None else anchor
+  against = _tree.select(stream.means, layout) if anchor is None else anchor
   square, products = _kernels.dots(against, rows, *where)
   products = jnp.where(finite, products, 0)
   weight = jnp.ones((), dtype) if weight is None else weight.astype(dtype)
   valid = finite & (weight > 0)
   if anchor is None:
     pair = (square, products[:, 0], gram[:, 0, 0])
-    mean, step = plan.rule.step(stream.mean, *pair, tau, valid, weight)
+    mean, step = spec.rule.step(stream.mean, *pair, tau, valid, weight)
   else:
     mean, step = _against_anchor(
       stream.mean, square, products, gram, tau, valid, weight, anchored
     )
 
-  # One more slot at the end: the mean of all that are valid, which leaves of no group
-  # have and which moves the anchor.
+  # The last entry is for the plain mean, which ungrouped leaves and the anchor use.
   plain_weight = stream.plain_weight + jnp.where(valid, weight, 0)
   plain = weight / jnp.where(plain_weight > 0, plain_weight, 1)
   shares = jnp.append(step.share, jnp.where(valid, plain, 0))
 
-  def taken_up(tree, group_ids):
+  def accumulated(tree, group_ids):
     if tree is None:
       return None
-    found = zip(_tree.pick(tree, layout), arrays, group_ids)
-    mixed = [_mixed(mean, value, shares[group]) for mean, value, group in found]
-    return _tree.put(tree, layout, mixed)
+    found = zip(_tree.select(tree, layout), arrays, group_ids)
+    mixed = [_lerp(mean, value, shares[group]) for mean, value, group in found]
+    return _tree.replace(tree, layout, mixed)
 
   compared = jnp.isfinite(step.distance)
   distance = jnp.where(compared, step.distance, 0).astype(jnp.float32)
   count = lambda number, flag: number + flag.astype(jnp.int32)
   return Stream(
-    means=taken_up(stream.means, layout.group_ids),
-    plain=taken_up(stream.plain, (layout.num_groups,) * len(arrays)),
+    means=accumulated(stream.means, layout.group_ids),
+    plain=accumulated(stream.plain, (layout.num_groups,) * len(arrays)),
     mean=mean,
     plain_weight=plain_weight,
-    num_in_mean=count(stream.num_in_mean, step.accepted),
+    num_accepted=count(stream.num_accepted, step.accepted),
     distance_sum=stream.distance_sum + distance,
     num_compared=count(stream.num_compared, compared),
-    num_pushed=stream.num_pushed + 1,
+    num_seen=stream.num_seen + 1,
     num_present=count(stream.num_present, weight > 0),
     num_valid=count(stream.num_valid, valid),
-    each=_recorded(stream, step),
+    per_microbatch=_recorded(stream, step),
   )
 
 
 def _against_anchor(mean, square, products, gram, tau, valid, weight, anchored):
-  """As the `step` of a sequential rule, but compared with the anchor."""
+  """Like `step` of a sequential rule, but compares with the anchor."""
 
   def decide(square, products, gram):
     ones = jnp.ones_like(products)
@@ -155,21 +152,21 @@ def _against_anchor(mean, square, products, gram, tau, valid, weight, anchored):
 
 
 def _recorded(stream, step):
-  """What is kept of each micro-gradient, with this one's."""
-  if stream.each is None:
+  """Adds a step to `Stream.per_microbatch`."""
+  if stream.per_microbatch is None:
     return None
-  i = stream.num_pushed
-  weights, accepted, distances = stream.each
+  i = stream.num_seen
+  weights, accepted, distances = stream.per_microbatch
   share = step.share.astype(jnp.float32)
   return (
     (weights * (1 - share)[:, None]).at[:, i].set(share),
     accepted.at[:, i].set(step.accepted),
-    distances.at[:, i].set(_state.or_nothing(step.distance)),
+    distances.at[:, i].set(_state.nan_to_missing(step.distance)),
   )
 
 
-def _mixed(mean, value, share):
-  """`(1 - share) * mean + share * value`, without a value that is not taken up."""
+def _lerp(mean, value, share):
+  """`(1 - share) * mean + share * value`; a value with share 0 may be NaN."""
   value = jnp.where(share != 0, value.astype(mean.dtype), 0)
   return (1 - share).astype(mean.dtype) * mean + share.astype(mean.dtype) * value
 
@@ -177,48 +174,50 @@ def _mixed(mean, value, share):
 def finish(
   stream: Stream,
   arrays: Sequence[jax.Array],
-  plan: _options.Plan,
+  spec: _options.StepSpec,
   min_accepted: int,
 ) -> tuple[list[jax.Array], _state.Outcome]:
-  """The result of a cycle, of the dtypes of `arrays`, and its outcome.
+  """The filtered mean of a cycle, in the dtypes of `arrays`, and its outcome.
 
-  `min_accepted` is how many micro-gradients have to be accepted.
+  A group needs at least `min_accepted` accepted micro-gradients.
   """
-  layout = plan.layout
-  agreed = stream.num_in_mean >= min_accepted
+  layout = spec.layout
+  agreed = stream.num_accepted >= min_accepted
   slots = jnp.append(agreed, jnp.any(agreed))
-  found = _tree.pick(stream.means, layout)
+  found = _tree.select(stream.means, layout)
   means = [jnp.where(slots[g], x, 0) for x, g in zip(found, layout.group_ids)]
   square, _ = _kernels.gram(
     [x[None] for x in found],
     layout.group_ids,
     layout.num_groups,
     None,
-    _mesh.shards(plan.axes),
+    spec.axes.shards(),
   )
   mean_distance = stream.distance_sum / jnp.maximum(stream.num_compared, 1).astype(
     jnp.float32
   )
-  mean_distance = _state.mean_known(
-    jnp.where(stream.num_compared > 0, mean_distance, _state.NOTHING)
+  mean_distance = _state.mean_present(
+    jnp.where(stream.num_compared > 0, mean_distance, _state.MISSING)
   )
   decision = None
-  if stream.each is not None:
-    weights, accepted, distances = stream.each
+  if stream.per_microbatch is not None:
+    weights, accepted, distances = stream.per_microbatch
     weights = jnp.where(agreed[:, None], weights, 0)
     decision = _rules.Decision(weights, accepted & agreed[:, None], distances)
-    decision = _state.over_groups(decision)
+    decision = _state.mean_over_groups(decision)
   outcome = _state.Outcome(
     agreed=jnp.any(agreed),
-    num_accepted=jnp.mean(jnp.where(agreed, stream.num_in_mean, 0).astype(jnp.float32)),
+    num_accepted=jnp.mean(
+      jnp.where(agreed, stream.num_accepted, 0).astype(jnp.float32)
+    ),
     mean_distance=mean_distance,
     num_seen=stream.num_present,
     nonfinite=stream.num_present - stream.num_valid,
-    identical=_state.are_copies(mean_distance),
-    noise_scale=_state.nothing(),
+    identical=_state.are_identical(mean_distance),
+    noise_scale=_state.missing(),
     grad_norm=jnp.sqrt(jnp.sum(jnp.where(agreed, square[:, 0, 0], 0))).astype(
       jnp.float32
     ),
-    each=decision,
+    per_microbatch=decision,
   )
   return [mean.astype(x.dtype) for mean, x in zip(means, arrays)], outcome

@@ -29,12 +29,12 @@ class Tau:
   """How tau moves; without its value, so that it is hashable.
 
   Attributes:
-    reads_distances: whether it is read off the distances of a step, which must not
+    uses_distances: whether it is read off the distances of a step, which must not
       depend on tau.
     needs_state: whether it depends on the steps before.
   """
 
-  reads_distances = False
+  uses_distances = False
   needs_state = False
 
   def static(self) -> "Tau":
@@ -119,7 +119,7 @@ class _TargetAcceptRate(Tau):
 
 
 class _OfDistances(Tau):
-  reads_distances = True
+  uses_distances = True
 
   def at(self, carried, num_updates):
     return jnp.asarray(2.0, float)
@@ -160,7 +160,7 @@ class _AdaptiveTau(_OfDistances):
     return jnp.where(similarity > 0, 1 - share * similarity, 2)
 
 
-def checked(tau: Any) -> Tau:
+def as_tau(tau: Any) -> Tau:
   """The object for what a user gave as tau.
 
   Raises:
@@ -174,14 +174,14 @@ def checked(tau: Any) -> Tau:
   return _Fixed(tau)
 
 
-def checked_without_state(tau: Any) -> Tau:
+def as_stateless_tau(tau: Any) -> Tau:
   """The same for forms that keep nothing from one call to the next."""
   if callable(tau) or getattr(tau, "needs_state", False):
     raise ValueError(
       f"tau must be a number here, got {tau!r}: a schedule or a target_accept_rate"
       " needs a state. Pass the value itself."
     )
-  return checked(tau)
+  return as_tau(tau)
 
 
 def target_accept_rate(

@@ -1,4 +1,4 @@
-"""Two pass: microbatches compared by a part of their gradients, then differentiated."""
+"""Two pass: compares part of the gradients, then differentiates the weighted loss."""
 
 import dataclasses
 import functools
@@ -26,34 +26,26 @@ from gaf_optax._validate import leaf_name
 # `(path, leaf) -> bool` on the parameters.
 Compare = Callable[[Any, Any], bool]
 
-# Values of the compared leaves up to which each microbatch gets a copy of them. That
-# costs memory and time in proportion, and saves a forward pass, of which XLA shares
-# nothing behind a normalization layer (a third of a ResNet's or transformer's step).
-_COPIED = 1 << 16
+# If the compared leaves have at most this many values, each microbatch gets its own
+# copy. This costs memory but saves a second forward pass, which XLA does not share
+# across a normalization layer (a third of a ResNet's or transformer's step).
+_MAX_COPIED_VALUES = 1 << 16
 
-
-# Why an option has no meaning with `compare`.
+# Why `compare` excludes an option.
 _NOT_WITH_COMPARE = {
   "stacked": "the microbatches of one call are always stacked",
-  "groups": (
-    "one weighted loss is differentiated for all parameters, so that there is one"
-    " decision for all of them"
-  ),
+  "groups": "one weighted loss for all parameters allows one decision only",
   "memory_decay": "there is no state to hold the memory; use gaf",
   "anchor_decay": "there is no state to hold the average; use gaf or multi_steps",
   "param_axes": "the compared leaves must be whole on every device",
 }
 
 
-def checked(tau, compare: Compare, **options) -> _options.Options:
-  """Checked options of the two-pass form.
-
-  Raises:
-    ValueError: as `gaf`, and for what has no meaning there.
-  """
+def validate(tau, compare: Compare, **options) -> _options.Options:
+  """Checked options of the two-pass form."""
   _validate.function(" A predicate (path, leaf) -> bool.", compare=compare)
   _options.refuse(options, _NOT_WITH_COMPARE, "compare")
-  return _options.checked(tau, **options)
+  return _options.validate(tau, **options)
 
 
 def two_pass(
@@ -65,38 +57,38 @@ def two_pass(
   microbatch_weights: jax.Array | None,
   options: _options.Options,
 ) -> tuple[jax.Array, Any, Any, _state.Agreement]:
-  """Compares microbatches by some leaves' gradients, then differentiates once.
+  """Compares microbatches by the gradients of some leaves, then differentiates once.
 
-  The first backward pass forms the gradients of the compared leaves for each
-  microbatch; the second is that of the weighted mean loss, over all parameters. Where
-  the compared leaves are small, each microbatch gets a copy of them, and one forward
-  pass serves both. Where they are large, the first has a forward pass of its own; how
-  much of it the two share is up to XLA.
+  The first backward pass forms the compared leaves' gradients of each microbatch; the
+  second is that of the weighted mean loss, for all parameters. If the compared leaves
+  are small, both share one forward pass. If not, XLA decides what they share.
 
   Args:
     loss: `(params, microbatch) -> (scalar, aux)`.
-    params: what is differentiated.
+    params: the arguments to differentiate with respect to.
     batch: leaves `[k, ...]`.
-    num_microbatches: k; of each replica, with axis names.
-    compare: which leaves of `params` are compared.
-    microbatch_weights: `[k]`, how much each microbatch counts; or None.
-    options: of `checked`.
+    num_microbatches: k, per device.
+    compare: selects the compared leaves.
+    microbatch_weights: `[k]` or None.
+    options: from `validate`.
 
   Returns:
-    The mean loss, aux leaves `[k, ...]`, the gradient, and an `Agreement` of all
-    replicas' microbatches, whose arrays are those of this replica's, `[k]`.
+    The mean loss, aux leaves `[k, ...]`, the gradient, and an `Agreement` over all
+    devices, with this device's arrays `[k]`.
   """
   names, k = options.axis_names, num_microbatches
   checking = frozenset(n for n in names if _compat.checks_replication(n))
-  # Gradients of replicated parameters would be summed over the replicas.
+  # Otherwise gradients of replicated parameters are summed over the devices.
   params = jax.tree.map(lambda x: _compat.as_varying(x, checking), params)
   leaves, treedef = jax.tree.flatten(params)
   selected = _selected(params, compare)
   own = [leaves[i] for i in selected]
-  copied = selected if sum(jnp.size(x) for x in own) <= _COPIED else []
+  copied = selected if sum(jnp.size(x) for x in own) <= _MAX_COPIED_VALUES else []
 
-  # JAX maps no parameters over a mesh axis that they are sharded over.
-  beside_batch = functools.partial(_mesh.beside, batch=jax.tree.leaves(batch))
+  # `vmap` cannot map over a mesh axis that also shards the parameters.
+  beside_batch = functools.partial(
+    _mesh.gather_over_batch_axes, batch=jax.tree.leaves(batch)
+  )
 
   def one(shared, own, positions, microbatch):
     merged = _replaced(shared, positions, own)
@@ -107,11 +99,13 @@ def two_pass(
     run = lambda copies, microbatch: one(shared, copies, copied, microbatch)
     return jax.vmap(run)(copies, batch)
 
-  copies = [_mesh.copies(leaves[i], k, jax.tree.leaves(batch)) for i in copied]
+  copies = [
+    _mesh.broadcast_per_microbatch(leaves[i], k, jax.tree.leaves(batch)) for i in copied
+  ]
   losses, backward, aux = jax.vjp(each, leaves, copies, has_aux=True)
   _check_losses(losses, k)
   typed = lambda x: _compat.typed_like(x, losses)
-  cotangent = lambda x: _mesh.placed_like(typed(x), losses)
+  cotangent = lambda x: _mesh.reshard_like(typed(x), losses)
   if copied:
     _, stacks = backward(cotangent(jnp.ones_like(losses)))
   else:
@@ -119,10 +113,9 @@ def two_pass(
     alone = lambda own, microbatch: one(whole, own, selected, microbatch)[0]
     stacks = jax.vmap(jax.grad(alone), (None, 0))(beside_batch(own), batch)
   if microbatch_weights is not None:
-    microbatch_weights = typed(_mesh.gathered(microbatch_weights))
-  # Flat where they are made, since XLA's CPU compiler would make them once for each
-  # shape in which they are read.
-  stacks = [_tree.flat_rows(_mesh.gathered(x)) for x in stacks]
+    microbatch_weights = typed(_mesh.replicate(microbatch_weights))
+  # XLA for CPU would compute them once for each shape in which they are read.
+  stacks = [_tree.flat_rows(_mesh.replicate(x)) for x in stacks]
   weights, finite, agreement = _compared(losses, stacks, microbatch_weights, options)
   if names:
     start = lax.axis_index(names) * k
@@ -133,20 +126,22 @@ def two_pass(
       weights=mine(agreement.weights),
       distances=mine(agreement.distances),
     )
-  # Before the branch, since XLA's CPU convolutions are slow within one.
+  # Outside of the branch, in which XLA's CPU convolutions are slow.
   shared, _ = backward(cotangent(weights.astype(losses.dtype)))
   means = []
   if copied:
     found = _kernels.weighted_means(stacks, [0] * len(stacks), weights[None])
     means = [
-      _mesh.placed_like(x.reshape(leaf.shape), leaf) for x, leaf in zip(found, own)
+      _mesh.reshard_like(x.reshape(leaf.shape), leaf) for x, leaf in zip(found, own)
     ]
   grads = jax.tree.unflatten(treedef, _replaced(shared, copied, means))
 
   def without_bad():
-    # A NaN times a weight of 0 is NaN in the backward pass: good ones stand in.
+    # A NaN times a weight of 0 is NaN in the backward pass: use finite rows instead.
     rows = jnp.where(finite, jnp.arange(k), jnp.argmax(finite))
-    good = jax.tree.map(lambda x: _mesh.placed_like(_mesh.gathered(x)[rows], x), batch)
+    good = jax.tree.map(
+      lambda x: _mesh.reshard_like(_mesh.replicate(x)[rows], x), batch
+    )
 
     def total(params):
       whole = jax.tree.unflatten(treedef, beside_batch(jax.tree.leaves(params)))
@@ -164,7 +159,7 @@ def two_pass(
 
 
 def mean_loss(losses, weights=None, names=()):
-  """The mean of losses `[k]`, of all replicas; those of weight 0 are left out."""
+  """The weighted mean of losses `[k]` over all devices, ignoring weights of 0."""
   if weights is None:
     mean = jnp.mean(losses)
     return lax.pmean(mean, names) if names else mean
@@ -176,13 +171,13 @@ def mean_loss(losses, weights=None, names=()):
 
 
 def _replaced(leaves, positions, values):
-  """The leaves, with other values in some places."""
+  """The leaves with the values at these positions replaced."""
   places = dict(zip(positions, values))
   return [places.get(i, leaf) for i, leaf in enumerate(leaves)]
 
 
 def _check_losses(losses, k):
-  """What `jax.grad` asks of a function's value, of each microbatch's."""
+  """Raises as `jax.grad` does, for the value of each microbatch."""
   if losses.shape != (k,) or not jnp.issubdtype(losses.dtype, jnp.floating):
     raise TypeError(
       "fun must return a real scalar (with has_aux a pair of one and the auxiliary"
@@ -191,7 +186,7 @@ def _check_losses(losses, k):
 
 
 def _selected(params, compare):
-  """The positions of the compared leaves among all."""
+  """The positions of the compared leaves."""
   flat = jax.tree_util.tree_flatten_with_path(params)[0]
   selected = [i for i, entry in enumerate(flat) if _is_selected(compare, *entry)]
   if not selected:
@@ -220,31 +215,27 @@ def _is_selected(compare, path, leaf):
 
 
 def _compared(losses, stacks, weights, options):
-  """Weights and finiteness `[n * k]` of all replicas' microbatches, and the agreement.
+  """Weights and finiteness `[n * k]` of all devices' microbatches, and the agreement.
 
-  Args:
-    losses: `[k]`.
-    stacks: gradients `[k, size]` of the compared leaves.
-    weights: `[k]` or None.
-    options: of `checked`.
+  `losses` and `weights` (or None) are `[k]`, `stacks` gradients `[k, size]`.
   """
   stacked = dataclasses.replace(options, stacked=True)
   leaves = _tree.flatten(stacks, None, None, stacked=True)
-  plan = stacked.plan(leaves)
+  spec = stacked.spec(leaves)
   inputs = _decide.Inputs(
     tau=options.tau.at(None, jnp.zeros((), jnp.int32)),
-    weights=_mesh.gathered_weights(weights, leaves.k, options.axis_names),
+    weights=_mesh.gather_weights(weights, leaves.k, options.axis_names),
     max_norm_ratio=options.max_norm_ratio,
   )
-  return _by_rows(leaves.arrays, _mesh.gathered(losses), inputs, plan=plan)
+  return _by_rows(leaves.arrays, _mesh.replicate(losses), inputs, spec=spec)
 
 
-@functools.partial(jax.jit, static_argnames="plan")
-def _by_rows(arrays, losses, inputs, *, plan):
-  # The losses belong to no group: they have to be finite, and no more.
-  group_ids = (*plan.layout.group_ids, plan.layout.num_groups)
-  rows = _exchange.scatter([*arrays, losses], group_ids, plan.axes)
-  gram, finite = _kernels.gram(rows.leaves, rows.group_ids, 1, plan.embed, rows.shards)
-  decided = _decide.decide(plan.rule, plan.tau, gram, finite, inputs)
-  outcome = _state.outcome(decided, gram, knows_norms=plan.embed is None)
+@functools.partial(jax.jit, static_argnames="spec")
+def _by_rows(arrays, losses, inputs, *, spec):
+  # The losses belong to no group: only their finiteness counts.
+  group_ids = (*spec.layout.group_ids, spec.layout.num_groups)
+  rows = _exchange.scatter([*arrays, losses], group_ids, spec.axes)
+  gram, finite = _kernels.gram(rows.leaves, rows.group_ids, 1, spec.embed, rows.shards)
+  decided = _decide.decide(spec.rule, spec.tau, gram, finite, inputs)
+  outcome = _state.outcome(decided, gram, has_norms=spec.embed is None)
   return decided.factors[0], finite, _state.agreement(outcome)

@@ -1,20 +1,21 @@
-"""Checks of arguments, made as early as their values are known."""
+"""Checks of arguments, made as soon as their values are known."""
 
 import math
 import numbers
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
 def leaf_name(path: Any) -> str:
-  """A leaf's path as messages give it."""
+  """A leaf's path for error messages."""
   return jax.tree_util.keystr(path) or "(the whole tree)"
 
 
 def is_concrete(value: Any) -> bool:
-  """Whether a number's value can be read now (a traced array's cannot)."""
+  """Whether a value is known now; the value of a traced array is not."""
   return not isinstance(value, jax.core.Tracer)
 
 
@@ -23,10 +24,10 @@ def scalar(hint: str = "", **arguments: Any) -> None:
   for name, value in arguments.items():
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     is_array = (
-      isinstance(value, (np.ndarray, np.generic, jax.Array))
+      isinstance(value, np.ndarray | np.generic | jax.Array)
       and value.shape == ()
-      and jax.numpy.issubdtype(value.dtype, np.number)
-      and not jax.numpy.issubdtype(value.dtype, np.complexfloating)
+      and jnp.issubdtype(value.dtype, np.number)
+      and not jnp.issubdtype(value.dtype, np.complexfloating)
     )
     if not (is_number or is_array):
       raise ValueError(f"{name} must be a number, got {value!r}.{hint}")
@@ -42,7 +43,7 @@ def in_interval(
       continue
     number = float(value)
     inside = low <= number < high if open_end else low <= number <= high
-    if not inside:  # NaN is not.
+    if not inside:  # NaN is not inside.
       interval = f"[{low}, {high}{')' if open_end else ']'}"
       raise ValueError(f"{name} must be in {interval}, got {number}.{hint}")
 
@@ -78,7 +79,7 @@ def count(minimum: int, hint: str = "", **arguments: Any) -> None:
     if isinstance(value, jax.Array):
       raise ValueError(
         f"{name} must be a Python int, since it sets shapes, got an array. Under"
-        f" optax.inject_hyperparams, name it in static_args."
+        " optax.inject_hyperparams, add it to static_args."
       )
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
       raise ValueError(f"{name} must be an int, got {value!r}.{hint}")
@@ -87,13 +88,13 @@ def count(minimum: int, hint: str = "", **arguments: Any) -> None:
 
 
 def weights(shape: tuple[int, ...], **arguments: Any) -> jax.Array:
-  """The one argument as a float array of this shape; what is not above 0 is 0.
+  """The argument as a float array of this shape, with 0 for negative values and NaN.
 
   Raises:
-    ValueError: for another shape, and where concrete for negative values, NaN and Inf.
+    ValueError: for another shape, or concrete values that are negative, NaN or Inf.
   """
   ((name, value),) = arguments.items()
-  array = jax.numpy.asarray(value)
+  array = jnp.asarray(value)
   if array.shape != shape:
     raise ValueError(
       f"{name} must have shape {shape}, one number for each micro-gradient here, got"
@@ -104,5 +105,4 @@ def weights(shape: tuple[int, ...], **arguments: Any) -> jax.Array:
     if not np.all(np.isfinite(values) & (values >= 0)):
       raise ValueError(f"{name} must be finite and at least 0, got {values}.")
   array = array.astype(float)
-  usable = (array > 0) & jax.numpy.isfinite(array)
-  return jax.numpy.where(usable, array, 0)
+  return jnp.where((array > 0) & jnp.isfinite(array), array, 0)

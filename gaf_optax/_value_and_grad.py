@@ -1,4 +1,4 @@
-"""Value and grad: the filter on microbatches, while a batch is differentiated."""
+"""Value and grad: differentiates a batch in microbatches and filters on the way."""
 
 import operator
 from collections.abc import Callable, Sequence
@@ -42,61 +42,57 @@ def value_and_grad(
   memory_decay: float | None = None,
   max_norm_ratio: float | None = None,
 ) -> Callable[..., tuple[Any, Any, _state.Agreement]]:
-  """`jax.value_and_grad` over microbatches, filtered while it goes.
+  """`jax.value_and_grad` over microbatches, with filtering.
 
-  Splits the batch into k microbatches, visits one after the other in a `jax.lax.scan`,
-  and keeps one running mean of the micro-gradients that agree, so that memory does not
-  grow with k. Microbatch i has the rows i, i + k, i + 2k, ..., as `optax.microbatching`
-  has it: a batch that is sharded over devices stays where it is.
+  Splits the batch into k microbatches, visits them in a `jax.lax.scan`, and keeps one
+  running mean of the micro-gradients that agree, so memory does not grow with k.
+  Microbatch i has the rows i, i + k, i + 2k, ..., as in `optax.microbatching`, so a
+  batch that is sharded over devices stays in place.
 
-  With `compare` there are two passes and every rule works: the gradients of the leaves
-  that it selects, typically the last layer's, are formed for each microbatch at once
-  (by `jax.vmap`) and compared; the weights so found go into one backward pass of the
-  weighted mean loss. The gradient is exactly the weighted mean of the whole
-  micro-gradients; only the comparison looks at a part. So microbatches of one example
-  are affordable. For c values of the compared leaves, comparing takes `2 k^2 c`
-  operations, and memory grows by up to four times `k c` values.
+  With `compare` every rule works, in two passes. The first forms the gradients of the
+  selected leaves, typically the last layer, for all microbatches at once (by
+  `jax.vmap`) and compares them. The second differentiates the weighted mean loss. The
+  gradient is exactly the weighted mean of the whole micro-gradients; only the
+  comparison is restricted to the selected leaves. This makes microbatches of one
+  example affordable. With c values in the selected leaves, comparing takes `2 k^2 c`
+  operations and up to four times `k c` values of memory, plus a few k x k matrices.
 
   Args:
-    fun: a function whose value is a scalar, or a pair of one and auxiliary output
-      with `has_aux`.
-    num_microbatches: k, at least 2 (1 with `axis_name`); divides the leading axis of
-      the batch.
-    tau: the largest distance that is accepted, in [0, 2]: a float or a scalar
-      array, traced or not; with `compare` also a :func:`tau_quantile` or
-      :func:`adaptive_tau`.
-    argnums: which positional arguments to differentiate with respect to.
-    batch_argnums: which positional arguments hold the batch: pytrees of arrays
-      `[batch, ...]`; all but those of `argnums` if None. Keyword arguments that are
-      arrays or trees of them are of the batch, too. A typed PRNG key, a scalar, is
-      split into one for each microbatch.
+    fun: a function that returns a scalar, or with `has_aux` a scalar and auxiliary
+      output.
+    num_microbatches: k, at least 2 (1 with `axis_name`); must divide the batch size.
+    tau: the largest accepted distance, in [0, 2]: a float or a scalar array, traced or
+      not; with `compare` also :func:`tau_quantile` or :func:`adaptive_tau`.
+    argnums: the positional arguments to differentiate with respect to.
+    batch_argnums: the positional arguments that hold the batch, pytrees of arrays
+      `[batch, ...]`; None for all except `argnums`. Keyword arguments that are arrays
+      or trees of arrays also belong to the batch. A scalar typed PRNG key is split into
+      one key per microbatch.
     has_aux: whether `fun` returns a pair.
     compare: None, or a predicate `(path, leaf) -> bool` on the parameters, where `path`
-      is a JAX key path: which leaves' gradients are compared.
-    microbatch_weights: None, or a function of the batch arguments of one microbatch
-      that returns a scalar: how much it counts, for instance its number of valid
-      tokens. See :func:`gaf`.
+      is a JAX key path, that selects the compared leaves.
+    microbatch_weights: None, or a function of one microbatch's batch arguments that
+      returns a scalar, for instance its number of valid tokens. See :func:`gaf`.
     rule, embed, axis_name, param_axes, groups, max_norm_ratio: see :func:`gaf`.
       Without `compare`: `rule` (`rules.sequential()` or `rules.running_average()`),
       `param_axes` and `groups`. With it: any `rule`, `embed`, `max_norm_ratio` and
-      `axis_name`: each replica splits its own batch, all microbatches are compared with
-      each other, and every replica gets the value and gradient of the whole and the
-      agreement's arrays of its own microbatches.
+      `axis_name`. With `axis_name` each device splits its own batch, all microbatches
+      are compared, and every device gets the value and gradient of the whole, and the
+      agreement of its own microbatches.
 
   Returns:
     A function with the signature of `fun` that returns `(value, grads, agreement)`,
-    or `((value, aux), grads, agreement)` with `has_aux`. `value` is the mean over
-    all microbatches (with `microbatch_weights` the weighted one), leaves of `aux` are
-    stacked `[k, ...]`, `grads` is like the arguments, zero where no two
-    micro-gradients agree, and `agreement` is an :class:`Agreement`.
+    or `((value, aux), grads, agreement)` with `has_aux`. `value` is the (weighted) mean
+    over all microbatches, leaves of `aux` are stacked `[k, ...]`, `grads` has the shape
+    of the arguments and is zero if no two micro-gradients agree, and `agreement` is an
+    :class:`Agreement`.
 
   Raises:
-    ValueError: for arguments outside their ranges, for a rule that has to see all
-      micro-gradients at once, and for `anchor_decay`, since there is no state to
-      hold the average (:func:`multi_steps` has one). The returned function raises
-      it for a batch whose leading axis k does not divide, for an array by keyword
-      without a row for each example, and for a `compare` that selects no leaf, or one
-      without a gradient, or that does not return a bool.
+    ValueError: for arguments outside their ranges, a rule that needs all
+      micro-gradients at once, and `anchor_decay`, which needs a state
+      (:func:`multi_steps` has one). The returned function raises it for a batch size
+      that k does not divide, a keyword array of another leading size, and a `compare`
+      that selects no leaf or one without a gradient, or does not return a bool.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -116,7 +112,7 @@ def value_and_grad(
   several_replicas = compare is not None and axis_name is not None
   _validate.count(
     1 if several_replicas else 2,
-    " One micro-gradient alone has nothing to compare with.",
+    " There is nothing to compare one micro-gradient with.",
     num_microbatches=num_microbatches,
   )
   options = {
@@ -130,13 +126,13 @@ def value_and_grad(
     "anchor_decay": anchor_decay,
     "max_norm_ratio": max_norm_ratio,
   }
-  tau = _tau.checked_without_state(tau)
+  tau = _tau.as_stateless_tau(tau)
   if compare is not None:
-    checked = _two_pass.checked(tau, compare, **options)
+    checked = _two_pass.validate(tau, compare, **options)
   else:
     no_state = "there is no state to hold the average; use multi_steps or gaf"
     _options.refuse(options, {"anchor_decay": no_state}, "value_and_grad")
-    checked = _options.checked_streamed(tau, **options)
+    checked = _options.validate_streamed(tau, **options)
   if microbatch_weights is not None:
     hint = " A function of the batch arguments of one microbatch."
     _validate.function(hint, microbatch_weights=microbatch_weights)
@@ -195,8 +191,8 @@ def _one_by_one(loss, params, batch, k, weigh, options):
     (value, aux), grads = differentiate(params, microbatch)
     leaves = _tree.flatten(grads, params, options.groups, stacked=False)
     weight = weigh(microbatch)
-    plan = options.plan(leaves)
-    return _stream.push(stream, leaves.arrays, tau, weight, plan=plan), (
+    spec = options.spec(leaves)
+    return _stream.push(stream, leaves.arrays, tau, weight, spec=spec), (
       value,
       aux,
       weight,
@@ -205,7 +201,7 @@ def _one_by_one(loss, params, batch, k, weigh, options):
   like = _tree.flatten(params, None, options.groups, stacked=False)
   empty = _compat.typed_like(_stream.start(params, options, k), params)
   stream, (values, aux, weights) = jax.lax.scan(visit, empty, batch)
-  means, outcome = _stream.finish(stream, like.arrays, options.plan(like), 2)
+  means, outcome = _stream.finish(stream, like.arrays, options.spec(like), 2)
   value = _two_pass.mean_loss(values, weights)
   return value, aux, like.unflatten(means), _state.agreement(outcome)
 
@@ -236,17 +232,17 @@ def _positions(argnums, name):
 
 
 def _split(args, positions, kwargs, k, at_once):
-  """The arrays of the batch, `[k, batch // k, ...]`, and what makes arguments of them.
+  """The batch as arrays `[k, batch // k, ...]`, and the inverse for one microbatch.
 
-  A key becomes one for each microbatch. On an Explicit mesh the microbatches are
-  sharded over the devices that the batch is sharded over: the rows of each, or
-  `at_once` the k of them, where n devices divide k alone.
+  Splits keys into one per microbatch. On an Explicit mesh the devices of the batch
+  shard the rows of each microbatch or, `at_once`, its k microbatches if only k is
+  divisible.
   """
   for i in positions:
     if not -len(args) <= i < len(args):
       raise ValueError(
         f"batch_argnums names argument {i}, but there are {len(args)} positional"
-        " arguments. Batch arguments are passed by position."
+        " arguments. Pass the batch by position."
       )
   arrays = lambda tree: [x for x in jax.tree.leaves(tree) if _is_array(x)]
   keywords = {name: value for name, value in kwargs.items() if arrays(value)}
@@ -268,19 +264,19 @@ def _split(args, positions, kwargs, k, at_once):
     if first is None and (not shape or shape[0] % k or not shape[0]):
       hint = ""
       if shape == (2,) and leaf.dtype == jnp.uint32:
-        hint = " Is it a PRNG key? One of jax.random.key is split, not of PRNGKey."
+        hint = " Is it a PRNG key? Make it by jax.random.key instead of PRNGKey."
       raise ValueError(
         f"{name}: its leading axis does not split into {k} microbatches of equal"
         f" size.{hint}{_CLOSE_OVER if by_keyword else ''}"
       )
     first = first or (shape[0], owner, rest)
     if shape[:1] != first[:1]:
-      hint = " All of batch_argnums are split alike; name there only what has a row for"
-      hint = _CLOSE_OVER if by_keyword else hint + " each example."
+      hint = " All batch arguments are split along axis 0 and need the same size."
+      hint = _CLOSE_OVER if by_keyword else hint
       raise ValueError(
         f"{name}, but batch argument {first[1]}{first[2]} has {first[0]} rows.{hint}"
       )
-    batch[number] = _mesh.split_rows(jnp.asarray(leaf), k, at_once)
+    batch[number] = _mesh.split_batch(jnp.asarray(leaf), k, at_once)
   if first is None and not batch:
     raise ValueError("there is no array among the batch arguments to split.")
 
@@ -292,8 +288,8 @@ def _split(args, positions, kwargs, k, at_once):
 
 
 _CLOSE_OVER = (
-  " An array by keyword is of the batch, with a row for each example. To give all"
-  " microbatches the same array, close over it:"
+  " Keyword arrays are split like the batch. To give all microbatches the same array,"
+  " close over it:"
   " value_and_grad(lambda params, x: fun(params, x, array), k)."
 )
 

@@ -94,10 +94,10 @@ def worker_momentum(
     finite = jnp.all(jnp.stack([_finite(x) for x in rows.values()]), axis=0)
     passed_on = {}
     for path, new in rows.items():
-      old = _mesh.placed_like(averages[path].reshape(new.shape), new)
+      old = _mesh.reshard_like(averages[path].reshape(new.shape), new)
       keep = jnp.asarray(decay, old.dtype)
       usable = finite.reshape(-1, *(1,) * (new.ndim - 1))
-      usable = _mesh.placed_like(jnp.broadcast_to(usable, new.shape), new)
+      usable = _mesh.reshard_like(jnp.broadcast_to(usable, new.shape), new)
       mixed = keep * old + (1 - keep) * new.astype(old.dtype)
       averages[path] = jnp.where(usable, mixed, old)
       passed_on[path] = jnp.where(usable, mixed.astype(new.dtype), new)
@@ -132,4 +132,4 @@ def _rows(path, leaf, average, k):
 
 def _finite(rows):
   """Whether each micro-gradient is finite in this leaf, bool `[j]`."""
-  return _mesh.gathered(jnp.all(jnp.isfinite(_tree.flat_rows(rows)), axis=1))
+  return _mesh.replicate(jnp.all(jnp.isfinite(_tree.flat_rows(rows)), axis=1))

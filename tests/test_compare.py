@@ -53,7 +53,7 @@ def stack(params, x, y, k):
 def either_way(request, monkeypatch):
   """Compared leaves small enough to be copied for each microbatch, and not."""
   if request.param == "no copies":
-    monkeypatch.setattr(_two_pass, "_COPIED", 0)
+    monkeypatch.setattr(_two_pass, "_MAX_COPIED_VALUES", 0)
 
 
 RULES = {
@@ -159,7 +159,7 @@ def test_half_precision():
 )
 def test_across_devices_it_is_the_whole_batch(how, local_k, copied, monkeypatch):
   if not copied:
-    monkeypatch.setattr(_two_pass, "_COPIED", 0)
+    monkeypatch.setattr(_two_pass, "_MAX_COPIED_VALUES", 0)
   params, (x, y) = network(), batch()
   n = across.N
   options = dict(rule=rules.leave_one_out(), compare=head, has_aux=True)
@@ -193,18 +193,24 @@ def test_errors():
     ({"compare": lambda path, leaf: False}, r"selects no leaf.*\['body'\]\['b'\]"),
     ({"compare": "head"}, "compare must be callable"),
     ({"compare": lambda path, leaf: None}, r"True or False, got None for leaf \['body"),
-    ({"compare": head, "groups": "leaf"}, "groups='leaf' does not go .* one decision"),
+    (
+      {"compare": head, "groups": "leaf"},
+      "groups='leaf' is not supported .* one decision",
+    ),
     (
       {"compare": head, "anchor_decay": 0.9},
-      "anchor_decay=0.9 does not go .* no state",
+      "anchor_decay=0.9 is not supported .* no state",
     ),
     (
       {"compare": head, "memory_decay": 0.9},
-      "memory_decay=0.9 does not go .* no state",
+      "memory_decay=0.9 is not supported .* no state",
     ),
-    ({"compare": head, "stacked": True}, "stacked=True does not go .* always stacked"),
+    (
+      {"compare": head, "stacked": True},
+      "stacked=True is not supported .* always stacked",
+    ),
     ({"compare": head, "param_axes": "model"}, "must be whole on every device"),
-    ({"rule": rules.leave_one_out()}, "has to see all micro-gradients at once"),
+    ({"rule": rules.leave_one_out()}, "needs all micro-gradients at once"),
     ({"tau": gaf_optax.tau_quantile(0.5)}, "Stack them and use gaf"),
   ]:
     with pytest.raises(ValueError, match=message):

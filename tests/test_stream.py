@@ -89,7 +89,7 @@ class TestMultiSteps:
     state, rows = tx.init(jnp.zeros(1)), jnp.ones((9, 1))
     emitted, state = feed(jax.jit(tx.update), state, rows)
     assert [bool(e.any()) for e in emitted] == [n in (1, 4, 8) for n in range(9)]
-    with pytest.raises(ValueError, match="fixed every_k_schedule"):
+    with pytest.raises(ValueError, match="every_k_schedule must be an int"):
       gaf_optax.multi_steps(optax.sgd(1.0), lambda c: 2, num_microbatches=2)
 
   def test_schedule_counts_cycles(self):
