@@ -41,7 +41,7 @@ def batches():
 
 def whole(batch):
   """The microbatches one after the other, as a loader gives them."""
-  return tuple(a.reshape(K * ROWS, a.shape[-1]) for a in batch)
+  return tuple(a.reshape(-1, a.shape[-1]) for a in batch)
 
 
 def interleaved(batch):
@@ -112,6 +112,13 @@ def first(tree):
 def copies(tree):
   """A copy for each device."""
   return jax.tree.map(lambda leaf: np.stack([leaf] * K), jax.device_get(tree))
+
+
+def relative_difference(tree, wanted):
+  """The length of the difference of two trees over that of the second."""
+  flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+  wanted = flat(wanted).astype(np.float64)
+  return np.linalg.norm(flat(tree) - wanted) / np.linalg.norm(wanted)
 
 
 def assert_same(run, wanted):
