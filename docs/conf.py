@@ -48,17 +48,10 @@ _PAGES = {
   "CONTRIBUTING.md": "contributing.md",
   "benchmarks/RESULTS.md": "benchmarks.md",
   "examples/byte_lm/README.md": "byte_lm.md",
-  "examples/cifar100_resnet18/README.md": "experiments.md",
-  "examples/cifar100_resnet18/RESULTS.md": "results.md",
-}
-_TABLES = [
-  _ROOT / folder / "results"
-  for folder in ("examples/cifar100_resnet18", "examples/byte_lm", "benchmarks")
-]
-_PAGES |= {
-  path.relative_to(_ROOT).as_posix(): "tables.md"
-  for folder in _TABLES
-  for path in [folder, *folder.glob("*.md")]
+  "examples/cifar100_resnet18/README.md": "image_classifier.md",
+  "experiments/README.md": "experiments.md",
+  "experiments/RESULTS.md": "results.md",
+  "experiments/results": "results.md",
 }
 
 
@@ -70,7 +63,8 @@ def _relink(text, folder):
     path = os.path.normpath(os.path.join(folder, target))
     if not target or not (_ROOT / path).exists():
       return match[0]
-    return f"]({_PAGES.get(path) or os.path.relpath(path, 'docs')}{anchor})"
+    page = _PAGES.get(path) or _PAGES.get(f"{path}/README.md")
+    return f"]({page or os.path.relpath(path, 'docs')}{anchor})"
 
   return re.sub(r"\]\(([^)#\s]*)(#[^)\s]*)?\)", link, text)
 

@@ -1,16 +1,13 @@
 """Benchmarks: how times are taken and compared, and every section."""
 
-import csv
 import re
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import measure
 import run
-import tabular
 
 # Models that take long to compile.
 LONG = {"by_example": pytest.mark.long}
@@ -83,32 +80,3 @@ def test_each_section_makes_a_table(section, tmp_path, capsys):
   assert lines and {line.count("|") for line in lines} == {header.count("|")}
   numbers = [float(x) for line in lines for x in re.findall(r"\d+\.\d+", line)]
   assert numbers and max(numbers) > 0
-
-
-@pytest.mark.long
-@pytest.mark.usefixtures("standard_promotion")
-def test_tables_of_data_with_wrong_targets(tmp_path, monkeypatch):
-  """A memory is better than chance, and the scores of all seeds are written."""
-  monkeypatch.setattr(tabular, "SEEDS", 3)
-  monkeypatch.setattr(tabular, "STEPS", 100)
-  monkeypatch.setattr(tabular, "AUC_AT", (0, 1, 5))
-  kept = ("plain mean", "as many at random", "smallest losses", "`tau_quantile(0.6)`")
-  by_example = {name: tabular.BY_EXAMPLE[name] for name in kept}
-  kept = ("plain mean", "five at random", "`memory_decay=0.98`", "right sources only")
-  by_source = {name: tabular.BY_SOURCE[name] for name in kept}
-  monkeypatch.setattr(tabular, "BY_EXAMPLE", by_example)
-  monkeypatch.setattr(tabular, "BY_SOURCE", by_source)
-  path = tmp_path / "new" / "tabular.md"
-  with jax.numpy_rank_promotion("allow"):
-    tabular.main(["--tasks", "wine", "--out", str(path)])
-  text = path.read_text()
-  assert "Wine, 40% of the targets wrong" in text and "Wine, targets of 3 of 8" in text
-  with open(path.with_suffix(".csv")) as file:
-    lines = list(csv.DictReader(file))
-  assert len(lines) == (4 + 4) * 3
-  finals = lambda arm: [float(one["final"]) for one in lines if one["arm"] == arm]
-  ours, chance = finals("`memory_decay=0.98`"), finals("five at random")
-  assert np.mean(ours) > np.mean(chance) + 0.05
-  assert {one["role"] for one in lines} == {"gaf", "chance", "rival", "ideal"}
-  told = [one["imitates"] for one in lines if one["role"] == "chance"]
-  assert set(told) == {"`tau_quantile(0.6)`", "`memory_decay=0.98`"}

@@ -51,11 +51,17 @@ def test_page_on_pypi_is_the_readme_with_absolute_links(sdist):
   assert "<img" not in page and "href=" not in page
 
 
-def test_sdist_has_what_the_readme_links_to(sdist):
+def test_links_of_the_readme_lead_to_files():
   targets = {target.partition("#")[0] for _, target in LINK.findall(read("README.md"))}
   files = {target for target in targets if target and "://" not in target}
   assert len(files) > 10
-  assert files <= {file.relative_path for file in sdist.recurse_included_files()}
+  assert not [file for file in files if not (ROOT / file).is_file()]
+
+
+def test_sdist_has_the_library_and_no_experiments(sdist):
+  files = {file.relative_path for file in sdist.recurse_included_files()}
+  assert {"gaf_optax/_gaf.py", "tests/oracle.py", "examples/byte_lm/train.py"} <= files
+  assert not [file for file in files if "experiments" in file.split("/")]
 
 
 def test_addresses_of_the_project_are_of_one_repository(sdist):

@@ -1,9 +1,8 @@
 """Runs the notebook at full size and writes its outputs into it, without noise.
 
-`python tests/examples/run_notebook.py`, after changes to the notebook or to what it
-shows; about two minutes on two cores. Look at the pictures before committing them, and
-whether the conclusions in the text are those of the tables. It runs in an empty folder,
-as on Colab, with the gaf_optax that is installed.
+`python tests/examples/run_notebook.py`, after changes to the notebook or the library.
+Look at the pictures and at the numbers in the text before committing. It runs in an
+empty folder, as on Colab, with the gaf_optax that is installed.
 """
 
 import hashlib
