@@ -1,6 +1,5 @@
 """Decide: from the Gram matrix of each group to the weights of a step."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +13,7 @@ class Memory(NamedTuple):
 
   Attributes:
     mean: float32 `[m, k, k]`, in [-1, 1]; 0 for a pair that was never compared.
-    weight: float32 `[m, k, k]`, the weight of the steps in the mean; 0 for such a pair.
+    weight: float32 `[m, k, k]`, the weight of the steps in the mean.
   """
 
   mean: jax.Array
@@ -22,16 +21,13 @@ class Memory(NamedTuple):
 
 
 class Inputs(NamedTuple):
-  """What a decision needs besides the micro-gradients, all of it traced.
+  """The traced inputs of a decision, except for the inner products.
 
   Attributes:
-    tau: a scalar.
-    weights: `[k]`, how much each micro-gradient counts, at least 0; or None.
-    start: int32 scalar, where a sequence starts.
-    max_norm_ratio: a scalar or None.
-    anchored: bool scalar, whether the anchor holds a step; None without an anchor.
-    memory: a `Memory` or None.
-    memory_decay: a scalar or None.
+    tau: a scalar, from `Tau.at`.
+    weights: `microbatch_weights` `[k]` or None.
+    start: int32 scalar, where sequential rules start.
+    anchored: bool scalar, whether the anchor has been initialized.
   """
 
   tau: jax.Array
@@ -44,16 +40,16 @@ class Inputs(NamedTuple):
 
 
 class Decided(NamedTuple):
-  """The decision of each of m groups.
+  """The decisions of m groups.
 
   Attributes:
-    decision: a `Decision` of arrays `[m, k]`; weights of sum 1, or all 0.
-    factors: `[m + 1, k]`, with which the micro-gradients enter the result; the last row
-      is for leaves of no group.
-    plain: `[k]`, weights of the mean of all that are valid.
-    tau: the mean over the groups, a scalar.
-    valid: bool `[k]`, finite and of a weight above 0.
-    present: bool `[k]`, of a weight above 0.
+    decision: a `Decision` of arrays `[m, k]`; weights sum to 1, or are all 0.
+    factors: `[m + 1, k]`, the factors of the micro-gradients in the result; the last
+      row is for leaves without a group.
+    plain: `[k]`, the weights of the plain mean.
+    tau: scalar, the mean over the groups.
+    valid: bool `[k]`, finite and with a weight above 0.
+    present: bool `[k]`, with a weight above 0.
     memory: the new `Memory` or None.
   """
 
@@ -74,16 +70,9 @@ def decide(
   inputs: Inputs,
   anchor: tuple[jax.Array, jax.Array] | None = None,
 ) -> Decided:
-  """The decision of every group.
+  """The decisions of all groups, from `gram` `[m, k, k]` and `finite` `[k]`.
 
-  Args:
-    rule: a rule of this package or a user's.
-    tau: what kind of tau `inputs.tau` is.
-    gram: `[m, k, k]`, see `_kernels.gram`.
-    finite: bool `[k]`.
-    inputs: the rest.
-    anchor: the squared norm `[m]` of an anchor, and its products `[m, k]` with the
-      micro-gradients, if they are compared with it.
+  `anchor` holds its squared norm `[m]` and its inner products `[m, k]`, or is None.
   """
   dtype, k = gram.dtype, gram.shape[-1]
   weights, valid = jnp.ones(k, dtype), finite
@@ -93,33 +82,33 @@ def decide(
     valid = finite & (weights > 0)
     gram = jnp.where((valid[:, None] & valid[None, :])[None], gram, 0)
 
-  def of_group(matrix, memory, anchor):
+  def decide_group(matrix, memory, anchor):
     scales = _scales(matrix, inputs.max_norm_ratio)
-    seen, in_sums = matrix, scales
+    compared, sum_scales = matrix, scales
     if memory is not None:
-      memory, seen = _remember(memory, matrix, valid, inputs.memory_decay)
-      in_sums = jnp.ones_like(scales)
-    rows = _rules.Rows(seen, valid, weights, in_sums, inputs.start)
+      memory, compared = _update_memory(memory, matrix, valid, inputs.memory_decay)
+      sum_scales = jnp.ones_like(scales)
+    rows = _rules.Rows(compared, valid, weights, sum_scales, inputs.start)
 
-    def at(tau):
+    def decide_at(tau):
       if anchor is not None:
         square, products = anchor
         return _rules.against_anchor(square, products, rows, inputs.anchored, tau)
       if isinstance(rule, _rules.Rule):
         return rule.decide(rows, tau)
-      return _checked(rule, rule(_rules.scaled(seen), valid, tau), valid, dtype)
+      return _check_decision(rule, rule(_rules.scaled(compared), valid, tau), rows)
 
-    found = tau.of(inputs.tau, lambda tau: at(tau).distances, valid)
-    return at(found), scales, found, memory
+    own = tau.from_distances(inputs.tau, lambda tau: decide_at(tau).distances, valid)
+    return decide_at(own), scales, own, memory
 
-  decision, scales, taus, memory = jax.vmap(of_group)(gram, inputs.memory, anchor)
+  decision, scales, taus, memory = jax.vmap(decide_group)(gram, inputs.memory, anchor)
   agreed = jnp.any(decision.accepted, axis=1, keepdims=True)
   shares = _normalized(jnp.where(agreed, decision.weights * weights[None], 0))
   plain = _normalized(jnp.where(valid, weights, 0))
-  of_no_group = jnp.where(jnp.any(agreed), plain, 0)
+  without_group = jnp.where(jnp.any(agreed), plain, 0)
   return Decided(
     decision._replace(weights=shares),
-    jnp.concatenate([shares * scales, of_no_group[None]]),
+    jnp.concatenate([shares * scales, without_group[None]]),
     plain,
     jnp.mean(taus),
     valid,
@@ -129,13 +118,13 @@ def decide(
 
 
 def _normalized(weights):
-  """Weights `[..., k]` divided by their sum; all zero where the sum is."""
+  """Weights `[..., k]` divided by their sum, or zeros if the sum is 0."""
   total = jnp.sum(weights, axis=-1, keepdims=True)
   return jnp.where(total != 0, weights / jnp.where(total != 0, total, 1), 0)
 
 
 def _scales(gram, ratio):
-  """The factor of each micro-gradient `[k]` that no norm be above ratio * median."""
+  """Factors `[k]` that limit the norms to `ratio` times their median."""
   norms = jnp.sqrt(jnp.diagonal(gram))
   if ratio is None:
     return jnp.ones_like(norms)
@@ -146,8 +135,8 @@ def _scales(gram, ratio):
   return jnp.where(norms > limit, limit / jnp.where(norms > 0, norms, 1), 1)
 
 
-def _remember(memory, gram, valid, decay):
-  """The memory with a step's cosines in it, and the matrix that a rule sees of it."""
+def _update_memory(memory, gram, valid, decay):
+  """The memory after adding a step's cosines, and the matrix for the rule."""
   norms = jnp.sqrt(jnp.diagonal(gram))
   compared = (norms[:, None] > 0) & (norms[None, :] > 0)
   norms = jnp.where(norms > 0, norms, 1)
@@ -156,9 +145,9 @@ def _remember(memory, gram, valid, decay):
   step = (cosines - memory.mean) / jnp.where(compared, weight, 1)
   mean = jnp.where(compared, memory.mean + step, memory.mean)
   memory = Memory(mean.astype(jnp.float32), weight.astype(jnp.float32))
-  seen = jnp.where(jnp.eye(norms.shape[0], dtype=bool), 1, memory.mean)
-  seen = jnp.where(valid[:, None] & valid[None, :], seen, 0)
-  return memory, seen.astype(gram.dtype)
+  matrix = jnp.where(jnp.eye(norms.shape[0], dtype=bool), 1, memory.mean)
+  matrix = jnp.where(valid[:, None] & valid[None, :], matrix, 0)
+  return memory, matrix.astype(gram.dtype)
 
 
 def init_memory(num_groups: int, num_microbatches: int) -> Memory:
@@ -166,24 +155,9 @@ def init_memory(num_groups: int, num_microbatches: int) -> Memory:
   return Memory(zeros(), zeros())
 
 
-def majority(memory: Memory) -> tuple[jax.Array, jax.Array]:
-  """For each source its cosine to the majority `[m, k]`, and its steps `[m, k]`.
-
-  The cosine is that of `rules.majority`, NaN for a source that was never compared; the
-  steps are the mean weight of its pairs.
-  """
-  k = memory.mean.shape[-1]
-  own = jnp.eye(k, dtype=bool)
-  find: Callable[[jax.Array], _rules.Decision]
-  find = lambda gram: _rules.Majority()(gram, jnp.ones(k, bool), 2)
-  distances = jax.vmap(find)(jnp.where(own, 1, jnp.asarray(memory.mean))).distances
-  weight = jnp.where(own, 0, memory.weight)
-  num_steps = jnp.sum(weight, axis=-1) / max(k - 1, 1)
-  return jnp.where(num_steps > 0, 1 - distances, jnp.nan), num_steps
-
-
-def _checked(rule, decision, valid, dtype):
-  """A user's rule's decision, its shapes checked, nothing invalid in it."""
+def _check_decision(rule, decision, rows):
+  """Checks the shapes of a user's decision; rejects invalid micro-gradients."""
+  valid, dtype = rows.valid, rows.gram.dtype
   try:
     weights, accepted, distances = decision
   except (TypeError, ValueError):

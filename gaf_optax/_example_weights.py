@@ -1,4 +1,4 @@
-"""Example weights: examples compared by their gradients of dense layers."""
+"""Example weights: compares examples by their gradients of dense layers."""
 
 import functools
 from collections.abc import Sequence
@@ -61,7 +61,7 @@ def example_weights(
     Array([ True,  True,  True, False], dtype=bool)
   """
   layers = _layers(activations, cotangents)
-  options = _options.validate(_tau.as_stateless_tau(tau), rule=rule)
+  options = _options.Options(_tau.as_stateless_tau(tau), rule=rule)
   value = options.tau.at(None, jnp.zeros((), jnp.int32))
   return _of_layers(layers, value, rule=options.rule, tau=options.tau.static())
 

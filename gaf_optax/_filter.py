@@ -91,10 +91,8 @@ def _on_explicit_mesh(arrays, anchor, inputs, spec):
 
   The result has the sharding of the stack without its leading axis.
   """
-  placement = _mesh.placement(arrays, spec.layout.paths)
-  spec = spec._replace(axes=placement.axes)
-  mesh: Any = placement.mesh
-  single: Any = placement.single
+  mesh, axes, stacked, single = _mesh.placement(arrays, spec.layout.paths)
+  spec = spec._replace(axes=axes)
   out_specs: Any = Filtered(single, None, P(), P())
   if anchor is not None:
     out_specs = out_specs._replace(plain_means=single)
@@ -103,9 +101,9 @@ def _on_explicit_mesh(arrays, anchor, inputs, spec):
   result = jax.shard_map(
     lambda arrays, anchor, inputs: filtered(arrays, anchor, inputs, spec),
     mesh=mesh,
-    in_specs=(placement.stacked, None if anchor is None else single, P()),
+    in_specs=(stacked, None if anchor is None else single, P()),
     out_specs=out_specs,
-  )(_mesh.reshard(arrays, placement.stacked, mesh), anchor, inputs)
+  )(_mesh.reshard(arrays, stacked, mesh), anchor, inputs)
   if anchor is None:
     return result
   plain_means = _mesh.reshard(result.plain_means or [], own, mesh)

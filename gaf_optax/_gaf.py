@@ -162,7 +162,7 @@ def gaf(
     Chaubard et al., `Beyond Gradient Averaging in Parallel Optimization
     <https://arxiv.org/abs/2412.18052>`_, 2024.
   """
-  options = _options.validate(
+  options = _options.Options(
     tau,
     rule=rule,
     embed=embed,

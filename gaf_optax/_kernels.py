@@ -1,6 +1,6 @@
-"""Kernels: what passes over whole micro-gradients: products, and the weighted mean.
+"""Kernels: inner products and weighted means of whole micro-gradients.
 
-`benchmarks/RESULTS.md` has what each platform's branch gains.
+`benchmarks/RESULTS.md` shows what each platform's branch gains.
 """
 
 import functools
@@ -15,15 +15,15 @@ from jax import lax
 
 from gaf_optax import _compat, _mesh, _tree
 
-# Columns of a CPU's block. XLA's CPU product of long rows copies them, and adds up many
-# terms one after the other: the error of a squared norm grows with the block. With many
-# rows XLA cuts the sums itself, and the products of many small blocks take memory.
+# Columns per block on CPU. XLA's CPU product copies long rows and sums many terms
+# sequentially, so the error of a squared norm grows with the block. With many rows XLA
+# splits the sums itself, and the products of many small blocks need memory.
 _BLOCK = 1 << (11 if jax.__version_info__ >= (0, 10) else 10)
 _MANY_ROWS, _BLOCK_OF_MANY = 12, 1 << 12
 
-# Values of a leaf up to which it is joined with others, and of what it is joined to.
-# Compiling a kernel for each small leaf takes longer than copying its values.
-_SMALL, _BUNDLE = 1 << 12, 1 << 16
+# Leaves with at most `_MAX_SMALL` values are concatenated into bundles of at most
+# `_MAX_BUNDLE`: copying them is faster than compiling a kernel for each.
+_MAX_SMALL, _MAX_BUNDLE = 1 << 12, 1 << 16
 
 
 def gram(
@@ -37,38 +37,38 @@ def gram(
 
   Args:
     leaves: arrays `[k, *shape]`.
-    group_ids: for each leaf the number of its group, in [0, num_groups]. Leaves of
-      group `num_groups` are in no product, only searched for NaN and Inf.
+    group_ids: the group of each leaf, in [0, num_groups]. Leaves of group `num_groups`
+      enter no product; only their finiteness is checked.
     num_groups: m.
     embed: an elementwise function with embed(0) = 0, applied before the products.
-    shards: which devices hold parts of the leaves; all of them get one result.
+    shards: which devices hold parts of the leaves; all get the same result.
 
   Returns:
     `[m, k, k]` and bool `[k]`, see `cleaned`.
   """
   k, dtype = leaves[0].shape[0], _compat.real_accumulator_dtype(leaves)
   products: list[list[jax.Array]] = [[] for _ in range(num_groups)]
-  unread = [jnp.zeros(k, dtype)]  # Squared norms of what is in no product.
+  # Squared norms of arrays that do not enter the products.
+  finiteness_only = [jnp.zeros(k, dtype)]
   for x, group, counts in _bundles(leaves, group_ids, shards):
     if embed is not None or group == num_groups:
-      unread += [_squares(part, dtype) for part in _real_parts(x)]
+      finiteness_only += [_squares(part, dtype) for part in _real_parts(x)]
     if group < num_groups:
       x = x if embed is None else _embedded(x, embed, dtype)
       found = sum(_products(part, dtype) for part in _real_parts(x))
       products[group].append(found if counts is None else jnp.where(counts, found, 0))
   total = jnp.stack([_sum(of_group) for of_group in products])
-  # One sum over the devices for both.
-  sums = shards.sum(jnp.concatenate([total.reshape(-1), _sum(unread)]))
+  # One reduction over the devices for both.
+  sums = shards.sum(jnp.concatenate([total.reshape(-1), _sum(finiteness_only)]))
   return cleaned(sums[:-k].reshape(total.shape), jnp.isfinite(sums[-k:]))
 
 
 def cleaned(matrix: jax.Array, finite: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Gram matrices `[m, k, k]` without what counts as not finite or as zero.
+  """Gram matrices `[m, k, k]` with zeros for what to ignore, and bool `[k]`: finite.
 
-  Not finite is a micro-gradient whose square overflows in any group; zero is one whose
-  square is below the smallest normal number over float32's epsilon (a norm of 3e-16,
-  with float64 of 4e-151). Returns the matrices, with rows and columns of zeros for
-  both, and bool `[k]`.
+  A micro-gradient is not finite if its square overflows in any group. It counts as zero
+  if its square is below the smallest normal number over float32's epsilon (a norm of
+  3e-16, with float64 of 4e-151).
   """
   squares = jnp.diagonal(matrix, axis1=1, axis2=2)
   finite = finite & jnp.all(jnp.isfinite(squares), axis=0)
@@ -85,11 +85,9 @@ def dots(
   embed: _tree.Embed | None = None,
   shards: _mesh.Shards = _mesh.UNSHARDED,
 ) -> tuple[jax.Array, jax.Array]:
-  """The squared norm `[m]` of a vector, and its products `[m, k]` with k others.
+  """The squared norm `[m]` of `vector`, and its products `[m, k]` with k others.
 
-  Args:
-    vector: for each leaf an array `[*shape]`.
-    leaves: arrays `[k, *shape]`; they and the rest as in `gram`.
+  `vector` has leaves `[*shape]`; the other arguments are those of `gram`.
   """
   dtype = _compat.real_accumulator_dtype(leaves)
   products: list[list[jax.Array]] = [[] for _ in range(num_groups)]
@@ -112,17 +110,17 @@ def weighted_means(
   weights: jax.Array,
   dtypes: Sequence[Any] | None = None,
 ) -> list[jax.Array]:
-  """For each leaf `[k, *shape]` the sum of its rows times their weights, `[*shape]`.
+  """Weighted sums `[*shape]` over the rows of leaves `[k, *shape]`.
 
-  Rows of weight zero are left out by selection, so that a NaN in them stays there.
+  Rows of weight zero are excluded by a select, so their NaN does not spread.
 
   Args:
     leaves: arrays `[k, *shape]`.
-    group_ids: for each leaf the row of `weights` that is its own.
-    weights: `[groups, k]`, each row of sum 1 or all zero.
-    dtypes: of the results; those of the leaves if None.
+    group_ids: the row of `weights` for each leaf.
+    weights: `[groups, k]`; each row sums to 1 or is zero.
+    dtypes: of the results; None for those of the leaves.
   """
-  # Or XLA would compute the weights again for every value of every leaf.
+  # Otherwise XLA recomputes the weights for every value of every leaf.
   rows = lax.optimization_barrier({group: weights[group] for group in set(group_ids)})
   results: list[jax.Array] = [jnp.zeros(())] * len(leaves)
   for bundle in _plan(leaves, group_ids, _mesh.UNSHARDED):
@@ -148,7 +146,7 @@ def _mean(x, weights, *, dtype):
 
 
 def _mean_on_cpu(x, weights, *, dtype):
-  """The same in a loop over rows, since XLA for CPU does not fuse that sum."""
+  """The same in a loop over rows, because XLA for CPU does not fuse that sum."""
   x, wide = _compat.for_cpu_loop(x, dtype)
 
   def add(i, total):
@@ -167,7 +165,7 @@ def _products(x, dtype):
   return lax.platform_dependent(
     x,
     cpu=lambda x: _by_blocks(lambda x: _dot(x, x), dtype, x),
-    # Sums of bfloat16 products would hold the stack in float32.
+    # Sums of bfloat16 products hold the stack in float32.
     tpu=functools.partial(_by_product, dtype=dtype)
     if x.dtype.itemsize < 4
     else lambda x: sums(x, x),
@@ -201,7 +199,7 @@ def _squares(x, dtype):
 
 
 def _by_sums(x, y, *, dtype):
-  """One pass: a product of all pairs of rows that XLA does not store, and its sum."""
+  """Products of all pairs of rows, summed; XLA fuses this into one pass."""
   product = x.astype(dtype)[:, None] * y.astype(dtype)[None]
   return jnp.sum(product, axis=tuple(range(2, product.ndim)))
 
@@ -212,7 +210,7 @@ def _by_product(x, *, dtype):
 
 
 def _by_blocks(products, dtype, *arrays):
-  """The sum of a function of blocks of columns, which are of `dtype`."""
+  """The sum of `products` over blocks of columns, converted to `dtype`."""
   flat = [_tree.flat_rows(x) for x in arrays]
   width = _BLOCK if flat[-1].shape[0] < _MANY_ROWS else _BLOCK_OF_MANY
   whole, rest = divmod(flat[0].shape[1], width)
@@ -244,12 +242,12 @@ def _real_parts(x):
 
 
 def _embedded(x, embed, dtype):
-  """`embed` of an array, of an inexact dtype, its shape checked."""
+  """`embed(x)`, with its shape checked."""
   result = jnp.asarray(embed(x))
   if result.shape != x.shape:
     raise ValueError(
-      "embed must be elementwise, that is, keep the shape of each leaf; it "
-      f"turned a leaf of shape {x.shape} into {result.shape}."
+      "embed must be elementwise and keep the shape of each leaf; it turned a leaf of"
+      f" shape {x.shape} into {result.shape}."
     )
   return result if jnp.issubdtype(result.dtype, jnp.inexact) else result.astype(dtype)
 
@@ -259,25 +257,25 @@ def _size(x):
 
 
 def _bundles(leaves, group_ids, shards, like=None):
-  """Leaves and bundles of small ones: arrays, their groups, and whether they count."""
+  """Large leaves and bundles of small ones: array, group, and whether it counts."""
   for bundle in _plan(leaves if like is None else like, group_ids, shards):
     i = bundle[0]
     yield _joined(leaves, bundle), group_ids[i], shards.is_primary(i)
 
 
 def _plan(leaves, group_ids, shards):
-  """The numbers of the leaves in each bundle."""
+  """The positions of the leaves in each bundle."""
   bundles: list[list[int]] = []
   open_bundles: dict[Any, tuple[list[int], int]] = {}
   for i, x in enumerate(leaves):
     size = _size(x)
-    if size > _SMALL or _mesh.is_sharded([x]):
+    if size > _MAX_SMALL or _mesh.is_sharded([x]):
       bundles.append([i])
       continue
     replicated = shards.replicated[i : i + 1]
     kind = (x.dtype, _compat.varying(x), group_ids[i], replicated)
-    bundle, number = open_bundles.get(kind, ([], _BUNDLE + 1))
-    if number + size > _BUNDLE:
+    bundle, number = open_bundles.get(kind, ([], _MAX_BUNDLE + 1))
+    if number + size > _MAX_BUNDLE:
       bundles.append(bundle := [])
       number = 0
     bundle.append(i)

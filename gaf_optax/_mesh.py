@@ -66,23 +66,19 @@ class Shards(NamedTuple):
 UNSHARDED = Shards((), ())
 
 
-def check_axes(
-  paths: Sequence[Any],
-  arrays: Sequence[jax.Array],
-  axis_names: tuple[Hashable, ...],
-  stacked: bool,
-  param_axes: tuple[Hashable, ...],
-  param_specs: Any,
-) -> Axes:
-  """The `Axes` of micro-gradients (`paths` and `arrays`), checked.
-
-  Raises:
-    ValueError: if an axis is not bound, if gradients are already summed over an axis,
-      or if it is unknown which leaves are replicated over `param_axes`.
-  """
-  for argument, names in (("axis_name", axis_names), ("param_axes", param_axes)):
-    for name in names:
-      _check_bound(argument, name)
+def check_axes(paths: Sequence[Any], arrays: Sequence[jax.Array], options: Any) -> Axes:
+  """The `Axes` of leaves; raises if they do not fit the mapped axes or the mesh."""
+  axis_names, param_axes = options.axis_names, options.param_axes
+  for name in axis_names + param_axes:
+    try:
+      lax.axis_size(name)
+    except NameError:
+      argument = "axis_name" if name in axis_names else "param_axes"
+      raise ValueError(
+        f"{argument} {name!r} is not an axis here. Call update inside jax.pmap,"
+        " jax.shard_map or jax.vmap with an axis of this name. Outside of them, omit"
+        f" {argument}."
+      ) from None
   for path, x in zip(paths, arrays) if axis_names else ():
     for name in axis_names:
       if _compat.checks_replication(name) and name not in _compat.varying(x):
@@ -100,8 +96,8 @@ def check_axes(
         " axis_names= and pass it as param_axes."
       )
   if not param_axes:
-    return Axes(axis_names, stacked)
-  if param_specs is None:
+    return Axes(axis_names, options.stacked)
+  if options.param_specs is None:
     for name in param_axes:
       if not _compat.checks_replication(name):
         raise ValueError(
@@ -112,44 +108,31 @@ def check_axes(
         )
 
   def replicated(path, x):
-    sharded = _compat.varying(x)
-    if param_specs is not None:
-      sharded = frozenset(axes_of_spec(spec_at(param_specs, path, "param_axes")))
+    sharded: Any = _compat.varying(x)
+    if options.param_specs is not None:
+      sharded = spec_axes(spec_at(options.param_specs, path, "param_axes"))
     return tuple(name for name in param_axes if name not in sharded)
 
   of_leaves = tuple(replicated(path, x) for path, x in zip(paths, arrays))
-  return Axes(axis_names, stacked, param_axes, of_leaves)
+  return Axes(axis_names, options.stacked, param_axes, of_leaves)
 
 
-def _check_bound(argument, name):
-  try:
-    lax.axis_size(name)
-  except NameError:
-    raise ValueError(
-      f"{argument} {name!r} is not an axis here. Call update inside jax.pmap,"
-      " jax.shard_map or jax.vmap with an axis of this name. Outside of them, omit the"
-      " argument."
-    ) from None
+def is_spec(node: Any) -> bool:
+  return isinstance(node, P)
 
 
 def spec_axes(specs: Any) -> tuple[Hashable, ...]:
   """All axes in a tree of `PartitionSpec`, in order."""
-  flat = jax.tree.leaves(specs, is_leaf=lambda node: isinstance(node, P))
-  return tuple(dict.fromkeys(name for spec in flat for name in axes_of_spec(spec)))
-
-
-def axes_of_spec(spec: P) -> list[str]:
-  """All axes in a `PartitionSpec`."""
-  entries = [e if isinstance(e, tuple) else (e,) for e in spec]
-  return [name for entry in entries for name in entry if name is not None]
+  entries = [
+    entry for spec in jax.tree.leaves(specs, is_leaf=is_spec) for entry in spec
+  ]
+  names = [e if isinstance(e, tuple) else (e,) for e in entries if e is not None]
+  return tuple(dict.fromkeys(sum(names, ())))
 
 
 def spec_at(specs: Any, path: Any, argument: str) -> P:
   """The `PartitionSpec` of a leaf; `specs` is a tree of them or a prefix of it."""
-  flat, _ = jax.tree_util.tree_flatten_with_path(
-    specs, is_leaf=lambda node: isinstance(node, P)
-  )
-  for prefix, spec in flat:
+  for prefix, spec in jax.tree_util.tree_leaves_with_path(specs, is_spec):
     if path[: len(prefix)] == prefix:
       return spec
   raise ValueError(
@@ -161,29 +144,18 @@ def spec_at(specs: Any, path: Any, argument: str) -> P:
 # Arrays on an Explicit mesh, where the sharding is part of the type.
 
 
-class Placement(NamedTuple):
-  """How stacked leaves `[k, *shape]` are sharded over an Explicit mesh.
-
-  Attributes:
-    mesh: the mesh.
-    axes: the `Axes` of the leaves.
-    stacked: for each leaf, the `PartitionSpec` of its stack.
-    single: for each leaf, the same without the leading axis.
-  """
-
-  mesh: Any
-  axes: Axes
-  stacked: list[P]
-  single: list[P]
-
-
 def is_sharded(arrays: Sequence[jax.Array]) -> bool:
   """Whether any array is sharded over an Explicit mesh."""
   return any(any(_compat.explicit_spec(x)) for x in arrays)
 
 
-def placement(arrays: Sequence[jax.Array], paths: Sequence[Any]) -> Placement:
-  """The `Placement` of stacked leaves; raises if their shardings do not fit."""
+def placement(
+  arrays: Sequence[jax.Array], paths: Sequence[Any]
+) -> tuple[Any, Axes, Any, Any]:
+  """How stacked leaves `[k, *shape]` are sharded; raises if that does not fit.
+
+  Returns their mesh, `Axes`, and `PartitionSpec`s with and without the leading axis.
+  """
   specs = [_compat.explicit_spec(x) for x in arrays]
   found = {spec[0]: path for spec, path in zip(specs, paths) if spec[0]}
   if len(found) > 1:
@@ -205,12 +177,9 @@ def placement(arrays: Sequence[jax.Array], paths: Sequence[Any]) -> Placement:
       )
   params = tuple(dict.fromkeys(sum(of_leaves, ())))
   replicated = tuple(tuple(n for n in params if n not in names) for names in of_leaves)
-  return Placement(
-    _mesh(arrays),
-    Axes(leading, True, params, replicated),
-    [_partition((leading, *spec)) for spec in inner],
-    [_partition(spec) for spec in inner],
-  )
+  axes = Axes(leading, True, params, replicated)
+  stacked = [_partition((leading, *spec)) for spec in inner]
+  return _mesh(arrays), axes, stacked, [_partition(spec) for spec in inner]
 
 
 def reshard(leaves: Sequence[jax.Array], specs: Sequence[P], mesh) -> list[jax.Array]:
@@ -237,12 +206,10 @@ def split_batch(x: jax.Array, k: int, vmapped: bool) -> jax.Array:
       f"a batch of {x.shape[0]} rows is sharded over {number} devices (mesh axes"
       f" {spec[0]}), which do not divide its {k} microbatches of {shape[0]} rows each."
     )
-  rows = spec[0] if by_rows else ()
-  if not by_rows:
-    (x,) = reshard([x], [_partition(((), *spec[1:]))], mesh)
+  rows, leading = (spec[0], ((), spec[0])) if by_rows else ((), (spec[0], ()))
+  (x,) = reshard([x], [_partition((rows, *spec[1:]))], mesh)
   sharding = NamedSharding(mesh, _partition((rows, (), *spec[1:])))
   result = jnp.swapaxes(jnp.reshape(x, shape, out_sharding=sharding), 0, 1)
-  leading = ((), rows) if by_rows else (spec[0], ())
   return reshard([result], [_partition((*leading, *spec[1:]))], mesh)[0]
 
 
@@ -287,13 +254,7 @@ def replicate(x: jax.Array) -> jax.Array:
 
 
 def gather_weights(weights: Any, k: int | None, axis_names) -> jax.Array | None:
-  """Checks this device's `microbatch_weights`; returns those of all devices.
-
-  Args:
-    weights: `[k]`, or a scalar if k is None; or None.
-    k: the size of this device's micro-gradient axis, or None.
-    axis_names: the axes to gather over.
-  """
+  """Checks this device's weights, `[k]` or a scalar; returns those of all devices."""
   if weights is None:
     return None
   shape = () if k is None else (k,)

@@ -21,28 +21,27 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
       `optax.chain(gaf(), optax.adam(1e-3))`.
 
   Returns:
-    A dict of scalar arrays:
+    A dict of scalar arrays, about the last step or about all steps since `init`:
 
-    * `num_accepted`: the number of micro-gradients accepted in the last step (float32;
-      with `groups` the mean over the groups);
-    * `num_microbatches`: the number of micro-gradients in the last step (int32);
-    * `accept_rate`: the accepted share since `init`, in [0, 1] (float32);
+    * `num_accepted`: accepted micro-gradients in the last step (float32; with `groups`
+      the mean over the groups);
+    * `num_microbatches`: micro-gradients in the last step (int32);
+    * `accept_rate`: the accepted share of all micro-gradients, in [0, 1] (float32);
     * `mean_distance`: the mean of the last step's distances, in [0, 2]; -1 if there are
       none (float32);
     * `threshold`: tau of the last step (float32);
     * `agreed`: whether the last step agreed (bool);
-    * `skipped_steps`: the number of steps without agreement since `init` (int32);
-    * `nonfinite`: the number of micro-gradients with a NaN or an infinity since `init`
-      (int32);
-    * `num_identical_steps`: the number of consecutive steps, up to the last one, with
-      identical micro-gradients (int32). The filter has no effect on such steps; the
-      usual cause is an average before the filter. From 10 on, calls outside `jit` warn;
+    * `skipped_steps`: steps without agreement (int32);
+    * `nonfinite`: micro-gradients with a NaN or an infinity (int32);
+    * `num_identical_steps`: consecutive steps, up to the last one, with identical
+      micro-gradients (int32). The filter has no effect on them; the usual cause is an
+      average before the filter. From 10 on, calls outside `jit` warn;
     * `grad_norm`: the norm of the compared leaves of the last step's result, from the
       Gram matrix; -1 with `embed` (float32);
     * `noise_scale`: the simple gradient noise scale of the last step: the number of
       microbatches whose mean has as much noise as signal (float32). All finite
-      micro-gradients enter it, accepted or not. Inf if they have no common signal; -1
-      in streamed forms and with fewer than two finite micro-gradients.
+      micro-gradients enter it. Inf if they have no common signal; -1 in streamed forms
+      and with fewer than two of them.
 
   Raises:
     ValueError: unless the state contains exactly one `GafState`.
@@ -90,8 +89,7 @@ def sources(opt_state: Any) -> dict[str, jax.Array]:
   different but valid data distribution scores lower than the rest, but above zero.
 
   Args:
-    opt_state: an optimizer state that contains a `GafState`, as for :func:`metrics`, of
-      a `gaf` or `apply_if_agreed` with `memory_decay`.
+    opt_state: as for :func:`metrics`, with `memory_decay`.
 
   Returns:
     A dict of columns, float32 `[k]`:

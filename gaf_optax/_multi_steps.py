@@ -169,7 +169,7 @@ def multi_steps(
       return leaves.unflatten([]), state
     layout = leaves.layout
     _tree.check_average_shapes(state.stream.means, leaves)
-    _tree.check_num_groups(layout, state.stream.num_accepted.shape[0])
+    _tree.check_num_groups(layout, state.stream.num_added.shape[0])
     spec = checked.spec(leaves)
     tau = checked.tau.at(gaf_state.steered, gaf_state.num_updates)
     weight = _mesh.gather_weights(microbatch_weights, None, ())

@@ -122,7 +122,7 @@ def _whole(specs, shapes, mesh):
       raise ValueError(
         f"specs must hold PartitionSpecs, got {spec!r} at {leaf_name(path)}."
       )
-    for name in _mesh.axes_of_spec(spec):
+    for name in _mesh.spec_axes(spec):
       _validate.one_of(tuple(mesh.axis_names), **{f"axis of {spec}": name})
   return jax.tree_util.tree_map_with_path(
     lambda path, _: _mesh.spec_at(specs, path, "specs"), shapes

@@ -25,27 +25,121 @@ class StepSpec(NamedTuple):
   axes: _mesh.Axes
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Options:
-  """The validated arguments of `gaf`.
+  """The arguments of `gaf`, validated as far as possible without data.
 
   Attributes:
-    axis_names: `axis_name` as a tuple.
-    param_specs: `param_axes` if it was a tree of `PartitionSpec`.
+    stacked: whether the leaves have a micro-gradient axis.
+    param_axes: axis names, as a tuple.
+    axis_names: `axis_name` as a tuple, () for None.
+    param_specs: the argument `param_axes` if it is a tree of `PartitionSpec`.
   """
 
-  tau: _tau.Tau
-  rule: Any
-  embed: _tree.Embed | None
-  axis_names: tuple[Hashable, ...]
-  stacked: bool
-  param_axes: tuple[Hashable, ...]
-  param_specs: Any
-  groups: Groups | None
-  anchor_decay: Any
-  memory_decay: Any
-  num_microbatches: int | None
-  max_norm_ratio: Any
+  tau: Any
+  _: dataclasses.KW_ONLY
+  rule: Any = None
+  embed: _tree.Embed | None = None
+  axis_name: Any = None
+  param_axes: Any = ()
+  stacked: Any = None
+  groups: Groups | None = None
+  anchor_decay: Any = None
+  memory_decay: Any = None
+  num_microbatches: int | None = None
+  max_norm_ratio: Any = None
+  axis_names: tuple[Hashable, ...] = dataclasses.field(default=(), init=False)
+  param_specs: Any = dataclasses.field(default=None, init=False)
+
+  def __post_init__(self):
+    self.tau = _tau.as_tau(self.tau)
+    self._normalize_axes()
+    if self.anchor_decay is not None:
+      _validate.in_interval(0, 1, anchor_decay=self.anchor_decay, open_end=True)
+      if self.rule is not None:
+        raise ValueError(
+          "anchor_decay and rule exclude each other: the anchor replaces the rule. Got"
+          f" anchor_decay={self.anchor_decay!r} and rule={self.rule!r}."
+        )
+    self._check_rule()
+    if self.memory_decay is not None:
+      self._check_memory()
+    if self.max_norm_ratio is not None:
+      hint = " Norms are limited to this multiple of the median norm."
+      ratio = {"max_norm_ratio": self.max_norm_ratio}
+      _validate.in_interval(1, math.inf, hint, open_end=True, **ratio)
+    if self.embed is not None:
+      hint = " Pass an elementwise function such as jnp.sign."
+      _validate.function(hint, embed=self.embed)
+      self.embed = _hashable(self.embed)
+    if self.groups is not None and self.groups != "leaf":
+      hint = " Expected None, 'leaf', or a function (path, leaf) -> label."
+      _validate.function(hint, groups=self.groups)
+    if self.num_microbatches is not None:
+      minimum = self.min_accepted
+      hint = " Only with anchor_decay can there be one micro-gradient."
+      hint = hint if minimum > 1 else ""
+      _validate.count(minimum, hint, num_microbatches=self.num_microbatches)
+      self.num_microbatches = int(self.num_microbatches)
+
+  def _normalize_axes(self):
+    if self.axis_name is not None:
+      self.axis_names = normalize_axis_names("axis_name", self.axis_name)
+      if not self.axis_names:
+        raise ValueError("axis_name must name at least one axis, got ().")
+    if _holds_specs(self.param_axes):
+      self.param_specs = self.param_axes
+      self.param_axes = _mesh.spec_axes(self.param_axes)
+    self.param_axes = normalize_axis_names("param_axes", self.param_axes)
+    both = set(self.axis_names) & set(self.param_axes)
+    if both:
+      raise ValueError(
+        f"axis {min(both, key=str)!r} is in axis_name and in param_axes, but"
+        " micro-gradients of different parameters cannot be compared. Gather the"
+        " parameters before jax.grad, or use separate axes for microbatches and"
+        " parameters."
+      )
+    if self.stacked is not None and not isinstance(self.stacked, bool):
+      raise ValueError(f"stacked must be True, False or None, got {self.stacked!r}.")
+    if self.stacked is False and not self.axis_names:
+      raise ValueError(
+        "stacked=False needs an axis_name: without one, the first axis of every leaf is"
+        " the micro-gradient axis. For one micro-gradient per call use multi_steps."
+      )
+    self.stacked = not self.axis_names or bool(self.stacked)
+
+  def _check_rule(self):
+    self.rule = _rules.Sequential() if self.rule is None else self.rule
+    hint = " gaf_optax.rules creates rules, for instance rules.most_neighbors()."
+    _validate.function(hint, rule=self.rule)
+    if getattr(self.rule, "__module__", "") == f"{__package__}.rules":
+      raise ValueError(
+        "rule must be a rule, not the function that creates it, got"
+        f" {self.rule!r}. Add the call, as in rules.most_neighbors()."
+      )
+    depends_on_tau = isinstance(self.rule, _rules.Sequential | _rules.MostNeighbors)
+    from_distances = isinstance(self.tau, _tau.FromDistances)
+    if from_distances and depends_on_tau and self.anchor_decay is None:
+      raise ValueError(
+        f"tau {self.tau!r} is computed from the distances in a step, but those of rule"
+        f" {self.rule!r} depend on tau themselves. Use another rule, for instance"
+        " rules.leave_one_out(), rules.majority() or rules.nearest_neighbors(5)."
+      )
+    self.rule = _hashable(self.rule)
+
+  def _check_memory(self):
+    _validate.in_interval(0, 1, memory_decay=self.memory_decay, open_end=True)
+    if self.anchor_decay is not None:
+      raise ValueError(
+        "memory_decay and anchor_decay exclude each other: an anchor does not compare"
+        " micro-gradients with each other. Got"
+        f" memory_decay={self.memory_decay!r} and anchor_decay={self.anchor_decay!r}."
+      )
+    if self.num_microbatches is None:
+      raise ValueError(
+        f"memory_decay={self.memory_decay!r} needs num_microbatches=k, the number of"
+        " sources, since the state stores a number for each pair of them."
+      )
 
   @property
   def min_accepted(self) -> int:
@@ -54,14 +148,7 @@ class Options:
 
   def spec(self, leaves: _tree.Leaves) -> StepSpec:
     """The `StepSpec` for these leaves; raises as `_mesh.check_axes`."""
-    axes = _mesh.check_axes(
-      leaves.layout.paths,
-      leaves.arrays,
-      self.axis_names,
-      self.stacked,
-      self.param_axes,
-      self.param_specs,
-    )
+    axes = _mesh.check_axes(leaves.layout.paths, leaves.arrays, self)
     return StepSpec(self.rule, self.tau.static(), self.embed, leaves.layout, axes)
 
   def check_num_microbatches(self, k: int) -> None:
@@ -76,89 +163,6 @@ class Options:
       raise ValueError(
         f"num_microbatches is {self.num_microbatches}, but {k} micro-gradients arrived."
       )
-
-
-def validate(
-  tau,
-  *,
-  rule=None,
-  embed=None,
-  axis_name=None,
-  param_axes=(),
-  stacked=None,
-  groups=None,
-  anchor_decay=None,
-  memory_decay=None,
-  num_microbatches=None,
-  max_norm_ratio=None,
-) -> Options:
-  """Validates the arguments of `gaf`, as far as possible without data."""
-  tau = _tau.as_tau(tau)
-  axis_names: tuple[Hashable, ...] = ()
-  if axis_name is not None:
-    axis_names = normalize_axis_names("axis_name", axis_name)
-    if not axis_names:
-      raise ValueError("axis_name must name at least one axis, got ().")
-  param_specs = None
-  if _holds_specs(param_axes):
-    param_specs, param_axes = param_axes, _mesh.spec_axes(param_axes)
-  param_axes = normalize_axis_names("param_axes", param_axes)
-  both = set(axis_names) & set(param_axes)
-  if both:
-    raise ValueError(
-      f"axis {min(both, key=str)!r} is in axis_name and in param_axes, but"
-      " micro-gradients of different parts of the parameters cannot be compared. Gather"
-      " the parameters before jax.grad, or use a mesh with one axis for the"
-      " microbatches and one for the parameters."
-    )
-  if stacked is not None and not isinstance(stacked, bool):
-    raise ValueError(f"stacked must be True, False or None, got {stacked!r}.")
-  if stacked is False and axis_name is None:
-    raise ValueError(
-      "stacked=False needs an axis_name: without one, the first axis of every leaf is"
-      " the micro-gradient axis. For one micro-gradient per call use multi_steps."
-    )
-  if anchor_decay is not None:
-    _validate.in_interval(0, 1, anchor_decay=anchor_decay, open_end=True)
-    if rule is not None:
-      raise ValueError(
-        "anchor_decay and rule exclude each other: an anchor replaces the comparison"
-        f" among micro-gradients. Got anchor_decay={anchor_decay!r} and rule={rule!r}."
-      )
-  rule = _rules.Sequential() if rule is None else rule
-  _check_rule(rule, tau, anchor_decay)
-  if memory_decay is not None:
-    _check_memory(memory_decay, anchor_decay, num_microbatches)
-  if max_norm_ratio is not None:
-    hint = " Norms are limited to this multiple of the median norm."
-    _validate.in_interval(
-      1, math.inf, hint, open_end=True, max_norm_ratio=max_norm_ratio
-    )
-  if embed is not None:
-    _validate.function(" Pass an elementwise function such as jnp.sign.", embed=embed)
-  if groups is not None and groups != "leaf":
-    hint = " Expected None, 'leaf', or a function (path, leaf) -> label."
-    _validate.function(hint, groups=groups)
-  if num_microbatches is not None:
-    minimum, hint = 1, ""
-    if anchor_decay is None:
-      minimum, hint = 2, " Only with anchor_decay can there be one micro-gradient."
-    _validate.count(minimum, hint, num_microbatches=num_microbatches)
-    num_microbatches = int(num_microbatches)
-  return Options(
-    tau,
-    _hashable(rule),
-    _hashable(embed),
-    axis_names,
-    not axis_names or bool(stacked),
-    param_axes,
-    param_specs,
-    groups,
-    anchor_decay,
-    memory_decay,
-    num_microbatches,
-    max_norm_ratio,
-  )
 
 
 # Why the streamed forms do not support an option.
@@ -178,12 +182,12 @@ _NOT_STREAMED = {
 def validate_streamed(tau, **options) -> Options:
   """Validates options for the streamed forms."""
   refuse(options, _NOT_STREAMED, "micro-gradients that arrive one at a time")
-  if _tau.as_tau(tau).uses_distances:
+  if isinstance(tau, _tau.FromDistances):
     raise ValueError(
       f"tau {tau!r} is computed from all distances in a step, which are not available"
       " when micro-gradients are streamed. Stack them and use gaf."
     )
-  result = validate(tau, **options)
+  result = Options(tau, **options)
   if result.anchor_decay is None and not isinstance(result.rule, _rules.Sequential):
     raise ValueError(
       f"rule {result.rule!r} needs all micro-gradients at once, but streamed ones are"
@@ -202,40 +206,6 @@ def refuse(options: dict[str, Any], reasons: dict[str, str], form: str) -> None:
       )
 
 
-def _check_rule(rule, tau, anchor_decay):
-  _validate.function(
-    " gaf_optax.rules creates rules, for instance rules.most_neighbors().", rule=rule
-  )
-  if getattr(rule, "__module__", "") == f"{__package__}.rules":
-    raise ValueError(
-      f"rule must be a rule, not the function that creates it, got {rule!r}. Add the"
-      " call, as in rules.most_neighbors()."
-    )
-  depends_on_tau = isinstance(rule, _rules.Sequential | _rules.MostNeighbors)
-  if tau.uses_distances and depends_on_tau and anchor_decay is None:
-    raise ValueError(
-      f"tau {tau!r} is computed from the distances in a step, but the distances of rule"
-      f" {rule!r} depend on tau themselves. Use another rule, for instance"
-      " rules.leave_one_out(), rules.majority() or rules.nearest_neighbors(5)."
-    )
-
-
-def _check_memory(memory_decay, anchor_decay, num_microbatches):
-  _validate.in_interval(0, 1, memory_decay=memory_decay, open_end=True)
-  if anchor_decay is not None:
-    raise ValueError(
-      "memory_decay and anchor_decay exclude each other: the memory stores the cosines"
-      " of pairs of micro-gradients, which an anchor does not need. Got"
-      f" memory_decay={memory_decay!r} and anchor_decay={anchor_decay!r}."
-    )
-  if num_microbatches is None:
-    raise ValueError(
-      f"memory_decay={memory_decay!r} needs num_microbatches, since the state stores a"
-      " number for each pair of micro-gradients. Pass num_microbatches=k, the number of"
-      " sources."
-    )
-
-
 def normalize_axis_names(argument, value) -> tuple[Hashable, ...]:
   """One axis name or several, as a tuple."""
   names = tuple(value) if isinstance(value, tuple | list) else (value,)
@@ -251,8 +221,8 @@ def normalize_axis_names(argument, value) -> tuple[Hashable, ...]:
 
 def _holds_specs(param_axes):
   """Whether `param_axes` is a tree of `PartitionSpec`."""
-  is_spec = lambda node: isinstance(node, jax.sharding.PartitionSpec)
-  found = [is_spec(x) for x in jax.tree.leaves(param_axes, is_leaf=is_spec)]
+  leaves = jax.tree.leaves(param_axes, is_leaf=_mesh.is_spec)
+  found = [_mesh.is_spec(x) for x in leaves]
   if any(found) and not all(found):
     raise ValueError(
       "param_axes must be the name of an axis, a tuple of names, or a tree of"

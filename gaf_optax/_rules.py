@@ -1,4 +1,4 @@
-"""Rules: how they decide, on a plain Gram matrix; `rules.py` makes them."""
+"""Rules: the classes behind `rules.py`, which decide on a plain Gram matrix."""
 
 import dataclasses
 import functools
@@ -11,22 +11,20 @@ from jax import lax
 
 from gaf_optax import _compat, _validate
 
-# A sum counts as zero up to so many epsilons of the sum of its terms' squares.
-_CANCELLED = 4
+# A squared norm counts as zero up to this many epsilons of its terms' squares.
+_CANCELLATION_EPS = 4
 
 
 class Decision(NamedTuple):
-  """What a rule decides about k micro-gradients.
+  """The decision of a rule about k micro-gradients.
 
-  The result of the step is the weighted mean, `sum(weights * g) / sum(weights)`.
-  The step has agreed when any micro-gradient is accepted; where none is, the
-  result is zero whatever the weights.
+  The result of the step is `sum(weights * g) / sum(weights)`. The step agrees if any
+  micro-gradient is accepted; otherwise the result is zero whatever the weights.
 
   Attributes:
     weights: float `[k]`, relative weights of the micro-gradients.
     accepted: bool `[k]`.
-    distances: float `[k]`, what was compared with tau; NaN where there was
-      nothing to compare.
+    distances: float `[k]`, compared with tau; NaN if there was nothing to compare.
   """
 
   weights: jax.Array
@@ -35,7 +33,7 @@ class Decision(NamedTuple):
 
 
 class RuleFn(Protocol):
-  """What `gaf` takes as `rule`: `(gram [k, k], valid [k] bool, tau) -> Decision`."""
+  """A rule: `(gram [k, k], valid [k] bool, tau) -> Decision`."""
 
   def __call__(self, gram: jax.Array, valid: jax.Array, tau: Any, /) -> Decision:
     """Decides about k micro-gradients."""
@@ -43,14 +41,14 @@ class RuleFn(Protocol):
 
 
 class Rows(NamedTuple):
-  """What is known of k micro-gradients.
+  """The inputs of a decision about k micro-gradients.
 
   Attributes:
-    gram: `[k, k]`; rows and columns of zeros for what is not valid.
-    valid: bool `[k]`: finite, and of a weight above 0.
-    weights: `[k]`, how much each counts in a sum; 0 for what is not there.
-    scales: `[k]`, the factor with which each enters a sum.
-    start: int32 scalar, where a sequence starts.
+    gram: `[k, k]`, with rows and columns of zeros for those that are not valid.
+    valid: bool `[k]`: finite, with a weight above 0.
+    weights: `[k]`, how much each counts in a sum; 0 if absent.
+    scales: `[k]`, the factor of each in a sum (`max_norm_ratio`).
+    start: int32 scalar, the start of a sequence.
   """
 
   gram: jax.Array
@@ -61,24 +59,15 @@ class Rows(NamedTuple):
 
 
 def distance(kind: str, ab, aa, bb, tau=None) -> jax.Array:
-  """Distance in [0, 2] of two vectors from their inner products, of any shape.
+  """Distances in [0, 2] from inner products and squared norms, of any shape.
 
-  Args:
-    kind: 'cosine', 1 - <a, b> / (|a| |b|), or 'euclidean',
-      |a - b|^2 / (|a|^2 + |b|^2).
-    ab: the inner products <a, b>.
-    aa: the squared norms |a|^2.
-    bb: the squared norms |b|^2.
-    tau: what the distances will be compared with. Those that differ from it by
-      rounding alone are set to it.
-
-  Returns:
-    The distances, 1 where either vector is zero.
+  1 if either vector is zero. Distances that differ from tau by rounding only are set to
+  tau. `kind` is 'cosine' or 'euclidean'.
   """
   zero = (aa <= 0) | (bb <= 0)
   aa, bb = jnp.where(zero, 1, aa), jnp.where(zero, 1, bb)
   if kind == "cosine":
-    # The root of each, since their product could leave the range; exact for copies.
+    # The product of the squares could overflow. Exact for copies.
     similarity = ab / jnp.where(aa == bb, aa, jnp.sqrt(aa) * jnp.sqrt(bb))
   else:
     similarity = 2 * ab / (aa + bb)
@@ -100,21 +89,21 @@ def _without_rounding(distances, tau):
 
 
 def _if_agreed(weights, accepted, distances):
-  """The decision, with nothing accepted where no two agree."""
+  """The decision; accepts nothing if no two agree."""
   agreed = jnp.sum(accepted) > 1
   return Decision(jnp.where(agreed, weights, 0), accepted & agreed, distances)
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """A rule of this module."""
+  """Base class of the rules."""
 
   distance: str = "cosine"
   softness: float = 0.0
 
   def __post_init__(self):
     _validate.one_of(("cosine", "euclidean"), distance=self.distance)
-    _validate.non_negative(softness=self.softness)
+    _validate.in_interval(0, math.inf, open_end=True, softness=self.softness)
 
   def __call__(self, gram: jax.Array, valid: jax.Array, tau) -> Decision:
     gram, valid = jnp.asarray(gram), jnp.asarray(valid, bool)
@@ -144,12 +133,12 @@ class Rule:
 
 
 class Mean(NamedTuple):
-  """What a sequential rule knows of the mean of what it accepted, but for the vector.
+  """Scalar summary of the running mean of accepted micro-gradients.
 
   Attributes:
-    weight: the sum of the weights of what is in it.
-    squares: its squared length if its terms were orthogonal; 0 until the first one
-      that is not zero.
+    weight: the sum of the weights.
+    squares: the squared norm if all terms were orthogonal; 0 until the first that is
+      not zero.
   """
 
   weight: jax.Array
@@ -157,14 +146,14 @@ class Mean(NamedTuple):
 
 
 class Step(NamedTuple):
-  """What becomes of one micro-gradient: `mean <- (1 - share) mean + share g`.
+  """The decision about one micro-gradient: `mean <- (1 - share) mean + share g`.
 
   Attributes:
     share: in [0, 1].
-    keep: the factor of the weights so far.
-    weight: its own weight.
+    keep: existing weights are multiplied by it.
+    weight: the weight of g.
     accepted: bool.
-    distance: NaN where there was nothing to compare.
+    distance: NaN if there was nothing to compare.
   """
 
   share: jax.Array
@@ -176,21 +165,17 @@ class Step(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Sequential(Rule):
-  """Sees one micro-gradient after the other and keeps one mean, also when streamed.
+  """Compares micro-gradients in turn with the running mean of those accepted.
 
   Attributes:
-    keep: the factor of the weights so far at each acceptance, and of the new one's.
+    keep: each acceptance multiplies all weights, including the new one, by it.
   """
 
   keep: float = 1.0
 
   def step(self, mean: Mean, mm, mg, gg, tau, valid, weight, scale=1):
-    """Compares g with the mean m, by their inner products, and takes it up.
-
-    Returns:
-      The new `Mean`, and the `Step`. Any batch shape.
-    """
-    cancelled = mm <= _CANCELLED * jnp.finfo(mm.dtype).eps * mean.squares
+    """Compares g with the mean m by their inner products, of any batch shape."""
+    cancelled = mm <= _CANCELLATION_EPS * jnp.finfo(mm.dtype).eps * mean.squares
     found = distance(self.distance, mg, jnp.where(cancelled, 0, mm), gg, tau)
     starts = (mean.squares == 0) & (gg > 0)
     own = jnp.where(valid, jnp.where(starts, 1, self.soft_weights(found, tau)), 0)
@@ -221,7 +206,7 @@ class Sequential(Rule):
     carry = _compat.typed_like((Mean(zero, zero), zeros, zeros), (rows, tau))
     order = (rows.start + jnp.arange(k, dtype=jnp.int32)) % k
     (_, weights, _), found = lax.scan(visit, carry, order)
-    # From the order of visits back to the micro-gradients' own places.
+    # Back from the order of visits to the positions of the micro-gradients.
     place = (jnp.arange(k, dtype=jnp.int32) - rows.start) % k
     return _if_agreed(weights, *(x[place] for x in found))
 
@@ -236,7 +221,7 @@ class LeaveOneOut(Rule):
     with_rows = jnp.matmul(shares, gram, precision=lax.Precision.HIGHEST)
     mm = jnp.sum(with_rows * shares, axis=1)
     orthogonal = jnp.sum(shares**2 * squares[None, :], axis=1)
-    cancelled = mm <= _CANCELLED * jnp.finfo(gram.dtype).eps * orthogonal
+    cancelled = mm <= _CANCELLATION_EPS * jnp.finfo(gram.dtype).eps * orthogonal
     mm = jnp.where(cancelled, 0, mm)
     distances = distance(self.distance, jnp.diagonal(with_rows), mm, squares, tau)
     distances = jnp.where(valid & jnp.any(others, axis=1), distances, jnp.nan)
@@ -245,7 +230,7 @@ class LeaveOneOut(Rule):
 
 
 def _pairs(kind, rows, tau=None):
-  """Distances of all pairs `[k, k]`: 0 to itself, NaN to one that is not valid."""
+  """Distances of all pairs `[k, k]`: 0 to itself, NaN if either is not valid."""
   gram, valid, squares = rows.gram, rows.valid, jnp.diagonal(rows.gram)
   distances = distance(kind, gram, squares[:, None], squares[None, :], tau)
   distances = jnp.where(jnp.eye(valid.shape[0], dtype=bool), 0, distances)
@@ -253,7 +238,7 @@ def _pairs(kind, rows, tau=None):
 
 
 class MostNeighbors(Rule):
-  """Its distances depend on tau, which picks the centre."""
+  """The centre, and so the distances, depend on tau."""
 
   def decide(self, rows, tau):
     pairs = _pairs(self.distance, rows, tau)
@@ -277,7 +262,7 @@ class MinNeighbors(Rule):
     _validate.in_interval(0, 1, fraction=self.fraction)
 
   def needed(self, number: int) -> int:
-    """How many of so many micro-gradients have to be near, itself counted."""
+    """How many of `number` micro-gradients must be within tau, including itself."""
     # In double precision, as the caller wrote it: 0.6 of 5 is 3.
     return max(2, math.ceil(self.fraction * number - 1e-9))
 
@@ -285,7 +270,7 @@ class MinNeighbors(Rule):
     k = rows.valid.shape[0]
     table = jnp.asarray([min(self.needed(n), k) - 1 for n in range(k + 1)])
     last = table[jnp.sum(rows.weights > 0)]
-    # Accepted at every tau from the distance of its last needed neighbour on.
+    # Accepted if tau is at least the distance to the last neighbour needed.
     in_order = jnp.sort(_pairs(self.distance, rows, tau), axis=1)
     distances = lax.dynamic_index_in_dim(in_order, last, 1, keepdims=False)
     accepted = self.accepts(distances, tau)
@@ -356,7 +341,7 @@ class MultiKrum(Rule):
     num_near = jnp.maximum(jnp.sum(valid) - self.num_wrong - 2, 1)
     near = (jnp.arange(k) < num_near)[None, :]
     scores, number = _mean_of_finite(jnp.where(near, pairs, jnp.inf))
-    # Ranks, of which ties go to the first.
+    # Ties go to the first.
     order = jnp.argsort(jnp.where(valid, scores, jnp.inf), stable=True)
     rank = jnp.zeros(k, order.dtype).at[order].set(jnp.arange(k, dtype=order.dtype))
     accepted = valid & (rank < num_kept)
@@ -378,7 +363,7 @@ class GeometricMedian(Rule):
     counted = rows.valid.astype(gram.dtype)
 
     def squared_distances(weights):
-      """And what is rounding of each: of its terms, however long another vector is."""
+      """The distances, and their rounding errors."""
       with_rows, sizes = dot(gram, weights), dot(jnp.abs(gram), weights)
       distances = squares - 2 * with_rows + dot(weights, with_rows)
       rounding = 4 * info.eps * (squares + sizes + dot(weights, sizes))
@@ -390,7 +375,7 @@ class GeometricMedian(Rule):
 
     inverse = jnp.ones_like(squares)
     for _ in range(self.num_iterations):
-      # Squares below their rounding tell nothing of how near a vector is.
+      # Squares below their rounding error carry no information.
       inverse = 1 / jnp.sqrt(jnp.maximum(*squared_distances(shares(inverse))))
     distances = squared_distances(shares(inverse))[0] / 2
     distances = jnp.where(rows.valid, distances, jnp.nan)
@@ -400,14 +385,10 @@ class GeometricMedian(Rule):
 
 
 def against_anchor(square, products, rows: Rows, anchored, tau) -> Decision:
-  """Compares with an average of past steps; accepts all while it holds none.
+  """Compares with the anchor; accepts all until it is initialized.
 
-  Args:
-    square: the squared norm of the average.
-    products: its inner products `[k]` with the micro-gradients.
-    rows: the micro-gradients.
-    anchored: bool scalar, whether the average holds a step.
-    tau: a scalar.
+  `square` is the squared norm of the anchor, `products` are its inner products `[k]`
+  with the micro-gradients.
   """
   distances = distance("cosine", products, square, jnp.diagonal(rows.gram), tau)
   compared = rows.valid & anchored

@@ -1,4 +1,4 @@
-"""State: what a step did, kept in the optimizer state."""
+"""State: the results of a step that the optimizer state keeps."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -20,44 +20,27 @@ _ROUNDING = 1e-5
 
 
 class GafState(NamedTuple):
-  """State of `gaf`: arrays with fixed shapes and dtypes.
+  """State of `gaf`: arrays with fixed shapes and dtypes; optional ones can be None.
+
+  The fields that are not listed are those of :func:`metrics`, with `noise_scale` at
+  most float32's largest number. Fields `[k]` exist with `num_microbatches`.
 
   Attributes:
     num_updates: int32 scalar, the number of updates.
     ready: bool scalar, whether the last step agreed. The name is the one that
       `optax.experimental.aggregating.process` looks for.
-    threshold: float32 scalar, tau of the last step.
-    steered: float32 scalar, tau of the next step for a `target_accept_rate`, else None.
-    num_accepted: float32 scalar, the number of micro-gradients accepted in the last
-      step (the mean over the groups).
+    steered: float32 scalar, tau of the next step for a `target_accept_rate`.
     num_seen: int32 scalar, the number of micro-gradients in the last step.
-    mean_distance: float32 scalar, the mean of the last step's distances; -1 if there
-      are none.
-    accept_rate: float32 scalar in [0, 1], the accepted share of all micro-gradients
-      since `init`.
     num_seen_total: float32 scalar, the number of micro-gradients since `init`.
-    skipped_steps: int32 scalar, the number of steps without agreement since `init`.
-    nonfinite: int32 scalar, the number of micro-gradients with a NaN or an infinity
-      since `init`.
-    num_identical_steps: int32 scalar, the number of consecutive steps, up to the last
-      one, with identical micro-gradients (up to rounding).
-    noise_scale: float32 scalar, the gradient noise scale of the last step in
-      microbatches; -1 if unknown, float32's largest number for Inf.
-    anchor: with `anchor_decay` the moving average, shaped like the parameters; else
-      None.
-    anchored: with `anchor_decay` a bool scalar, whether the moving average has been
-      initialized; else None.
-    memory: with `memory_decay` a NamedTuple `mean`, `weight`, float32 `[m, k, k]`; else
-      None.
-    distances: with `num_microbatches` float32 `[k]`, else None: the means over the
-      groups; -1 if there was nothing to compare.
-    accepted: with `num_microbatches` bool `[k]`, else None: accepted in any group.
-    weights: with `num_microbatches` float32 `[k]`, else None: the weights in the result
-      (the means over the groups). They sum to 1, or are all 0 without agreement.
-    accept_rates: with `num_microbatches` float32 `[k]`, else None: the share of steps
-      since `init` in which each micro-gradient was accepted in any group.
-    grad_norm: float32 scalar, the norm of the compared leaves of the last step's
-      result; -1 if unknown (with `embed`).
+    anchor: with `anchor_decay` the moving average, shaped like the parameters.
+    anchored: bool scalar, whether the moving average has been initialized.
+    memory: with `memory_decay` a NamedTuple `mean`, `weight`, float32 `[m, k, k]`.
+    distances: float32 `[k]`, means over the groups; -1 if there was nothing to compare.
+    accepted: bool `[k]`, accepted in any group.
+    weights: float32 `[k]`, weights in the result (means over the groups). They sum to
+      1, or are all 0 without agreement.
+    accept_rates: float32 `[k]`, shares of the steps since `init` in which a
+      micro-gradient was accepted in any group.
   """
 
   num_updates: jax.Array
@@ -84,17 +67,10 @@ class GafState(NamedTuple):
 
 
 class Outcome(NamedTuple):
-  """The result of one step, in any form of the filter; `MISSING` for unknown numbers.
+  """The result of one step, in any form of the filter; scalars as in `GafState`.
 
   Attributes:
-    agreed: bool scalar.
-    num_accepted: float32 scalar, the mean over the groups.
-    mean_distance: float32 scalar.
-    num_seen: int32 scalar, the number of micro-gradients.
-    nonfinite: int32 scalar, the number with a NaN or an infinity.
-    identical: bool scalar, whether all differ by rounding only.
-    noise_scale: float32 scalar.
-    grad_norm: float32 scalar.
+    identical: whether all micro-gradients differ by rounding only.
     per_microbatch: a `Decision` of arrays `[k]`, or None if not recorded.
   """
 
@@ -345,5 +321,5 @@ def move_anchor(
 def find(opt_state: Any) -> list[tuple[Any, GafState]]:
   """Path and state of every `GafState` in an optimizer state."""
   is_state = lambda node: isinstance(node, GafState)
-  flat, _ = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=is_state)
+  flat = jax.tree_util.tree_leaves_with_path(opt_state, is_state)
   return [(path, node) for path, node in flat if is_state(node)]

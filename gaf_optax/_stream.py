@@ -20,29 +20,30 @@ from gaf_optax import (
 class Stream(NamedTuple):
   """The running means and counts of a cycle; m groups.
 
+  No field has the name of a `GafState` field, since `optax.tree.get` would find both.
+
   Attributes:
     means: like the parameters, the weighted mean of the accepted micro-gradients.
     plain: with an anchor the mean of all valid ones, else None.
     mean: a `Mean` of arrays `[m]`.
     plain_weight: scalar, the sum of the weights of the valid ones.
-    num_accepted: int32 `[m]`.
+    num_added: int32 `[m]`, the number of accepted micro-gradients.
     distance_sum: float32 `[m]`, the sum of the known distances.
     num_compared: int32 `[m]`, the number of known distances.
-    num_seen: int32 scalar.
+    num_arrived: int32 scalar.
     num_present: int32 scalar, those with a weight above 0.
     num_valid: int32 scalar, those that are also finite.
     per_microbatch: weights, `accepted` and distances `[m, k]` if k is known, else None.
-      A plain tuple, so that `optax.tree.get` finds these names only once.
   """
 
   means: Any
   plain: Any
   mean: _rules.Mean
   plain_weight: jax.Array
-  num_accepted: jax.Array
+  num_added: jax.Array
   distance_sum: jax.Array
   num_compared: jax.Array
-  num_seen: jax.Array
+  num_arrived: jax.Array
   num_present: jax.Array
   num_valid: jax.Array
   per_microbatch: tuple[jax.Array, jax.Array, jax.Array] | None
@@ -65,10 +66,10 @@ def start(
     plain=None if options.anchor_decay is None else _tree.accumulators(params),
     mean=_rules.Mean(jnp.zeros((m,), dtype), jnp.zeros((m,), dtype)),
     plain_weight=jnp.zeros((), dtype),
-    num_accepted=counts(m),
+    num_added=counts(m),
     distance_sum=numbers(m),
     num_compared=counts(m),
-    num_seen=counts(),
+    num_arrived=counts(),
     num_present=counts(),
     num_valid=counts(),
     per_microbatch=each,
@@ -124,10 +125,10 @@ def push(
     plain=accumulated(stream.plain, (layout.num_groups,) * len(arrays)),
     mean=mean,
     plain_weight=plain_weight,
-    num_accepted=count(stream.num_accepted, step.accepted),
+    num_added=count(stream.num_added, step.accepted),
     distance_sum=stream.distance_sum + distance,
     num_compared=count(stream.num_compared, compared),
-    num_seen=stream.num_seen + 1,
+    num_arrived=stream.num_arrived + 1,
     num_present=count(stream.num_present, weight > 0),
     num_valid=count(stream.num_valid, valid),
     per_microbatch=_recorded(stream, step),
@@ -155,7 +156,7 @@ def _recorded(stream, step):
   """Adds a step to `Stream.per_microbatch`."""
   if stream.per_microbatch is None:
     return None
-  i = stream.num_seen
+  i = stream.num_arrived
   weights, accepted, distances = stream.per_microbatch
   share = step.share.astype(jnp.float32)
   return (
@@ -182,7 +183,7 @@ def finish(
   A group needs at least `min_accepted` accepted micro-gradients.
   """
   layout = spec.layout
-  agreed = stream.num_accepted >= min_accepted
+  agreed = stream.num_added >= min_accepted
   slots = jnp.append(agreed, jnp.any(agreed))
   found = _tree.select(stream.means, layout)
   means = [jnp.where(slots[g], x, 0) for x, g in zip(found, layout.group_ids)]
@@ -207,9 +208,7 @@ def finish(
     decision = _state.mean_over_groups(decision)
   outcome = _state.Outcome(
     agreed=jnp.any(agreed),
-    num_accepted=jnp.mean(
-      jnp.where(agreed, stream.num_accepted, 0).astype(jnp.float32)
-    ),
+    num_accepted=jnp.mean(jnp.where(agreed, stream.num_added, 0).astype(jnp.float32)),
     mean_distance=mean_distance,
     num_seen=stream.num_present,
     nonfinite=stream.num_present - stream.num_valid,

@@ -1,7 +1,4 @@
-"""Tau: the largest distance that is accepted, over the life of a run.
-
-Each kind of tau is an object that owns its life: `init`, `at`, `of`, `after`.
-"""
+"""Tau: the largest accepted distance, and how it changes over a run."""
 
 import dataclasses
 import math
@@ -14,85 +11,57 @@ import jax.numpy as jnp
 from gaf_optax import _validate
 
 _HINT = (
-  " It is a cosine distance: 0 is the same direction, 1 orthogonal, 2 opposite;"
-  " 0.92 to 1.0 is the useful range for most models."
+  " It is a cosine distance: 0 is the same direction, 1 orthogonal, 2 opposite."
+  " The useful range for most models is 0.92 to 1.0."
 )
 
-# Of the better half's mean similarity, at most, that adaptive_tau asks for.
-_LARGEST_SHARE = 7 / 8
+# Maximum share of the mean similarity that adaptive_tau requires.
+_MAX_SHARE = 7 / 8
 
 Schedule: TypeAlias = Callable[[jax.Array], jax.typing.ArrayLike]
 
 
 @dataclasses.dataclass(frozen=True)
 class Tau:
-  """How tau moves; without its value, so that it is hashable.
-
-  Attributes:
-    uses_distances: whether it is read off the distances of a step, which must not
-      depend on tau.
-    needs_state: whether it depends on the steps before.
-  """
-
-  uses_distances = False
-  needs_state = False
+  """A tau and its changes: `init` and `at`, then `from_distances`, then `after`."""
 
   def static(self) -> "Tau":
-    """What `of` and `after` need, hashable."""
+    """A hashable object with the same `from_distances` and `after`."""
     return self
 
   def init(self) -> jax.Array | None:
-    """What the state carries from step to step, a float32 scalar or None."""
+    """The value carried in the state, a float32 scalar or None."""
     return None
 
   def at(self, carried: jax.Array | None, num_updates: jax.Array) -> jax.Array:
     """Tau of a step before its distances are known, a scalar."""
     raise NotImplementedError
 
-  def of(
-    self,
-    tau: jax.Array,
-    distances: Callable[[jax.Array], jax.Array],
-    valid: jax.Array,
-  ) -> jax.Array:
-    """Tau of a step.
-
-    Args:
-      tau: what `at` gave.
-      distances: the distances `[k]`, NaN where unknown, as a function of tau.
-      valid: bool `[k]`.
-    """
+  def from_distances(self, tau: jax.Array, distances: Callable, valid) -> jax.Array:
+    """Tau of a step, given `at` and a function from tau to the distances `[k]`."""
     del distances, valid
     return tau
 
   def after(self, tau: jax.Array, num_accepted, num_finite) -> jax.Array | None:
-    """What the state carries after a step with this tau."""
+    """The carried value after a step with this tau."""
     del tau, num_accepted, num_finite
     return None
 
 
 @dataclasses.dataclass(frozen=True)
-class _Fixed(Tau):
+class _Given(Tau):
+  """A number or a schedule."""
+
   value: Any
 
   def static(self):
     return Tau()
 
   def at(self, carried, num_updates):
-    return jnp.asarray(self.value, float)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Scheduled(Tau):
-  schedule: Schedule
-  needs_state = True
-
-  def static(self):
-    return Tau()
-
-  def at(self, carried, num_updates):
-    tau = self.schedule(num_updates)
-    _validate.in_interval(0, 2, " It is what the schedule gave." + _HINT, tau=tau)
+    if not callable(self.value):
+      return jnp.asarray(self.value, float)
+    tau = self.value(num_updates)
+    _validate.in_interval(0, 2, " The schedule returned it." + _HINT, tau=tau)
     return jnp.asarray(tau, float)
 
 
@@ -103,7 +72,6 @@ class _TargetAcceptRate(Tau):
   step_size: float
   minimum: float
   maximum: float
-  needs_state = True
 
   def init(self):
     return jnp.array(self.initial, jnp.float32)
@@ -118,68 +86,63 @@ class _TargetAcceptRate(Tau):
     return jnp.where(num_finite > 0, moved, tau).astype(jnp.float32)
 
 
-class _OfDistances(Tau):
-  uses_distances = True
+class FromDistances(Tau):
+  """A tau computed from a step's distances, which must not depend on tau."""
 
   def at(self, carried, num_updates):
     return jnp.asarray(2.0, float)
 
-  def of(self, tau, distances, valid):
-    return self.read(distances(jnp.full_like(tau, 2)), valid).astype(tau.dtype)
+  def from_distances(self, tau, distances, valid):
+    distances = distances(jnp.full_like(tau, 2))
+    present = valid & jnp.isfinite(distances)
+    in_order = jnp.sort(jnp.where(present, distances, jnp.inf))
+    return self.compute(in_order, jnp.sum(present), jnp.sum(valid)).astype(tau.dtype)
 
-  def read(self, distances, valid):
+  def compute(self, in_order, num_present, num_valid):
+    """Tau from sorted distances `[k]`, Inf if unknown."""
     raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
-class _TauQuantile(_OfDistances):
+class _TauQuantile(FromDistances):
   fraction: float
 
-  def read(self, distances, valid):
-    # In double precision, as the caller wrote it: 0.6 of 5 is 3.
-    numbers = [math.ceil(self.fraction * n - 1e-9) for n in range(valid.shape[0] + 1)]
-    number = jnp.asarray(numbers, jnp.int32)[jnp.sum(valid)]
-    known = valid & jnp.isfinite(distances)
-    in_order = jnp.sort(jnp.where(known, distances, jnp.inf))
+  def compute(self, in_order, num_present, num_valid):
+    # In Python's double precision, so that 0.6 of 5 is 3.
+    k = in_order.shape[0]
+    numbers = [math.ceil(self.fraction * n - 1e-9) for n in range(k + 1)]
+    number = jnp.asarray(numbers, jnp.int32)[num_valid]
     last = in_order[jnp.maximum(number - 1, 0)]
     return jnp.where(jnp.isfinite(last), last, 2)
 
 
 @dataclasses.dataclass(frozen=True)
-class _AdaptiveTau(_OfDistances):
-  def read(self, distances, valid):
-    known = valid & jnp.isfinite(distances)
-    in_order = jnp.sort(jnp.where(known, distances, jnp.inf))
-    n = jnp.sum(known)
-    half = (n + 1) // 2
-    better = jnp.arange(valid.shape[0]) < half
-    total = jnp.sum(jnp.where(better, 1 - in_order, 0))
+class _AdaptiveTau(FromDistances):
+  def compute(self, in_order, num_present, num_valid):
+    half = (num_present + 1) // 2
+    is_better_half = jnp.arange(in_order.shape[0]) < half
+    total = jnp.sum(jnp.where(is_better_half, 1 - in_order, 0))
     similarity = total / jnp.maximum(half, 1).astype(total.dtype)
-    share = 1 - jnp.sqrt(2 / jnp.maximum(n, 2).astype(total.dtype))
-    share = jnp.minimum(share, _LARGEST_SHARE)
+    share = 1 - jnp.sqrt(2 / jnp.maximum(num_present, 2).astype(total.dtype))
+    share = jnp.minimum(share, _MAX_SHARE)
     return jnp.where(similarity > 0, 1 - share * similarity, 2)
 
 
 def as_tau(tau: Any) -> Tau:
-  """The object for what a user gave as tau.
-
-  Raises:
-    ValueError: for a number outside [0, 2], or what is no tau.
-  """
+  """A `Tau` for a user's tau; raises for numbers outside [0, 2] and other types."""
   if isinstance(tau, Tau):
     return tau
-  if callable(tau):
-    return _Scheduled(tau)
-  _validate.in_interval(0, 2, _HINT, tau=tau)
-  return _Fixed(tau)
+  if not callable(tau):
+    _validate.in_interval(0, 2, _HINT, tau=tau)
+  return _Given(tau)
 
 
 def as_stateless_tau(tau: Any) -> Tau:
-  """The same for forms that keep nothing from one call to the next."""
-  if callable(tau) or getattr(tau, "needs_state", False):
+  """The same for forms without a state."""
+  if callable(tau) or isinstance(tau, _TargetAcceptRate):
     raise ValueError(
       f"tau must be a number here, got {tau!r}: a schedule or a target_accept_rate"
-      " needs a state. Pass the value itself."
+      " needs a state. Pass the value instead."
     )
   return as_tau(tau)
 
@@ -192,31 +155,31 @@ def target_accept_rate(
   minimum: float = 0.0,
   maximum: float = 2.0,
 ) -> Tau:
-  r"""A tau that is steered to accept a given share of the micro-gradients.
+  r"""A tau that adapts until a given share of the micro-gradients is accepted.
 
-  After every step, with the share :math:`a_t` of that step's finite
-  micro-gradients that were accepted,
+  After every step, given the share :math:`a_t` of that step's finite micro-gradients
+  that were accepted,
 
   .. math::
     \tau_{t+1} = \operatorname{clip}(\tau_t + \eta (\text{rate} - a_t),
       \text{minimum}, \text{maximum})
 
-  where :math:`\eta` is `step_size`. A step without any finite micro-gradient
-  leaves tau as it is.
+  where :math:`\eta` is `step_size`. A step without finite micro-gradients does not
+  change tau.
 
   Args:
     rate: the share to accept, in [0, 1].
-    initial: tau at the first step, in [minimum, maximum].
-    step_size: how far tau moves in a step that is wrong by 1, above 0.
+    initial: tau of the first step, in [minimum, maximum].
+    step_size: the change of tau per unit of `rate - a_t`, above 0.
     minimum: the lowest tau, in [0, 2].
     maximum: the highest tau, in [0, 2].
 
   Returns:
-    What to pass as `tau` to `gaf`, `apply_if_agreed` or `multi_steps`. The current
-    value is `metrics(opt_state)['threshold']`.
+    A `tau` for `gaf`, `apply_if_agreed` or `multi_steps`. `metrics(opt_state)` returns
+    its value as `threshold`.
 
   Raises:
-    ValueError: if an argument is outside its range.
+    ValueError: for an argument outside its range.
 
   Examples:
     >>> import optax
@@ -224,7 +187,9 @@ def target_accept_rate(
     >>> tx = optax.chain(gaf(target_accept_rate(0.1)), optax.sgd(0.1))
   """
   _validate.in_interval(0, 1, rate=rate)
-  _validate.positive(step_size=step_size)
+  _validate.in_interval(
+    0, math.inf, open_start=True, open_end=True, step_size=step_size
+  )
   _validate.in_interval(0, 2, _HINT, minimum=minimum, maximum=maximum)
   low, high = float(minimum), float(maximum)
   if low > high:
@@ -236,23 +201,22 @@ def target_accept_rate(
 
 
 def tau_quantile(fraction: float) -> Tau:
-  """A tau that accepts a given fraction of every step's micro-gradients.
+  """A tau that accepts a given fraction of each step's micro-gradients.
 
-  Accepts the `ceil(fraction * n)` of the n finite micro-gradients that have the
-  smallest distances, and those that tie with the last of them. For rules whose
-  distances do not depend on tau: all but the sequential ones and `most_neighbors`,
-  which raise a ValueError with it. Streamed forms
-  refuse it: they see one distance at a time.
+  Accepts the `ceil(fraction * n)` smallest distances of the n finite micro-gradients,
+  including ties. It needs a rule whose distances do not depend on tau: any except the
+  sequential rules and `most_neighbors`, which raise a ValueError. Not supported by the
+  streamed forms, which see one distance at a time.
 
   Args:
     fraction: in (0, 1].
 
   Returns:
-    What to pass as `tau` to `gaf` or `apply_if_agreed`. The last step's value is
-    `metrics(opt_state)['threshold']`.
+    A `tau` for `gaf`, `apply_if_agreed`, `example_weights` or, with `compare`,
+    `value_and_grad`.
 
   Raises:
-    ValueError: if the fraction is outside its range.
+    ValueError: for a fraction outside its range.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -263,32 +227,31 @@ def tau_quantile(fraction: float) -> Tau:
     >>> float(metrics(state)['num_accepted'])
     2.0
   """
-  _validate.positive(fraction=fraction)
-  _validate.in_interval(0, 1, fraction=fraction)
+  _validate.in_interval(0, 1, open_start=True, fraction=fraction)
   return _TauQuantile(float(fraction))
 
 
 def adaptive_tau() -> Tau:
-  r"""A tau that is read off each step's distances, with no number to choose.
+  r"""A tau computed from each step's distances, without parameters.
 
-  With the similarities :math:`1 - d_i` of the n finite micro-gradients of a step,
-  accepts those that are at least a share of the mean of their better half (the half
-  with the smallest distances, rounded up), the share being
+  A micro-gradient at distance :math:`d_i` has the similarity :math:`1 - d_i`. Takes the
+  mean similarity of the better half of the n finite micro-gradients (smallest
+  distances, rounded up). Accepts similarities of at least this share of that mean:
 
   .. math:: \min\left(1 - \sqrt{2 / n},\ 7 / 8\right)
 
-  which is a half for 8 and seven eighths from 128 on, since the more there are, the
-  smaller a difference is evidence. Accepts all where that mean is not above 0: nothing
-  agrees with anything, so there is no evidence against anyone. It follows the
-  similarities as they shrink in the course of training, where a fixed tau ends by
-  dropping what is right. For the rules that :func:`tau_quantile` works with; made for
-  `rules.min_neighbors(0.6)` on the memory of sources that persist (`memory_decay` of
+  The share is 1/2 for n = 8 and 7/8 from n = 128, since small differences are evidence
+  only among many micro-gradients. If the mean is not above 0, there is no agreement to
+  compare against, so nothing is rejected. Tau follows the similarities as they shrink
+  during training, while a fixed tau eventually drops correct micro-gradients.
+
+  Works with the same rules as :func:`tau_quantile`. Designed for
+  `rules.min_neighbors(0.6)` on the memory of persistent sources (`memory_decay` of
   :func:`gaf`), and for `rules.nearest_neighbors(5)` on single examples.
 
   Returns:
-    What to pass as `tau` to `gaf`, `apply_if_agreed`, `example_weights` or, with
-    `compare`, `value_and_grad`. The last step's value is
-    `metrics(opt_state)['threshold']`.
+    A `tau` for `gaf`, `apply_if_agreed`, `example_weights` or, with `compare`,
+    `value_and_grad`.
 
   Examples:
     >>> import jax.numpy as jnp

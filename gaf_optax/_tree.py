@@ -54,39 +54,27 @@ def flatten(
   stacked: bool,
   per_device: bool = False,
 ) -> Leaves:
-  """Flattens a tree of micro-gradients.
+  """Flattens a tree with leaves `[k, *shape]` if stacked, else `[*shape]`.
 
-  Args:
-    tree: leaves `[k, *shape]` if stacked, else `[*shape]`.
-    params: leaves `[*shape]`, or None if unknown.
-    groups: None, 'leaf' or a function, see `gaf`.
-    stacked: whether the leaves have a micro-gradient axis.
-    per_device: whether each device of a mapped axis calls with its own tree.
-
-  Raises:
-    ValueError: naming the leaf with a wrong shape.
+  `params` has leaves `[*shape]`, or is None if unknown. `per_device`: whether each
+  device of a mapped axis calls with its own tree. Raises for wrong shapes.
   """
   flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
   hint = _HINTS[stacked, per_device]
   if params is not None:
     _check_against_params(flat, tree, params, stacked, hint)
   k = _leading_size(flat, hint) if stacked and flat else None
-
   paths: list[Any] = []
   arrays: list[jax.Array] = []
-  leaf_labels: list[Hashable] = []
+  labels: list[Hashable] = []
   results: list[Any] = []
-  labels: dict[Hashable, int] = {}
   for path, leaf in flat:
     dtype = _dtype(path, leaf)
     shape = leaf_shape(leaf)[1:] if stacked else leaf_shape(leaf)
     if not jnp.issubdtype(dtype, jnp.inexact):
       results.append(_zeros(shape, dtype))
       continue
-    label = _label(groups, path, jax.ShapeDtypeStruct(shape, dtype))
-    if label is not _EXCLUDED:
-      labels.setdefault(label, len(labels))
-    leaf_labels.append(label)
+    labels.append(_label(groups, path, jax.ShapeDtypeStruct(shape, dtype)))
     if _compat.is_unreduced(leaf):
       raise ValueError(
         f"micro-gradient leaf {leaf_name(path)} is unreduced: its sum over devices is"
@@ -96,18 +84,20 @@ def flatten(
     results.append(len(arrays))
     paths.append(path)
     arrays.append(jnp.asarray(leaf))
-  if arrays and not labels:
+  found = dict.fromkeys(label for label in labels if label is not None)
+  if arrays and not found:
     raise ValueError(
       "groups gave every leaf the label None, so there is nothing to compare. Label at"
       " least one leaf."
     )
-  group_ids = tuple(labels.get(label, len(labels)) for label in leaf_labels)
+  ids = {label: number for number, label in enumerate(found)}
+  group_ids = tuple(ids.get(label, len(ids)) for label in labels)
 
   def unflatten(values):
     leaves = [values[r] if isinstance(r, int) else r for r in results]
     return jax.tree.unflatten(treedef, leaves)
 
-  return Leaves(arrays, Layout(tuple(paths), group_ids, len(labels)), k, unflatten)
+  return Leaves(arrays, Layout(tuple(paths), group_ids, len(ids)), k, unflatten)
 
 
 def check_not_empty(tree: Any) -> None:
@@ -143,7 +133,7 @@ def accumulators(tree: Any) -> Any:
 
 def check_arrays(tree: Any) -> None:
   """Raises for a leaf that is neither an array nor a number."""
-  for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     _dtype(path, leaf)
 
 
@@ -168,7 +158,7 @@ def check_not_stacked(extra_args: dict[str, Any], stack: Any) -> None:
 
 def check_average_shapes(averages: Any, leaves: Leaves) -> None:
   """Raises if a tree of averages in the state is not like the parameters."""
-  found = dict(jax.tree_util.tree_flatten_with_path(averages)[0])
+  found = dict(jax.tree_util.tree_leaves_with_path(averages))
   for path, array in zip(leaves.layout.paths, leaves.arrays):
     expected = array.shape if leaves.k is None else array.shape[1:]
     shape = found[path].shape if path in found else None
@@ -182,7 +172,7 @@ def check_average_shapes(averages: Any, leaves: Leaves) -> None:
 
 def select(tree: Any, layout: Layout) -> list[jax.Array]:
   """The leaves of a tree like the parameters, in the order of the layout."""
-  found = dict(jax.tree_util.tree_flatten_with_path(tree)[0])
+  found = dict(jax.tree_util.tree_leaves_with_path(tree))
   return [found[path] for path in layout.paths]
 
 
@@ -201,12 +191,10 @@ def flat_rows(x: jax.Array) -> jax.Array:
   return x.reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
-_EXCLUDED = object()
-
-
 def _label(groups, path, leaf):
+  """The label of a leaf's group; None if it enters no decision."""
   if groups is None:
-    return None
+    return "the whole tree"
   if groups == "leaf":
     return jax.tree_util.keystr(path)
   label = groups(path, leaf)
@@ -215,13 +203,12 @@ def _label(groups, path, leaf):
       f"groups must return a hashable label or None, got {label!r} for leaf"
       f" {leaf_name(path)}."
     )
-  return _EXCLUDED if label is None else label
+  return label
 
 
 def _dtype(path, leaf):
-  dtype = getattr(leaf, "dtype", None)
-  if dtype is not None:
-    return dtype
+  if getattr(leaf, "dtype", None) is not None:
+    return leaf.dtype
   if not isinstance(leaf, bool | int | float | complex):
     raise ValueError(
       f"leaf {leaf_name(path)} is {leaf!r}, not an array. For an Equinox module, split"
@@ -240,7 +227,7 @@ def _zeros(shape, dtype):
 def _placeholders(tree):
   """Paths of the `None`s and `optax.MaskedNode`s in a tree."""
   is_placeholder = lambda node: node is None or isinstance(node, optax.MaskedNode)
-  flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_placeholder)
+  flat = jax.tree_util.tree_leaves_with_path(tree, is_placeholder)
   return [path for path, node in flat if is_placeholder(node)]
 
 
@@ -293,7 +280,7 @@ def _leading_size(flat, hint):
 
 
 def _check_against_params(flat, tree, params, stacked, hint):
-  params = jax.tree_util.tree_flatten_with_path(params)[0]
+  params = jax.tree_util.tree_leaves_with_path(params)
   expected = {path: leaf_shape(leaf) for path, leaf in params}
   for path, leaf in flat:
     shape = leaf_shape(leaf)
@@ -305,14 +292,13 @@ def _check_against_params(flat, tree, params, stacked, hint):
         f" among the parameters, which have {', '.join(names[:5])}{more}. Do params and"
         " gradients belong to the same model?"
       )
-    if (shape[1:] if stacked else shape) == expected[path] and (shape or not stacked):
-      continue
-    raise ValueError(
-      f"micro-gradient leaf {leaf_name(path)} has shape {shape}, its parameter"
-      f" {expected[path]}; expected"
-      f" {('k', *expected[path]) if stacked else expected[path]}."
-      f" {_likely_mistake(shape, expected[path], stacked, hint)}"
-    )
+    want = ("k", *expected[path]) if stacked else expected[path]
+    if len(shape) != len(want) or shape[int(stacked) :] != expected[path]:
+      raise ValueError(
+        f"micro-gradient leaf {leaf_name(path)} has shape {shape}, expected {want} for"
+        f" a parameter of shape {expected[path]}."
+        f" {_likely_mistake(shape, expected[path], stacked, hint)}"
+      )
   present = {path for path, _ in flat}
   masked = _placeholders(tree)
   for path in expected:

@@ -1,6 +1,5 @@
 """Two pass: compares part of the gradients, then differentiates the weighted loss."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -45,7 +44,7 @@ def validate(tau, compare: Compare, **options) -> _options.Options:
   """Checked options of the two-pass form."""
   _validate.function(" A predicate (path, leaf) -> bool.", compare=compare)
   _options.refuse(options, _NOT_WITH_COMPARE, "compare")
-  return _options.validate(tau, **options)
+  return _options.Options(tau, **options)
 
 
 def two_pass(
@@ -219,9 +218,9 @@ def _compared(losses, stacks, weights, options):
 
   `losses` and `weights` (or None) are `[k]`, `stacks` gradients `[k, size]`.
   """
-  stacked = dataclasses.replace(options, stacked=True)
   leaves = _tree.flatten(stacks, None, None, stacked=True)
-  spec = stacked.spec(leaves)
+  spec = options.spec(leaves)
+  spec = spec._replace(axes=spec.axes._replace(stacked=True))
   inputs = _decide.Inputs(
     tau=options.tau.at(None, jnp.zeros((), jnp.int32)),
     weights=_mesh.gather_weights(weights, leaves.k, options.axis_names),

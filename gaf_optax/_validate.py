@@ -1,6 +1,5 @@
 """Checks of arguments, made as soon as their values are known."""
 
-import math
 import numbers
 from typing import Any
 
@@ -19,44 +18,37 @@ def is_concrete(value: Any) -> bool:
   return not isinstance(value, jax.core.Tracer)
 
 
-def scalar(hint: str = "", **arguments: Any) -> None:
-  """Raises unless each argument is a real number or a scalar array of one."""
+def in_interval(
+  low: float,
+  high: float,
+  hint: str = "",
+  *,
+  open_start: bool = False,
+  open_end: bool = False,
+  **arguments: Any,
+) -> None:
+  """Raises unless each argument is a number, and if concrete in [low, high].
+
+  `open_start` and `open_end` exclude `low` and `high`.
+  """
   for name, value in arguments.items():
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    is_array = (
+    is_scalar = (
       isinstance(value, np.ndarray | np.generic | jax.Array)
       and value.shape == ()
       and jnp.issubdtype(value.dtype, np.number)
       and not jnp.issubdtype(value.dtype, np.complexfloating)
     )
-    if not (is_number or is_array):
+    if not (is_number or is_scalar):
       raise ValueError(f"{name} must be a number, got {value!r}.{hint}")
-
-
-def in_interval(
-  low: float, high: float, hint: str = "", *, open_end: bool = False, **arguments
-) -> None:
-  """Raises unless each concrete argument is in [low, high], or [low, high)."""
-  for name, value in arguments.items():
-    scalar(hint, **{name: value})
     if not is_concrete(value):
       continue
     number = float(value)
-    inside = low <= number < high if open_end else low <= number <= high
-    if not inside:  # NaN is not inside.
-      interval = f"[{low}, {high}{')' if open_end else ']'}"
+    above = low < number if open_start else low <= number  # False for NaN.
+    below = number < high if open_end else number <= high
+    if not (above and below):
+      interval = f"{'(' if open_start else '['}{low}, {high}{')' if open_end else ']'}"
       raise ValueError(f"{name} must be in {interval}, got {number}.{hint}")
-
-
-def non_negative(**arguments: Any) -> None:
-  in_interval(0, math.inf, open_end=True, **arguments)
-
-
-def positive(**arguments: Any) -> None:
-  non_negative(**arguments)
-  for name, value in arguments.items():
-    if is_concrete(value) and float(value) == 0:
-      raise ValueError(f"{name} must be positive, got {float(value)}.")
 
 
 def one_of(choices: tuple[str, ...], **arguments: Any) -> None:

@@ -153,7 +153,7 @@ def value_and_grad(
       (params,) = params
     _tree.check_arrays(params)
     positions = _others(wanted, len(args), kwargs) if given is None else given
-    batch, rebuild = _split(args, positions, kwargs, k, at_once=compare is not None)
+    batch, rebuild = _split(args, positions, kwargs, k, vmapped=compare is not None)
 
     def loss(params, microbatch):
       own = list(args)
@@ -231,11 +231,11 @@ def _positions(argnums, name):
     ) from None
 
 
-def _split(args, positions, kwargs, k, at_once):
+def _split(args, positions, kwargs, k, vmapped):
   """The batch as arrays `[k, batch // k, ...]`, and the inverse for one microbatch.
 
   Splits keys into one per microbatch. On an Explicit mesh the devices of the batch
-  shard the rows of each microbatch or, `at_once`, its k microbatches if only k is
+  shard the rows of each microbatch or, `vmapped`, its k microbatches if only k is
   divisible.
   """
   for i in positions:
@@ -276,7 +276,7 @@ def _split(args, positions, kwargs, k, at_once):
       raise ValueError(
         f"{name}, but batch argument {first[1]}{first[2]} has {first[0]} rows.{hint}"
       )
-    batch[number] = _mesh.split_batch(jnp.asarray(leaf), k, at_once)
+    batch[number] = _mesh.split_batch(jnp.asarray(leaf), k, vmapped)
   if first is None and not batch:
     raise ValueError("there is no array among the batch arguments to split.")
 

@@ -1,7 +1,7 @@
-"""Rules: which micro-gradients agree, decided from their Gram matrix alone.
+"""Rules decide from a Gram matrix which micro-gradients agree.
 
 A rule is a callable `(gram [k, k], valid [k] bool, tau) -> Decision`. The functions of
-this module make rules, for `gaf(rule=...)`.
+this module return rules for `gaf(rule=...)`.
 """
 
 from gaf_optax import _rules
@@ -32,18 +32,17 @@ def sequential(distance: str = "cosine", softness: float = 0.0) -> Rule:
     d_i = 1 - \frac{\langle s, g_i \rangle}{|s| |g_i|}, \qquad
     s \leftarrow s + g_i \text{ if } d_i \le \tau
 
-  The result is the mean of those that joined, if there are at least two. It
-  depends on the order of the micro-gradients; in `gaf` the one to start with moves on
-  by one with every update.
+  The result is the mean of those that joined, if there are at least two. It depends on
+  the order of the micro-gradients; in `gaf` the start moves by one with every update.
 
   Args:
     distance: 'cosine', or 'euclidean' for
-      :math:`|a - b|^2 / (|a|^2 + |b|^2)`, which is also in [0, 2], equals the
-      cosine distance for vectors of equal norms, and rejects on length too. It
-      compares with the mean of those that joined instead of their sum.
-    softness: 0 for the hard threshold. Above 0 a micro-gradient's weight is
-      `sigmoid((tau - d) / softness)` (the first keeps weight 1), the result is
-      the weighted mean, and accepted means a weight of at least 1/2.
+      :math:`|a - b|^2 / (|a|^2 + |b|^2)`, which is also in [0, 2], equals the cosine
+      distance for vectors of equal norms, and also rejects on length. It compares with
+      the mean of those that joined instead of their sum.
+    softness: 0 for a hard decision. Above 0 a micro-gradient's weight is
+      `sigmoid((tau - d) / softness)` (the first keeps weight 1), the result is the
+      weighted mean, and accepted means a weight of at least 1/2.
 
   Returns:
     A rule `(gram [k, k], valid [k], tau) -> Decision`.
@@ -59,9 +58,9 @@ def sequential(distance: str = "cosine", softness: float = 0.0) -> Rule:
 
 
 def running_average(distance: str = "cosine") -> Rule:
-  r"""What the paper's PyTorch package does: later micro-gradients weigh more.
+  r"""The rule of the paper's PyTorch package: later micro-gradients weigh more.
 
-  As :func:`sequential`, but with :math:`s \leftarrow (s + g_i) / 2`: four
+  Like :func:`sequential`, but with :math:`s \leftarrow (s + g_i) / 2`: four
   accepted micro-gradients weigh 1/8, 1/8, 1/4 and 1/2.
 
   Args:
@@ -81,14 +80,14 @@ def running_average(distance: str = "cosine") -> Rule:
 
 
 def leave_one_out(distance: str = "cosine", softness: float = 0.0) -> Rule:
-  """Each micro-gradient against the sum of all the others.
+  """Compares each micro-gradient with the sum of all the others.
 
-  Independent of the order. The result is the mean of those within tau of the
-  others, if there are at least two.
+  Independent of the order. The result is the mean of those within tau, if there are at
+  least two.
 
   Args:
-    distance: 'cosine' or 'euclidean', see :func:`sequential`; the Euclidean one
-      compares with the mean of the others instead of their sum.
+    distance: 'cosine' or 'euclidean', see :func:`sequential`; 'euclidean' compares with
+      the mean of the others instead of their sum.
     softness: see :func:`sequential`.
 
   Returns:
@@ -101,12 +100,11 @@ def leave_one_out(distance: str = "cosine", softness: float = 0.0) -> Rule:
 
 
 def most_neighbors(distance: str = "cosine", softness: float = 0.0) -> Rule:
-  """The micro-gradient with the most others within tau of it, and those.
+  """Accepts the micro-gradient with the most neighbours within tau, and these.
 
-  Ties go to the first; nothing else depends on the order. The distances are those
-  from the centre (whose own is NaN), and with a softness above 0 so are the weights.
-  It finds the largest group that agrees even where the first micro-gradient is a bad
-  one.
+  Ties go to the first; otherwise independent of the order. Distances (and with a
+  softness above 0 the weights) are relative to this micro-gradient, whose own distance
+  is NaN.
 
   Args:
     distance: 'cosine' or 'euclidean', see :func:`sequential`.
@@ -127,14 +125,14 @@ def most_neighbors(distance: str = "cosine", softness: float = 0.0) -> Rule:
 
 
 def min_neighbors(fraction: float, distance: str = "cosine") -> Rule:
-  """All micro-gradients that have enough others within tau of them.
+  """Accepts all micro-gradients with enough neighbours within tau.
 
-  Accepts those with at least `max(2, fraction * k)` within tau, themselves
-  counted. Independent of the order. The distance reported for each is the one to
-  the last neighbour that it needs, so that it is accepted from that tau on.
+  Each needs at least `max(2, fraction * k)` within tau, including itself. Independent
+  of the order. The reported distance is that to the last neighbour needed, so a
+  micro-gradient is accepted if tau is at least this distance.
 
   Args:
-    fraction: the share of the k micro-gradients that must be near, in [0, 1].
+    fraction: the fraction of the k micro-gradients that must be within tau, in [0, 1].
     distance: 'cosine' or 'euclidean', see :func:`sequential`.
 
   Returns:
@@ -152,9 +150,9 @@ def min_neighbors(fraction: float, distance: str = "cosine") -> Rule:
 
 
 def majority(distance: str = "cosine") -> Rule:
-  """All micro-gradients that agree with more than half, themselves counted.
+  """Accepts all micro-gradients that agree with more than half, including themselves.
 
-  :func:`min_neighbors` with a needed number of `max(2, k // 2 + 1)`.
+  :func:`min_neighbors` with at least `max(2, k // 2 + 1)` within tau.
 
   Args:
     distance: 'cosine' or 'euclidean', see :func:`sequential`.
@@ -171,15 +169,14 @@ def majority(distance: str = "cosine") -> Rule:
 def nearest_neighbors(
   number: int, distance: str = "cosine", softness: float = 0.0
 ) -> Rule:
-  """All micro-gradients whose nearest others are near.
+  """Accepts all micro-gradients whose nearest neighbours are within tau on average.
 
-  The distance of each is the mean of those to its `number` nearest others (to all
-  valid others, if there are fewer); it is accepted up to tau. Independent of the
-  order. For many micro-gradients of few examples, where agreement is within kinds:
-  those of one class agree with each other, and hardly with the sum of all.
+  The distance of each is the mean distance to its `number` nearest others (or to all
+  valid others, if there are fewer). Independent of the order. For many micro-gradients
+  of few examples, which agree within a class but hardly with the overall sum.
 
   Args:
-    number: how many others, at least 1.
+    number: the number of neighbours, at least 1.
     distance: 'cosine' or 'euclidean', see :func:`sequential`.
     softness: see :func:`sequential`.
 
@@ -195,27 +192,27 @@ def nearest_neighbors(
 def multi_krum(num_wrong: int, num_kept: int | None = None) -> Rule:
   r"""Multi-Krum: the mean of the micro-gradients that lie closest to their neighbours.
 
-  Each is scored by the sum of its squared distances to its :math:`k - f - 2` nearest
-  others, where f is `num_wrong`; the `num_kept` with the smallest scores are averaged.
-  Independent of the order but for ties, which go to the first. tau takes no part.
-
+  The score of each is the sum of the squared distances to its :math:`k - f - 2` nearest
+  others, where f is `num_wrong`. The `num_kept` with the smallest scores are averaged.
+  Independent of the order, except that ties go to the first. `tau` is ignored.
 
   Args:
     num_wrong: how many micro-gradients may be wrong, at least 0.
-    num_kept: how many are averaged, at least 1; `k - num_wrong` if None. 1 is Krum.
+    num_kept: how many to average, at least 1; None for `k - num_wrong`. 1 is Krum.
 
   Returns:
     A rule `(gram [k, k], valid [k], tau) -> Decision`. Its distances are half the mean
-    squared distances to those others, in units of the largest norm: in [0, 2], and
+    squared distances to these neighbours, relative to the largest norm: in [0, 2], and
     cosine distances for vectors of equal norms.
 
   Raises:
-    ValueError: for numbers outside their ranges; when it decides, for k below
+    ValueError: for numbers outside their ranges; the rule raises it for k below
       `num_wrong + 3` and for `num_kept` above k.
 
   References:
     Blanchard et al., `Machine Learning with Adversaries: Byzantine Tolerant Gradient
-    Descent <https://proceedings.neurips.cc/paper/2017/hash/f4b9ec30ad9f68f89b29639786cb62ef-Abstract.html>`_,
+    Descent
+    <https://proceedings.neurips.cc/paper/2017/hash/f4b9ec30ad9f68f89b29639786cb62ef-Abstract.html>`_,
     2017.
   """
   return _rules.MultiKrum(num_wrong=num_wrong, num_kept=num_kept)
@@ -224,21 +221,20 @@ def multi_krum(num_wrong: int, num_kept: int | None = None) -> Rule:
 def geometric_median(num_iterations: int = 8) -> Rule:
   """The point with the smallest sum of distances to all finite micro-gradients.
 
-  Weiszfeld's iteration, on weights alone: from the mean on, each micro-gradient weighs
-  the inverse of its distance from the last point. All finite ones are accepted, with
-  these weights. Independent of the order. tau takes no part.
+  Weiszfeld's iteration on weights: it starts at the mean, and each micro-gradient gets
+  the inverse of its distance from the last point as weight. Accepts all finite
+  micro-gradients, with these weights. Independent of the order. `tau` is ignored.
 
-  The mean is a start that outliers pull away, and with f of k far from the others each
-  iteration takes back a factor of about `(k - f) / f`. Eight are enough where none is
-  more than some ten times as long as the others; the page "Comparison with other
-  aggregators" of the documentation has figures.
+  Outliers pull the mean away. If f of k are far from the others, each iteration reduces
+  this by a factor of about `(k - f) / f`. Eight are enough if none is more than about
+  ten times as long as the others (see "Comparison with other aggregators").
 
   Args:
-    num_iterations: at least 1; the more, the longer wrong micro-gradients may be.
+    num_iterations: at least 1; longer outliers need more.
 
   Returns:
     A rule `(gram [k, k], valid [k], tau) -> Decision`. Its distances are half the
-    squared distances to the median, in units of the largest norm.
+    squared distances to the median, relative to the largest norm.
 
   Raises:
     ValueError: for a number of iterations below 1.

@@ -395,9 +395,9 @@ class TestErrors:
       tx.update(jnp.ones((2, 3)), tx.init(jnp.ones(3)))
 
   def test_shapes(self):
-    with pytest.raises(ValueError, match=r"\(2, 3\).*give stacked=True"):
+    with pytest.raises(ValueError, match=r"\(2, 3\).*pass stacked=True"):
       jax.vmap(member_update(), axis_name="data")(jnp.ones((4, 2, 3)))
-    with pytest.raises(ValueError, match=r"shape \(3,\).*leave stacked out"):
+    with pytest.raises(ValueError, match=r"shape \(3,\).*omit stacked"):
       jax.vmap(member_update(stacked=True), axis_name="data")(jnp.ones((4, 3)))
 
   def test_numbers(self):

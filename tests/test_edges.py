@@ -485,8 +485,8 @@ class TestErrors:
       ({"rule": rules.leave_one_out()}, "sequential"),
       ({"rule": rules.most_neighbors()}, "sequential"),
       ({"rule": rules.majority()}, "sequential"),
-      ({"embed": jnp.sign}, "embed=.* does not go"),
-      ({"max_norm_ratio": 2.0}, "max_norm_ratio=2.0 does not go"),
+      ({"embed": jnp.sign}, "embed=.* is not supported"),
+      ({"max_norm_ratio": 2.0}, "max_norm_ratio=2.0 is not supported"),
     ]:
       with pytest.raises(ValueError, match=words):
         gaf_optax.multi_steps(optax.sgd(1.0), 2, **options)

@@ -469,7 +469,8 @@ def test_adaptive_tau_cuts_where_there_are_two_sorts_only():
 
 @jax.jit
 def adaptive(distances, valid):
-  return gaf_optax.adaptive_tau().of(jnp.float32(2), lambda tau: distances, valid)
+  tau = gaf_optax.adaptive_tau()
+  return tau.from_distances(jnp.float32(2), lambda tau: distances, valid)
 
 
 @hypothesis.given(
