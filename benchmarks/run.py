@@ -199,7 +199,7 @@ def streamed(quick: bool) -> str:
 def step(quick: bool) -> str:
   """A whole training step of a ResNet, next to that with the mean."""
   sys.path.append(str(_EXAMPLES / "cifar100_resnet18"))
-  import models
+  import model as models
 
   on_cpu = jax.default_backend() == "cpu"
   model, side = models.ResNet(10, 16, (1, 1, 1, 1), small_stem=True), 32
@@ -208,7 +208,7 @@ def step(quick: bool) -> str:
     model, side = models.ResNet(10, 2, (1,), small_stem=True), 8
     settings = [(2, 2, jnp.bfloat16)]
   elif not on_cpu:
-    model = models.ResNet(100)
+    model = models.ResNet(100, small_stem=False)
     settings = [(k, 128, d) for d in (jnp.float32, jnp.bfloat16) for k in (2, 8)]
   rows = []
   for k, batch, dtype in settings:
@@ -321,7 +321,7 @@ def _compared_resnet(batch, quick):
   sys.path.append(str(_EXAMPLES / "cifar100_resnet18"))
   import flax.linen as nn
 
-  import models
+  import model as models
 
   class ResNet(nn.Module):
     width: int
