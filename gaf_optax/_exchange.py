@@ -14,7 +14,7 @@ from jax import lax
 
 from gaf_optax import _compat, _mesh, _tree
 
-# Approximate bytes per exchange. It takes up to three times its size in memory; smaller
+# Approximate bytes per exchange. It needs up to three times its size in memory; smaller
 # ones are latency-bound. Among many devices, XLA's TPU compiler turns an all-gather of
 # up to 16 MiB into an all-reduce with twice the bytes.
 _BUCKET = 4 << 20

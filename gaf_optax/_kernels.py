@@ -1,6 +1,6 @@
 """Kernels: inner products and weighted means of whole micro-gradients.
 
-`benchmarks/RESULTS.md` shows what each platform's branch gains.
+`benchmarks/RESULTS.md` shows the gain of each platform's branch.
 """
 
 import functools

@@ -114,7 +114,7 @@ def _is_spec(node):
 
 
 def _whole(specs, shapes, mesh):
-  """A spec for every leaf of the parameters, from what the user gave."""
+  """A spec for every leaf of the parameters."""
   specs = specs(shapes) if callable(specs) and not _is_spec(specs) else specs
   flat = jax.tree_util.tree_flatten_with_path(specs, is_leaf=_is_spec)[0]
   for path, spec in flat:

@@ -60,7 +60,7 @@ def two_pass(
 
   The first backward pass forms the compared leaves' gradients of each microbatch; the
   second is that of the weighted mean loss, for all parameters. If the compared leaves
-  are small, both share one forward pass. If not, XLA decides what they share.
+  are small, both share one forward pass. If not, sharing is up to XLA.
 
   Args:
     loss: `(params, microbatch) -> (scalar, aux)`.

@@ -119,7 +119,7 @@ def most_neighbors(distance: str = "cosine", softness: float = 0.0) -> Rule:
   References:
     `accept_max_neighbors` of the PyTorch package `GAF-microbatch-pytorch
     <https://pypi.org/project/GAF-microbatch-pytorch/>`_ 0.0.5, which compares
-    with `<` where this accepts equality too.
+    with `<`; this rule accepts equality.
   """
   return _rules.MostNeighbors(distance, softness)
 
@@ -144,7 +144,7 @@ def min_neighbors(fraction: float, distance: str = "cosine") -> Rule:
   References:
     `accept_min_neighbors` of the PyTorch package `GAF-microbatch-pytorch
     <https://pypi.org/project/GAF-microbatch-pytorch/>`_ 0.0.5, which compares
-    with `<` where this accepts equality too.
+    with `<`; this rule accepts equality.
   """
   return _rules.MinNeighbors(distance, fraction=fraction)
 
