@@ -224,14 +224,6 @@ def spread(values: np.ndarray) -> str:
   return f"{values.mean():.3f} ± {values.std(ddof=1):.3f}"
 
 
-def interval(values: np.ndarray) -> str:
-  """Mean and half the width of its 95 % interval, of `[seeds]`."""
-  found = Difference.of(values)
-  return f"{found.mean:.3f}" + f" ± {found.margin or 0:.3f}" * (
-    found.margin is not None
-  )
-
-
 def aligned(lines: list[list[str]]) -> str:
   """Markdown that can be read in a terminal too; the first line is the header."""
   widths = [max(map(len, column)) for column in zip(*lines)]
