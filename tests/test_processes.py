@@ -433,3 +433,14 @@ def test_a_dead_process_ends_the_others_and_a_restart_goes_on(
       elif name in ("start", "step"):
         continue
       np.testing.assert_array_equal(x, expected, name)
+
+
+@pytest.mark.long
+def test_the_recipe_finds_the_process_that_computes_wrong_gradients(network, tmp_path):
+  """It is right at first, reversed from step 60 on; see docs/devices.md."""
+  script = WORKER.with_name("faulty.py")
+  ended = run(lambda at: [[str(script), at, str(i)] for i in range(4)], tmp_path)
+  assert [e.code for e in ended] == [0] * 4, report(ended)
+  accused, step = re.search(r"accused (\d) after step (\d+)", ended[0].stdout).groups()
+  assert int(accused) == 2
+  assert 60 + 50 <= int(step) < 259
