@@ -82,7 +82,7 @@ def test_the_diffs_of_the_readme(number, mapped):
   loss_fn = lambda params, x, y: jnp.mean((x @ params["w"] - y) ** 2)
 
   def train(program, y):
-    names = dict(jax=jax, jnp=jnp, optax=optax, loss_fn=loss_fn)
+    names = dict(jax=jax, optax=optax, gaf_optax=gaf_optax, loss_fn=loss_fn)
     names["params"] = params = {"w": jnp.zeros(3)}
     exec(program, names)
     step, state, batch = names["train_step"], names["opt_state"], (x, y)
