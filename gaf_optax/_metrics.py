@@ -174,7 +174,8 @@ def _find_single_state(opt_state: Any) -> _state.GafState:
   if not found:
     raise ValueError(
       "there is no GafState in this optimizer state. Pass the whole state of a chain"
-      f" that contains gaf; got {type(opt_state).__name__}."
+      f" that contains gaf; got {type(opt_state).__name__}. (value_and_grad has no"
+      " state: log the Agreement that it returns and the norm of its gradient.)"
     )
   if len(found) > 1:
     places = ", ".join(jax.tree_util.keystr(path) or "(the root)" for path, _ in found)

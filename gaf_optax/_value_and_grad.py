@@ -261,18 +261,18 @@ def _split(args, positions, kwargs, k, vmapped):
     rest = jax.tree_util.keystr(path[2:])
     shape = _tree.leaf_shape(leaf)
     name = f"batch argument {owner}{rest} has shape {shape}"
+    key_hint = ""
+    if shape == (2,) and getattr(leaf, "dtype", None) == jnp.uint32:
+      key_hint = " Is it a PRNG key? Give a typed one: jax.random.wrap_key_data(key)."
     if first is None and (not shape or shape[0] % k or not shape[0]):
-      hint = ""
-      if shape == (2,) and leaf.dtype == jnp.uint32:
-        hint = " Is it a PRNG key? Make it by jax.random.key instead of PRNGKey."
       raise ValueError(
         f"{name}: its leading axis does not split into {k} microbatches of equal"
-        f" size.{hint}{_CLOSE_OVER if by_keyword else ''}"
+        f" size.{key_hint}{_CLOSE_OVER if by_keyword else ''}"
       )
     first = first or (shape[0], owner, rest)
     if shape[:1] != first[:1]:
       hint = " All batch arguments are split along axis 0 and need the same size."
-      hint = _CLOSE_OVER if by_keyword else hint
+      hint = key_hint or (_CLOSE_OVER if by_keyword else hint)
       raise ValueError(
         f"{name}, but batch argument {first[1]}{first[2]} has {first[0]} rows.{hint}"
       )
