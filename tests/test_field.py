@@ -400,6 +400,16 @@ class TestErrorsThatNameTheMistake:
       with pytest.raises(ValueError, match=match):
         tx.init(module)
 
+  def test_keys_without_a_type_and_states_without_a_filter(self):
+    loss = lambda w, x, key: jnp.mean(x @ w)
+    with pytest.raises(ValueError, match="PRNG key.*wrap_key_data"):
+      gaf_optax.value_and_grad(loss, 2)(
+        jnp.ones(3), jnp.ones((4, 3)), jax.random.PRNGKey(0)
+      )
+    state = gaf_optax.apply_if_nonzero(optax.sgd(0.1)).init(self.PARAMS)
+    with pytest.raises(ValueError, match="no GafState.*ApplyIfNonzeroState.*Agreement"):
+      gaf_optax.metrics(state)
+
   def test_unknown_options_name_the_function_that_was_called(self):
     inner = optax.sgd(0.1)
     for name, make in {
