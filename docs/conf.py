@@ -36,6 +36,7 @@ myst_heading_anchors = 4
 
 html_theme = "furo"
 html_title = "gaf_optax"
+pygments_style = "friendly"  # Colours both sides of a diff.
 html_copy_source = False
 html_show_sourcelink = False
 
