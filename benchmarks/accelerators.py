@@ -1,16 +1,16 @@
-"""What the library costs in programs compiled for TPUs and GPUs that are not here.
+"""Costs of the library in programs compiled for TPUs and GPUs that are not attached.
 
     pip install -e '.[accelerators]'
     python benchmarks/accelerators.py
 
-compiles for eight devices and for one, and prints a table for each target that can be
-opened. Programs are compiled and never run: nothing here is a time on an accelerator.
-Every cell has the form's figure and, after the stroke, that of the plain mean.
+compiles for eight devices and for one, and prints a table for each available target.
+Programs are compiled and never run: no number here is a time on an accelerator. Each
+cell has the value of the form and, after the stroke, of the plain mean.
 
-Targets: TPUs such as v5e:2x4, v5e:4x4, v5p:2x2x2, v6e:2x4, or v5e:1x1 for the forms on
-one device; GPUs as h100:8 or h100:1. Forms are those of `ACROSS` and `ALONE`. Trees are
-those of `exchange.shapes`: resnet18, small, transformer, billion, billion-scanned, or
-shapes such as 3x3x64x128,512x100.
+Targets: TPUs such as v5e:2x4, v5e:4x4, v5p:2x2x2, v6e:2x4, or v5e:1x1 for forms on one
+device; GPUs as h100:8 or h100:1. Forms are in `ACROSS` and `ALONE`. Trees are names of
+`exchange.shapes` (resnet18, small, transformer, billion, billion-scanned), or shapes
+such as 3x3x64x128,512x100.
 """
 
 import argparse
@@ -32,7 +32,7 @@ import measure
 
 TARGETS = ("v5e:2x4", "v5p:2x2x2", "h100:8", "v5e:1x1", "h100:1")
 
-# Across devices: options of `exchange.across`, and the dtypes of the leaves in turn.
+# Across devices: options of `exchange.across`, and the dtypes, cycled over the leaves.
 ACROSS: dict[str, dict[str, Any]] = {
   "gaf": {},
   "most_neighbors": {"rule": "most_neighbors"},
@@ -44,7 +44,7 @@ ACROSS: dict[str, dict[str, Any]] = {
   "sharded": {"explicit": True},
   "bfloat16": {"dtypes": ("bfloat16",)},
   "mixed": {"dtypes": ("float32", "bfloat16")},
-  # FSDP under plain jit: a micro-gradient on each device, the result sharded.
+  # FSDP under plain jit: a micro-gradient on each device, and a sharded result.
   "on_shards": {},
   "no_on_shards": {},
 }
@@ -52,8 +52,8 @@ ACROSS: dict[str, dict[str, Any]] = {
 ALONE = [f"k{k}{dtype}" for dtype in ("", "_bfloat16") for k in (2, 8, 32)]
 ALONE += ["multi_steps", "value_and_grad"]
 
-# No device is looked for; and there is none that processes would have to share, so that
-# several of them may open libtpu, which its lock file forbids otherwise.
+# Do not look for devices. Without devices to share, several processes may open libtpu,
+# which its lock file otherwise forbids.
 ENVIRONMENT = {
   "JAX_PLATFORMS": "cpu",
   "TPU_SKIP_MDS_QUERY": "1",
@@ -65,11 +65,11 @@ ENVIRONMENT = {
 
 
 class Unavailable(Exception):
-  """A target that cannot be opened, and why."""
+  """A target that cannot be opened, with the reason."""
 
 
 def missing(target: str) -> str | None:
-  """What is not installed and has to be, or None."""
+  """The missing package for a target, or None."""
   gpu = target.startswith("h100")
   module, package = (
     ("jax_plugins.xla_cuda12", "jax-cuda12-plugin") if gpu else ("libtpu", "libtpu")
@@ -119,7 +119,7 @@ def _across(form, tree, found) -> Iterator[tuple[int, Callable, tuple]]:
 
 
 def _fsdp(form, tree, found):
-  """As `_across`, for parameters that are sharded on Auto axes."""
+  """Like `_across`, for parameters sharded over Auto axes."""
   import jax
   import numpy as np
   from jax.sharding import NamedSharding
@@ -160,7 +160,7 @@ def _fsdp(form, tree, found):
 
 
 def _alone(form, tree, found):
-  """As `_across`, on the first device."""
+  """Like `_across`, on the first device."""
   import jax
   import numpy as np
 
@@ -193,7 +193,7 @@ def _alone(form, tree, found):
 
 
 def _copies(found: dict[str, list[exchange.Instruction]]) -> int:
-  """Bytes that the entry computation copies as they are, or in another layout."""
+  """Bytes that the entry computation copies, possibly into another layout."""
   copies = {"copy", "transpose", "reshape"}
 
   def copied(op, rest):
@@ -209,7 +209,7 @@ def _copies(found: dict[str, list[exchange.Instruction]]) -> int:
 
 
 def figures(function: Any, args: tuple, n: int) -> dict[str, Any]:
-  """What a program costs; bytes, seconds and numbers, None where it is not known."""
+  """Costs of a program in bytes, seconds and numbers, or None if not known."""
   import jax
 
   jax.clear_caches()
@@ -230,7 +230,7 @@ def figures(function: Any, args: tuple, n: int) -> dict[str, Any]:
     "temporary": memory.temp_size_in_bytes,
     "peak": max(0, memory.peak_memory_in_bytes - beside),
     "copies": _copies(exchange.computations(text)),
-    # XLA for GPU does not tell these.
+    # Not reported by XLA for GPU.
     "accessed": (compiled.cost_analysis() or {}).get("bytes accessed"),
     "code": memory.generated_code_size_in_bytes or None,
     "lower": middle - start,
@@ -239,7 +239,7 @@ def figures(function: Any, args: tuple, n: int) -> dict[str, Any]:
 
 
 def _worker(target, tree, forms, gib, seconds, plain) -> None:
-  """Prints a line of JSON for each form, or one that says why there is none."""
+  """Prints a line of JSON for each form, or one with the reason for none."""
   import resource
 
   resource.setrlimit(resource.RLIMIT_DATA, (gib << 30, gib << 30))
@@ -254,7 +254,8 @@ def _worker(target, tree, forms, gib, seconds, plain) -> None:
     found = devices(target)
     sharding = jax.sharding.SingleDeviceSharding(found[0])
     one = jax.ShapeDtypeStruct((8,), "float32", sharding=sharding)
-    jax.jit(lambda x: x + 1).lower(one).compile()  # So that none pays for the first.
+    # Initializes the compiler, so that no form pays for it.
+    jax.jit(lambda x: x + 1).lower(one).compile()
   except Exception as error:
     print(json.dumps({"unavailable": _first_line(error)}), flush=True)
     return
@@ -283,29 +284,29 @@ def measured(
   seconds: int = 900,
   plain: bool = False,
 ) -> list[dict[str, Any]]:
-  """A row for each form of a target, from other processes.
+  """Compiles the forms for a target, in other processes.
 
   Args:
     target: see the top of this file.
     tree: see `exchange.shapes`.
-    forms: of `ACROSS` or `ALONE`, others are left out; all if None.
-    gib: the memory that a process may take.
-    seconds: that a form may take.
+    forms: names in `ACROSS` or `ALONE`; None for all.
+    gib: maximum memory of a process.
+    seconds: maximum time per form.
     plain: without the library's branches for the platform.
 
   Returns:
-    Dicts with 'form' and either 'error' or 'own', 'mean' (see `figures`) and 'size',
-    the bytes of a gradient.
+    For each form, a dict with 'form' and either 'error' or 'own' and 'mean' (see
+    `figures`) and 'size', the bytes of a gradient.
 
   Raises:
-    Unavailable: for a target that cannot be opened.
+    Unavailable: if the target cannot be opened.
   """
   if reason := missing(target):
     raise Unavailable(reason)
   known = ALONE if re.fullmatch(r".*:1(x1)*", target) else ACROSS
   left = [form for form in known if forms is None or form in forms]
   rows: list[dict[str, Any]] = []
-  while left:  # A process that dies over a form is followed by one for the others.
+  while left:  # A new process compiles the forms after one that crashed.
     command = [sys.executable, __file__, "--worker", target, "--tree", tree]
     command += ["--gib", str(gib), "--seconds", str(seconds), "--forms", *left]
     command[3:3] = ["--plain"] * plain
@@ -320,7 +321,7 @@ def measured(
     del left[: len(new)]
     if left:
       said = (done.stderr.splitlines() or [""])[-1][:200]
-      if done.returncode < 0:  # What libraries print then does not tell more.
+      if done.returncode < 0:  # Output of libraries does not explain it further.
         said = f"{signal.Signals(-done.returncode).name}, of {gib} GiB and {seconds} s"
       rows.append({"form": left.pop(0), "error": f"the process ended: {said}"})
   return rows
@@ -354,11 +355,11 @@ def _table(rows) -> str:
 
 
 _LEGEND = """\
-P: the bytes of one gradient. "Sent": by a device on a ring, branches that rarely run
-included. "Collectives": outside of branches. "Peak": peak memory without arguments and
-results. "Copies": whole arrays, copied or brought into another layout. "Accessed" and
-"code": bytes accessed (branches that do not run count, too) and the size of the code,
-over those of the mean; XLA for GPU tells neither."""
+P: the bytes of one gradient. "Sent": by a device on a ring, including branches that
+rarely run. "Collectives": outside of branches. "Peak": peak memory without arguments
+and results. "Copies": whole arrays, copied or converted to another layout. "Accessed"
+and "code": bytes accessed, including all branches, and code size, relative to the mean;
+XLA for GPU does not report them."""
 
 
 def main(argv: list[str] | None = None) -> None:

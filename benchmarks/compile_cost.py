@@ -1,9 +1,9 @@
-"""What the filter costs to compile and to run here, with and without CPU branches.
+"""Costs to compile and run the filter on CPU, with and without its CPU branches.
 
 For each tree and number of micro-gradients: CPU seconds to trace and compile, the
-instructions of the program, temporary memory in gradients, and the time of a call over
-that of the plain mean. "Plain" is the library with the branches of other platforms:
-what the CPU's own ones gain. `accelerators.py --plain` has the same for TPU and GPU.
+instructions of the program, temporary memory in gradients, and the time of a call
+relative to the plain mean. "Plain" is the library without CPU branches; the difference
+is their gain. `accelerators.py --plain` does the same for TPU and GPU.
 
     python benchmarks/compile_cost.py
 """
@@ -32,12 +32,12 @@ TREES = {
 
 
 def plain(*args, default=None, **by_platform):
-  """`jax.lax.platform_dependent` without a platform's own branch."""
+  """`jax.lax.platform_dependent` without the branches of platforms."""
   return default(*args)
 
 
 def figures(tree: str, k: int, dtype: str, repeats: int) -> list[list]:
-  """A row of the table for the mean, the filter, and the filter with plain branches."""
+  """Table rows of the mean, the filter, and the filter with plain branches."""
   draw = lambda i, s: jax.random.normal(jax.random.key(i), (k, *s)).astype(dtype)
   leaves = [draw(i, shape) for i, shape in enumerate(TREES[tree])]
   size = sum(x.nbytes for x in leaves) / k

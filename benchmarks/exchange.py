@@ -1,9 +1,9 @@
-"""What the filter across devices costs, read from the compiled program.
+"""Costs of the filter across devices, read from the compiled program.
 
 For each number of devices: the bytes that a device sends (ring model) next to
-`jax.lax.pmean` on the same gradients, the number of collectives, and the temporary
-memory. Devices are virtual CPU devices and programs are compiled only, so that the
-figures do not depend on the machine.
+`jax.lax.pmean` of the same gradients, the number of collectives, and temporary memory.
+Programs are compiled for virtual CPU devices and never run, so the results do not
+depend on the machine.
 
     python benchmarks/exchange.py
 """
@@ -21,11 +21,11 @@ TREES = ("awkward", "resnet18")
 
 
 class Cost(NamedTuple):
-  """What one program costs a device.
+  """Costs of a program per device.
 
   Attributes:
     sent: bytes sent, on a ring.
-    collectives: how many.
+    collectives: number of collectives.
     temporary: bytes of temporary memory.
   """
 
@@ -35,11 +35,11 @@ class Cost(NamedTuple):
 
 
 def shapes(tree: str) -> list[tuple[int, ...]]:
-  """Leaves of a tree: by name, or as in '3x3x64x128,512x100,64'.
+  """Shapes of a tree: by name, or given as in '3x3x64x128,512x100,64'.
 
-  'awkward' and 'small' have sizes that 8 does not divide; 'resnet18' is the model of
-  that name, 'transformer' a decoder of 84 million values, 'billion' one of a billion,
-  whose 24 layers are stacked in 'billion-scanned', as `flax.linen.scan` keeps them.
+  'awkward' and 'small' have sizes that 8 does not divide. 'resnet18' is a ResNet-18,
+  'transformer' a decoder of 84 million values, and 'billion' one of a billion. In
+  'billion-scanned' its 24 layers are stacked, as in `flax.linen.scan`.
   """
   if tree[0].isdigit():
     return [tuple(int(d) for d in leaf.split("x")) for leaf in tree.split(",")]
@@ -77,7 +77,7 @@ class Instruction(NamedTuple):
   Attributes:
     name: of the instruction.
     shape: text, the type of its result.
-    op: what it does, as in 'all-reduce'.
+    op: operation, as in 'all-reduce'.
     rest: text, operands and attributes.
   """
 
@@ -113,7 +113,7 @@ _BRANCHES = re.compile(r"(?:branch_computations=\{|true_computation=)[^}]*")
 
 
 def size_of(shape: str) -> int:
-  """Bytes of a type, such as '(f32[8,3]{1,0}, bf16[2]{0})'; tokens count nothing."""
+  """Bytes of a type, such as '(f32[8,3]{1,0}, bf16[2]{0})'; tokens have none."""
   return sum(
     _WIDTHS.get(dtype, 0) * math.prod(int(d) for d in dims.split(",") if d)
     for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape)
@@ -169,7 +169,7 @@ def collectives(text: str, n: int) -> list[Collective]:
       kind, start, _ = op.partition("-start")
       if kind in sent:
         size = size_of(done.get(name, shape))
-        # How XLA for TPU writes a reduce-scatter.
+        # XLA for TPU writes a reduce-scatter in this way.
         if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
           kind, size = "reduce-scatter", size // n
         asynchronous = bool(start) or "async" in computation
@@ -182,15 +182,14 @@ def collectives(text: str, n: int) -> list[Collective]:
 def across(
   grads: Any, mesh: Any, *, mean: bool = False, check: bool = True, **options: Any
 ) -> tuple[Any, tuple]:
-  """`gaf` on a gradient for each device of a mesh of one axis, to be compiled.
+  """`gaf` on one gradient per device of a one-axis mesh, to be compiled.
 
   Args:
-    grads: a tree of `jax.ShapeDtypeStruct`, one gradient.
-    mesh: where the result of an Explicit one is of a stack that is sharded over it,
-      without `axis_name`.
-    mean: the plain mean instead.
-    check: the replication check of `jax.shard_map`.
-    **options: of `gaf`; with `stacked` a device has two gradients.
+    grads: a gradient, as a tree of `jax.ShapeDtypeStruct`.
+    mesh: on an Explicit mesh, `gaf` filters a sharded stack, without `axis_name`.
+    mean: use the plain mean instead.
+    check: `check_vma` of `jax.shard_map`.
+    **options: options of `gaf`; with `stacked` a device has two gradients.
 
   Returns:
     A jitted function, and its abstract arguments.
@@ -209,7 +208,7 @@ def across(
     sharding = jax.sharding.NamedSharding(mesh, spec)
     return lambda x: jax.ShapeDtypeStruct(leading(x), x.dtype, sharding=sharding)
 
-  # Each device's part has the shape of a gradient: no axis is taken away.
+  # Each device's part has the shape of a gradient: no axis is removed.
   rows = {
     (True, False): lambda x: (n, *x.shape),
     (False, True): lambda x: (2 * n, *x.shape),
@@ -236,7 +235,7 @@ def across(
 
 
 def cost(leaves: list[tuple[int, ...]], n: int, check: bool = True, **options) -> Cost:
-  """Of `gaf(axis_name='data', **options)`, or of the plain mean with `mean=True`."""
+  """Cost of `gaf(axis_name='data', **options)`, or of the mean with `mean=True`."""
   import jax
 
   kind = (jax.sharding.AxisType.Auto,)
@@ -252,10 +251,10 @@ def cost(leaves: list[tuple[int, ...]], n: int, check: bool = True, **options) -
 
 
 def gradient(leaves: list[tuple[int, ...]], dtypes: tuple[str, ...] = ("float32",)):
-  """A tree of `jax.ShapeDtypeStruct`; the dtypes take turns."""
+  """A tree of `jax.ShapeDtypeStruct`; the dtypes are cycled over the leaves."""
   import jax
 
-  # Numbered so that the order of the leaves is that of the list.
+  # Numbers keep the order of the leaves when keys are sorted.
   return {
     f"{i:04d}": jax.ShapeDtypeStruct(shape, dtypes[i % len(dtypes)])
     for i, shape in enumerate(leaves)
@@ -275,7 +274,7 @@ def _worker(n: int) -> None:
 
 
 def measured(n: int) -> list[dict]:
-  """A row for each tree, from a process that has n devices."""
+  """A row for each tree, from a process with n devices."""
   command = [sys.executable, __file__, "--worker", str(n)]
   output = subprocess.run(
     command, capture_output=True, text=True, check=True, timeout=600
@@ -287,11 +286,11 @@ def measured(n: int) -> list[dict]:
 
 
 def extrapolated(num_values: int, n: int) -> float:
-  """Bytes sent over those of the mean, in an ordinary step, on paper.
+  """Bytes sent in an ordinary step, relative to the mean, by calculation.
 
-  An ordinary step sends one sum of k x k products and k flags besides the exchange
-  of float32 gradients; the two other all-reduces of the program are in a branch for
-  values that are not finite, zero, or out of range.
+  Besides the exchange of float32 gradients, an ordinary step sends one sum of k x k
+  products and k flags. The program's other two all-reduces are in a branch for values
+  that are not finite, zero, or out of range.
   """
   return (num_values + n * n + n) / num_values
 

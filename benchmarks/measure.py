@@ -1,4 +1,4 @@
-"""Measure: what a compiled program takes, next to others in the same run."""
+"""Measurements of compiled programs, next to others in the same run."""
 
 import datetime as dt
 import os
@@ -26,12 +26,12 @@ class Program(NamedTuple):
 
 
 class Ratio(NamedTuple):
-  """A time over that of the baseline, by pairs that ran after each other.
+  """Time relative to the baseline, over pairs of consecutive runs.
 
   Attributes:
-    median: of the pairs.
-    low: their first quartile.
-    high: their third quartile.
+    median: median of the pairs.
+    low: first quartile.
+    high: third quartile.
   """
 
   median: float
@@ -52,10 +52,10 @@ def program(function: Callable[..., Any], *args: Any) -> Program:
 
 
 def compile_seconds(function: Callable[..., Any], *args: Any) -> float:
-  """Seconds from the Python function to the program, nothing cached.
+  """Seconds to trace and compile a function, without caches.
 
   Args:
-    function: what is traced and compiled.
+    function: the Python function.
     *args: arrays or `jax.ShapeDtypeStruct`s.
   """
   jax.clear_caches()
@@ -67,9 +67,9 @@ def compile_seconds(function: Callable[..., Any], *args: Any) -> float:
 def interleaved(
   runs: Mapping[str, Callable[[], Any]], repeats: int
 ) -> dict[str, list[float]]:
-  """Seconds of each run, `repeats` times, one after the other in turn.
+  """Runs all programs in turn, `repeats` times; returns the seconds of each.
 
-  The order turns by one in each round, so that none has a place of its own. The
+  The order rotates by one in each round, so that no program has a fixed place. The
   first round is not counted.
   """
   names = list(runs)
@@ -87,7 +87,7 @@ def interleaved(
 def ratios(
   seconds: Mapping[str, list[float]], baseline: str
 ) -> tuple[float, dict[str, Ratio]]:
-  """The baseline's median in milliseconds, and the others over it."""
+  """The baseline's median in milliseconds, and the others relative to it."""
   found = {}
   for name, own in seconds.items():
     if name != baseline:
@@ -111,7 +111,7 @@ def environment() -> str:
 
 
 def write(parts: list[str], path: pathlib.Path) -> None:
-  """Writes the parts of a report that have been printed."""
+  """Writes the printed parts of a report to a file."""
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
   print(f"\nWritten to {path}.")

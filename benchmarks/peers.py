@@ -1,8 +1,8 @@
 """Peers: other packages' aggregators on the same micro-gradients, in PyTorch.
 
-Needs `pip install -e '.[peers]'`. The authors' package filters pairs: the gradient so
-far and the next one, whose mean is taken where they agree. TorchJD's aggregators take
-one matrix `[k, P]`; putting it together is not counted.
+Needs `pip install -e '.[peers]'`. The authors' package filters pairs: it averages the
+gradient so far and the next one if they agree. TorchJD's aggregators take one matrix
+`[k, P]`; assembling it is not counted.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def versions() -> str:
 
 
 def programs(stack: dict[str, jax.Array], tau: float) -> dict[str, Callable[[], Any]]:
-  """What is timed, by name; `stack` has leaves `[k, *shape]`."""
+  """The timed functions, by name; `stack` has leaves `[k, *shape]`."""
   leaves = [torch.from_numpy(np.array(leaf)) for leaf in stack.values()]
   k = len(leaves[0])
   each = [[leaf[i].contiguous() for leaf in leaves] for i in range(k)]
@@ -47,7 +47,7 @@ def programs(stack: dict[str, jax.Array], tau: float) -> dict[str, Callable[[], 
 
 
 def filtered(each: list[list[torch.Tensor]], tau: float) -> list[torch.Tensor] | None:
-  """Micro-gradients through the authors' filter, as their `step_GAF` calls it."""
+  """Micro-gradients through the authors' filter, called as in their `step_GAF`."""
   current, accepted = each[0], 1
   for other in each[1:]:
     merged, _ = authors._filter_gradients_cosine_sim(current, other, tau)

@@ -1,11 +1,11 @@
-"""Run: what the filter takes in time, memory and compilation, next to the plain mean.
+"""Time, memory and compilation of the filter, relative to the plain mean.
 
     python benchmarks/run.py
 
 prints a table for each section and writes them to `runs/benchmarks.md`, with the
 machine, the versions and the date. Times are ratios within this run: programs run in
-turn, and each is compared with the baseline of its own round. RESULTS.md beside this
-file has what came out.
+turn, and each is compared with the baseline of the same round. `RESULTS.md` has the
+results.
 """
 
 import argparse
@@ -27,13 +27,13 @@ from gaf_optax import rules
 
 _EXAMPLES = pathlib.Path(__file__).resolve().parent.parent / "examples"
 
-# Accepts most of the micro-gradients that `micro_gradients` makes. Programs take the
-# same time whatever they accept.
+# Accepts most of the micro-gradients of `micro_gradients`. The number of accepted ones
+# does not change the time.
 _TAU = 0.97
 
 
 def micro_gradients(shapes: list[tuple[int, ...]], k: int) -> dict[str, jax.Array]:
-  """k random micro-gradients with something in common, leaves `[k, *shape]`."""
+  """k random micro-gradients with a common part, leaves `[k, *shape]`."""
 
   @functools.partial(jax.jit, static_argnums=1)
   def leaf(key, shape):
@@ -41,7 +41,7 @@ def micro_gradients(shapes: list[tuple[int, ...]], k: int) -> dict[str, jax.Arra
     return in_common / 4 + jax.random.normal(key, shape)
 
   keys = jax.random.split(jax.random.key(0), len(shapes))
-  # Numbered so that the order of the leaves is that of the list.
+  # Numbers keep the order of the leaves when keys are sorted.
   return {
     f"{i:04d}": leaf(key, (k, *shape))
     for i, (key, shape) in enumerate(zip(keys, shapes))
@@ -72,12 +72,12 @@ def filtered(stack: Any, rule: Any = None) -> measure.Program:
 def compared(
   programs: dict[str, measure.Program], size: int, repeats: int
 ) -> list[list[str]]:
-  """Rows of a table: name, time over the first program's, temporary memory.
+  """Table rows: name, time relative to the first program, temporary memory.
 
   Args:
     programs: the first is the baseline.
     size: values of one micro-gradient, the unit of memory (4 bytes each).
-    repeats: rounds that are counted.
+    repeats: number of counted rounds.
   """
   seconds = measure.interleaved({n: p.run for n, p in programs.items()}, repeats)
   baseline = next(iter(programs))
@@ -141,10 +141,10 @@ def _images(k, rows, shape, num_classes=10):
 def streamed_forms(
   sizes: tuple[int, ...], k: int, rows: int
 ) -> dict[str, dict[str, tuple]]:
-  """Gradients of an MLP on k microbatches: pairs of Optax's form and that with GAF.
+  """Gradients of an MLP on k microbatches, in Optax's forms and with GAF.
 
   Returns:
-    By the form's name, two tuples by their labels: a function and its arguments.
+    For each form, two labelled pairs of a function and its arguments.
   """
   init, loss = mlp(sizes)
   params = init(jax.random.key(0))
@@ -162,7 +162,7 @@ def streamed_forms(
     return cycle, params, tx.init(params), x, y
 
   forms = {}
-  if hasattr(optax, "microbatching"):  # Optax 0.2.6 has it not.
+  if hasattr(optax, "microbatching"):  # Not in Optax 0.2.6.
     micro = optax.microbatching
     in_optax = micro.microbatch(
       jax.value_and_grad(loss), (1, 2), rows, micro.AccumulationType.MEAN
@@ -294,7 +294,7 @@ _NEAREST = rules.nearest_neighbors(5)
 
 
 def _compared_mlp(num_classes):
-  """A function that makes an MLP to be compared by its last layer."""
+  """A function that makes an MLP whose last layer is compared."""
 
   def make(batch, quick):
     sizes = (16, 8, 8, num_classes) if quick else (784, 1024, 1024, num_classes)
@@ -351,7 +351,7 @@ def _compared_resnet(batch, quick):
 
 def _compared_transformer(batch, quick):
   """A decoder on bytes, compared by the last layer of its last block."""
-  # By its path: other examples have a train.py, too.
+  # Other examples also have a train.py, so load it by path.
   path = _EXAMPLES / "byte_lm" / "train.py"
   spec: Any = importlib.util.spec_from_file_location("byte_lm_train", path)
   example = importlib.util.module_from_spec(spec)
@@ -417,7 +417,7 @@ def compilation(quick: bool) -> str:
   settings += [(k, leaves, 32768) for k in (2, 4, 8) for leaves in (10, 100)]
   rows = []
   for k, leaves, size in [(2, 1, 512)] if quick else settings:
-    # Each of another shape, so that no program is shared.
+    # Different shapes, so that no program is reused.
     stack = {
       f"{i:04d}": jax.ShapeDtypeStruct((k, size // 64, 64 - i % 32), jnp.float32)
       for i in range(leaves)
@@ -485,7 +485,7 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument(
     "--quick",
     action="store_true",
-    help="tiny sizes: whether it runs, and not what it takes",
+    help="tiny sizes, to test that it runs",
   )
   args = parser.parse_args(argv)
   parts = [f"# Times with jax {jax.__version__}", measure.environment() + "."]

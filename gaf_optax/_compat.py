@@ -1,4 +1,4 @@
-"""Compat: differences between JAX releases, and the types of sums and branches."""
+"""Differences between JAX releases, and the types of sums and branches."""
 
 import functools
 from collections.abc import Callable, Hashable, Iterable
@@ -26,8 +26,8 @@ def real_accumulator_dtype(leaves: Iterable[Any]) -> jnp.dtype:
 def for_cpu_loop(x: jax.Array, dtype: Any) -> tuple[jax.Array, Callable]:
   """An array for use in a loop on CPU, and a function that casts its parts to `dtype`.
 
-  Before jax 0.11, XLA converts all bfloat16 arrays of a loop to float32 at once. Their
-  bits take half of that memory.
+  Before jax 0.11, XLA converts a loop's bfloat16 arrays to float32 as a whole. Passing
+  their bits avoids that copy.
   """
   if x.dtype != jnp.bfloat16 or jax.__version_info__ >= (0, 11):
     return x, lambda part: part.astype(dtype)
@@ -40,7 +40,7 @@ def for_cpu_loop(x: jax.Array, dtype: Any) -> tuple[jax.Array, Callable]:
 
 
 def varying(x: Any) -> frozenset:
-  """The mesh axes over which a value varies by its type.
+  """The mesh axes over which a value varies, according to its type.
 
   Empty outside `jax.shard_map` and without its replication check.
   """
@@ -83,22 +83,19 @@ def checks_replication(axis_name: Hashable) -> bool:
 
 
 def typed_like(tree: Any, like: Any) -> Any:
-  """The tree, varying over all axes that a leaf of `like` varies over.
-
-  Under `jax.shard_map` the initial values of loops need this type.
-  """
+  """The tree, cast to vary over the axes of `like`, as loops in `shard_map` need."""
   axes = frozenset().union(*(varying(leaf) for leaf in jax.tree.leaves(like)))
   return jax.tree.map(lambda x: as_varying(x, axes), tree)
 
 
 def as_varying(x: jax.Array, axes: frozenset) -> jax.Array:
-  """The array, also varying over these axes."""
+  """The array, cast to vary over these axes also."""
   missing = tuple(sorted(axes - varying(x), key=str))
   return lax.pcast(x, missing, to="varying") if missing else x
 
 
 def all_gather(x: jax.Array, names: tuple[Hashable, ...]) -> jax.Array:
-  """Joins `[c, ...]` of all devices to `[n * c, ...]`, typed as replicated."""
+  """Concatenates `[c, ...]` of all devices to `[n * c, ...]`, typed as replicated."""
   for some in [(name,) for name in reversed(names)] if _is_vmapped(names) else [names]:
     if not any(checks_replication(name) for name in some):
       x = lax.all_gather(x, some, tiled=True)

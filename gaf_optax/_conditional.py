@@ -1,4 +1,4 @@
-"""Conditional: runs an inner transformation only on steps with agreement."""
+"""Transformations that run an inner one only on steps with agreement."""
 
 import functools
 from typing import Any, NamedTuple
@@ -39,8 +39,8 @@ def apply_if_agreed(
 ) -> optax.GradientTransformationExtraArgs:
   """Applies `gaf`, then `inner`; skips `inner` on steps without agreement.
 
-  As `optax.chain(gaf(tau), inner)`, except that a step without agreement does not run
-  `inner`: the update is zero and the state of `inner` is unchanged, as in the paper.
+  On steps without agreement the update is zero and the state of `inner` is unchanged,
+  as in the paper.
 
   ==================  ==========================  =======================
   without agreement   `chain(gaf(), inner)`       `apply_if_agreed(inner)`
@@ -54,12 +54,11 @@ def apply_if_agreed(
 
   Args:
     inner: the transformation that takes the filtered gradient.
-    tau: see :func:`gaf`.
-    rule: this and the following options: see :func:`gaf`.
+    tau: this and all other options are those of :func:`gaf`.
 
   Returns:
-    A transformation like that of :func:`gaf`, which takes `microbatch_weights` and
-    passes other extra arguments to `inner`.
+    A transformation like that of :func:`gaf`. It passes extra arguments other than
+    `microbatch_weights` to `inner`.
 
   Raises:
     ValueError: as :func:`gaf`.
@@ -130,16 +129,14 @@ def apply_if_nonzero(
   """Skips `inner` on steps whose gradient is all zeros.
 
   For the gradients of :func:`value_and_grad`, which are exactly zero if no two
-  micro-gradients agree. As with :func:`apply_if_agreed`, the update is then zero and
-  the state of `inner` unchanged. It only needs the gradient, so it works with any
-  training loop: `TrainState.apply_gradients(grads=grads)`,
-  `nnx.Optimizer.update(model, grads)`, `tx.update(grads, state, params)`.
+  micro-gradients agree. The update is then zero and the state of `inner` unchanged. It
+  only needs the gradient, so it works in any training loop, for instance with Flax's
+  `TrainState` or `nnx.Optimizer`.
 
   Args:
     inner: the transformation that takes the filtered gradient.
-    param_axes: under `jax.shard_map` the name of the mesh axis, or a tuple of names,
-      over which the parameters are sharded: `inner` runs if any device's part of the
-      gradient is not zero.
+    param_axes: under `jax.shard_map` the mesh axis, or a tuple of axes, that shards the
+      parameters. `inner` runs if any device's part of the gradient is not zero.
 
   Returns:
     A transformation whose state is an :class:`ApplyIfNonzeroState`. Passes extra

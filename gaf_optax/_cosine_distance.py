@@ -44,7 +44,7 @@ def cosine_distance(a: Any, b: Any) -> jax.Array:
   structures: list[Any] = [jax.tree.structure(tree) for tree in (a, b)]
   if structures[0] != structures[1]:
     raise ValueError(
-      "cosine_distance compares two pytrees of one structure, got "
+      "a and b must have the same tree structure, got "
       f"{structures[0]} and {structures[1]}."
     )
   pairs = []
@@ -52,19 +52,17 @@ def cosine_distance(a: Any, b: Any) -> jax.Array:
   for (path, x), y in zip(paths, jax.tree.leaves(b)):
     if jnp.shape(x) != jnp.shape(y):
       raise ValueError(
-        "cosine_distance compares leaves of one shape, got "
+        "leaves of a and b must have the same shape, got "
         f"{jnp.shape(x)} and {jnp.shape(y)} at leaf "
         f"{jax.tree_util.keystr(path) or '(the whole tree)'}."
       )
     if jnp.issubdtype(jnp.result_type(x), jnp.inexact):
       pairs.append((jnp.asarray(x), jnp.asarray(y)))
   if not pairs:
-    raise ValueError(
-      "cosine_distance found no floating-point or complex leaf to compare."
-    )
+    raise ValueError("a and b have no floating-point or complex leaf to compare.")
   leaves, others = zip(*pairs)
   stacks = [jnp.stack([x, y.astype(x.dtype)]) for x, y in zip(leaves, others)]
-  (gram,), finite = _kernels.gram(stacks, [0] * len(stacks), num_groups=1)
+  (gram,), finite = _kernels.gram(_kernels.Stack(stacks, [0] * len(stacks)))
   with jax.debug_nans(False):
     found = _rules.distance("cosine", gram[0, 1], gram[0, 0], gram[1, 1])
     return jnp.where(jnp.all(finite), found, jnp.nan).astype(jnp.float32)

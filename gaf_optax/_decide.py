@@ -1,4 +1,4 @@
-"""Decide: from the Gram matrix of each group to the weights of a step."""
+"""Maps the Gram matrix of each group to the weights of a step."""
 
 from typing import Any, NamedTuple
 
@@ -24,13 +24,13 @@ class Inputs(NamedTuple):
   """The traced inputs of a decision, except for the inner products.
 
   Attributes:
-    tau: a scalar, from `Tau.at`.
+    tau: from `Tau.at`.
     weights: `microbatch_weights` `[k]` or None.
     start: int32 scalar, where sequential rules start.
     anchored: bool scalar, whether the anchor has been initialized.
   """
 
-  tau: jax.Array
+  tau: _tau.Tau
   weights: jax.Array | None = None
   start: jax.Array | int = 0
   max_norm_ratio: Any = None
@@ -47,7 +47,7 @@ class Decided(NamedTuple):
     factors: `[m + 1, k]`, the factors of the micro-gradients in the result; the last
       row is for leaves without a group.
     plain: `[k]`, the weights of the plain mean.
-    tau: scalar, the mean over the groups.
+    tau: its value is the mean over the groups.
     valid: bool `[k]`, finite and with a weight above 0.
     present: bool `[k]`, with a weight above 0.
     memory: the new `Memory` or None.
@@ -56,7 +56,7 @@ class Decided(NamedTuple):
   decision: _rules.Decision
   factors: jax.Array
   plain: jax.Array
-  tau: jax.Array
+  tau: _tau.Tau
   valid: jax.Array
   present: jax.Array
   memory: Memory | None
@@ -64,7 +64,6 @@ class Decided(NamedTuple):
 
 def decide(
   rule: _rules.RuleFn,
-  tau: _tau.Tau,
   gram: jax.Array,
   finite: jax.Array,
   inputs: Inputs,
@@ -72,7 +71,7 @@ def decide(
 ) -> Decided:
   """The decisions of all groups, from `gram` `[m, k, k]` and `finite` `[k]`.
 
-  `anchor` holds its squared norm `[m]` and its inner products `[m, k]`, or is None.
+  `anchor` is None, or the anchor's squared norms `[m]` and inner products `[m, k]`.
   """
   dtype, k = gram.dtype, gram.shape[-1]
   weights, valid = jnp.ones(k, dtype), finite
@@ -98,8 +97,8 @@ def decide(
         return rule.decide(rows, tau)
       return _check_decision(rule, rule(_rules.scaled(compared), valid, tau), rows)
 
-    own = tau.from_distances(inputs.tau, lambda tau: decide_at(tau).distances, valid)
-    return decide_at(own), scales, own, memory
+    tau = inputs.tau.from_distances(lambda tau: decide_at(tau).distances, valid)
+    return decide_at(tau.value), scales, tau.value, memory
 
   decision, scales, taus, memory = jax.vmap(decide_group)(gram, inputs.memory, anchor)
   agreed = jnp.any(decision.accepted, axis=1, keepdims=True)
@@ -110,7 +109,7 @@ def decide(
     decision._replace(weights=shares),
     jnp.concatenate([shares * scales, without_group[None]]),
     plain,
-    jnp.mean(taus),
+    inputs.tau.with_value(jnp.mean(taus)),
     valid,
     weights > 0,
     memory,
@@ -156,7 +155,7 @@ def init_memory(num_groups: int, num_microbatches: int) -> Memory:
 
 
 def _check_decision(rule, decision, rows):
-  """Checks the shapes of a user's decision; rejects invalid micro-gradients."""
+  """Checks the shapes of a user's decision; accepts valid ones only."""
   valid, dtype = rows.valid, rows.gram.dtype
   try:
     weights, accepted, distances = decision

@@ -1,4 +1,4 @@
-"""Example weights: compares examples by their gradients of dense layers."""
+"""Compares examples by the gradients of dense layers, in closed form."""
 
 import functools
 from collections.abc import Sequence
@@ -19,16 +19,15 @@ def example_weights(
 ) -> _state.Agreement:
   r"""Compares the examples of a batch by their gradients of one dense layer.
 
-  For models whose examples cannot be separated (BatchNorm) and for losses that are
-  written by hand. The gradient of example i's loss with respect to the kernel of a
-  dense layer is the outer product of the layer's input :math:`a_i` and of the loss's
-  cotangent :math:`d_i` at its output, and with respect to its bias :math:`d_i`. So
-  their inner products are known without forming one of them:
+  For models whose examples cannot be separated (BatchNorm) and for handwritten losses.
+  Example i has the input :math:`a_i` of the layer and the cotangent :math:`d_i` of its
+  output. The gradient is :math:`d_i a_i^\top` for the kernel and :math:`d_i` for the
+  bias, so the Gram matrix needs no gradient:
 
   .. math:: G = (A A^\top + 1) \odot (D D^\top)
 
-  Matrices of several layers are added up. Two products of `B^2 d` and `B^2 c`
-  operations; the last layer usually says as much as all of them.
+  The matrices of several layers are added; usually the last layer is enough. A layer
+  takes `B^2 (d + c)` multiplications.
 
   Args:
     activations: the inputs `[B, d]` of a dense layer with a bias; or a sequence of
@@ -36,15 +35,14 @@ def example_weights(
     cotangents: the gradients `[B, c]` of each example's own loss (not of the mean)
       with respect to the layer's outputs; or a sequence of them. For the softmax
       cross-entropy of logits they are `softmax(logits) - one_hot(labels)`.
-    tau: the largest distance that is accepted, in [0, 2], traced or not; or a
+    tau: the largest accepted distance, in [0, 2], traced or not; or a
       :func:`tau_quantile` or :func:`adaptive_tau`.
-    rule: see :func:`gaf`; for examples of several classes
-      `rules.nearest_neighbors(5)` fits, since an example agrees with its kind.
+    rule: see :func:`gaf`. With several classes use `rules.nearest_neighbors(5)`, since
+      examples agree within a class.
 
   Returns:
-    An :class:`Agreement` of the B examples: the weighted mean of the examples' losses
-    with its `weights` (which sum to 1) has the filtered gradient. No gradient flows
-    through it.
+    An :class:`Agreement` of the B examples. The filtered gradient is that of
+    `sum(weights * losses)`. No gradient flows through the weights.
 
   Raises:
     ValueError: for arrays that are not `[B, features]` with the same B of at least 2,
@@ -62,27 +60,27 @@ def example_weights(
   """
   layers = _layers(activations, cotangents)
   options = _options.Options(_tau.as_stateless_tau(tau), rule=rule)
-  value = options.tau.at(None, jnp.zeros((), jnp.int32))
-  return _of_layers(layers, value, rule=options.rule, tau=options.tau.static())
+  tau = options.tau.at(None, jnp.zeros((), jnp.int32))
+  return _of_layers(layers, tau, rule=options.rule)
 
 
-@functools.partial(jax.jit, static_argnames=("rule", "tau"))
-def _of_layers(layers, value, *, rule, tau):
+@functools.partial(jax.jit, static_argnames="rule")
+def _of_layers(layers, tau, *, rule):
   gram = sum(_layer_gram(*layer) for layer in layers)
   gram, finite = _kernels.cleaned(gram[None], jnp.ones(gram.shape[0], bool))
-  decided = _decide.decide(rule, tau, gram, finite, _decide.Inputs(value))
+  decided = _decide.decide(rule, gram, finite, _decide.Inputs(tau))
   return _state.agreement(_state.outcome(decided, gram, has_norms=True))
 
 
 def _layer_gram(activations, cotangents):
-  """The Gram matrix of one layer's per-example gradients, not `cleaned` yet."""
+  """The Gram matrix of one layer's per-example gradients, before `cleaned`."""
   dot = lambda x: jnp.matmul(x, x.mT, precision=lax.Precision.HIGHEST)
   wide = lambda x: x.astype(_compat.real_accumulator_dtype([x]))
   return (dot(wide(activations)) + 1) * dot(wide(cotangents))
 
 
 def _layers(activations, cotangents):
-  """Pairs of arrays `[B, features]`, checked, cut off from differentiation."""
+  """Checked pairs of arrays `[B, features]`, through which no gradient flows."""
   several = [isinstance(x, list | tuple) for x in (activations, cotangents)]
   if any(several) and not (all(several) and len(activations) == len(cotangents) > 0):
     raise ValueError(
@@ -98,12 +96,12 @@ def _layers(activations, cotangents):
       if len(shape) != 2 or shape[:1] != size:
         raise ValueError(
           f"{name} must have the shape [B, features], with the same B in every array"
-          f" ({size[0] if size else 'unknown'} in the first), got {shape}. A layer that"
-          " is applied at several positions of an example has no such form; compare"
-          " the layer after the pooling."
+          f" ({size[0] if size else 'unknown'} in the first), got {shape}. For a layer"
+          " that is applied at several positions of an example (a convolution, for"
+          " instance), compare a layer after the pooling instead."
         )
   if size[0] < 2:
-    raise ValueError("there is one example, and nothing to compare it with.")
+    raise ValueError(f"activations need at least 2 examples to compare, got {size[0]}.")
   return jax.tree.map(lambda x: lax.stop_gradient(jnp.asarray(x)), layers)
 
 

@@ -1,7 +1,4 @@
-"""Exchange: gives each device its slice of every micro-gradient, and joins slices.
-
-The all-to-all and the all-gather cost as much as the two halves of a ring all-reduce.
-"""
+"""Exchanges slices of micro-gradients: the two halves of a ring all-reduce."""
 
 import itertools
 import math
@@ -12,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gaf_optax import _compat, _mesh, _tree
+from gaf_optax import _compat, _kernels, _mesh, _options, _tree
 
-# Approximate bytes per exchange. It needs up to three times its size in memory; smaller
-# ones are latency-bound. Among many devices, XLA's TPU compiler turns an all-gather of
-# up to 16 MiB into an all-reduce with twice the bytes.
+# Approximate bytes per exchange, which needs up to three times its size in memory.
+# Smaller ones are latency-bound. From _MANY_DEVICES on, XLA's TPU compiler turns an
+# all-gather of up to 16 MiB into an all-reduce with twice the bytes.
 _BUCKET = 4 << 20
 _MANY_DEVICES, _BUCKET_OF_MANY = 32, 32 << 20
 
@@ -30,27 +27,24 @@ class Slices(NamedTuple):
   """Slices of all micro-gradients, or whole leaves, on this device.
 
   Attributes:
-    leaves: arrays `[k, ...]`.
-    group_ids: for each its group.
-    shards: the devices with the other slices.
+    stack: a `Stack` of the slices.
     split: maps leaves shaped like the parameters, equal on all devices, to arrays like
-      `leaves[i][0]`.
+      `stack.arrays[i][0]`.
     join: the inverse of `split`.
   """
 
-  leaves: Sequence[jax.Array]
-  group_ids: Sequence[int]
-  shards: _mesh.Shards
+  stack: _kernels.Stack
   split: Callable[[Sequence[jax.Array]], Sequence[jax.Array]]
   join: Callable[[Sequence[jax.Array]], Sequence[jax.Array]]
 
 
-def scatter(
-  arrays: Sequence[jax.Array], group_ids: Sequence[int], axes: _mesh.Axes
-) -> Slices:
+def scatter(arrays: Sequence[jax.Array], spec: _options.StepSpec) -> Slices:
   """Gives each device its slice of leaves `[k, *shape]`, or `[*shape]` unstacked."""
+  (_, group_ids, num_groups), axes = spec.layout, spec.axes
   if not axes.axis_names:
-    return Slices(arrays, group_ids, axes.shards(), lambda x: x, lambda x: x)
+    shards = axes.shards()
+    stack = _kernels.Stack(arrays, group_ids, num_groups, spec.embed, shards)
+    return Slices(stack, lambda x: x, lambda x: x)
   n, names = axes.num_devices(), axes.axis_names
   replicated = axes.replicated or ((),) * len(arrays)
   shapes = [x.shape[1:] if axes.stacked else x.shape for x in arrays]
@@ -58,7 +52,7 @@ def scatter(
   labels = [label for bucket in buckets for label, _ in bucket.segments]
 
   def exchange(bucket):
-    stacks = [arrays[i] if axes.stacked else arrays[i][None] for i in bucket.leaves]
+    stacks = [arrays[i] if axes.stacked else arrays[i][None] for i in bucket.indices]
     sent = _split_slices(stacks, bucket, n)
     received = _compat.all_to_all(sent, names) if sent.size else sent
     return received.reshape(n * received.shape[1], *received.shape[2:])
@@ -66,7 +60,7 @@ def scatter(
   def split(leaves):
     results, index = [], lax.axis_index(names)
     for bucket in buckets:
-      slices = _split_slices([leaves[i][None] for i in bucket.leaves], bucket, n)
+      slices = _split_slices([leaves[i][None] for i in bucket.indices], bucket, n)
       own = lax.dynamic_index_in_dim(slices, index, 0, keepdims=False)
       results += [x[0] for x in bucket.split_segments(own)]
     return results
@@ -79,30 +73,28 @@ def scatter(
         whole = _compat.all_gather(whole, names)
       whole = whole.reshape(n, whole.shape[0] // n, _LANES)
       starts = itertools.accumulate(bucket.widths, initial=0)
-      for i, start, width in zip(bucket.leaves, starts, bucket.widths):
+      for i, start, width in zip(bucket.indices, starts, bucket.widths):
         flat = _columns(whole, start, width).reshape(-1)
         results[i] = _unflatten_tiles(flat[: math.prod(shapes[i])], shapes[i])
     return [results[i] for i in range(len(arrays))]
 
-  return Slices(
-    [x for bucket in buckets for x in bucket.split_segments(exchange(bucket))],
-    [group for group, _ in labels],
-    _mesh.Shards(names + axes.param_axes, tuple(same for _, same in labels)),
-    split,
-    join,
-  )
+  slices = [x for bucket in buckets for x in bucket.split_segments(exchange(bucket))]
+  ids = [group for group, _ in labels]
+  shards = _mesh.Shards(names + axes.param_axes, tuple(same for _, same in labels))
+  stack = _kernels.Stack(slices, ids, num_groups, spec.embed, shards)
+  return Slices(stack, split, join)
 
 
 class _Bucket(NamedTuple):
   """One exchange: contiguous slices of leaves, sorted by group and replicated axes.
 
   Attributes:
-    leaves: indices of the leaves.
-    widths: of their slices, with padding.
-    segments: (group, axes) and the number of tiles.
+    indices: of the leaves.
+    widths: the padded widths of their slices.
+    segments: the label (group, replicated axes) and number of tiles of each segment.
   """
 
-  leaves: list[int]
+  indices: list[int]
   widths: list[int]
   segments: list[tuple[tuple, int]]
 
@@ -113,7 +105,7 @@ class _Bucket(NamedTuple):
 
 
 def _buckets(arrays, shapes, labels, n) -> list[_Bucket]:
-  """Splits leaves of the same dtype and type into buckets, sorted by label.
+  """Splits leaves of the same dtype and varying axes into buckets, sorted by label.
 
   Slices of whole TPU tiles come first: copying them shifts no values within a tile.
   """
@@ -123,12 +115,12 @@ def _buckets(arrays, shapes, labels, n) -> list[_Bucket]:
   key = lambda i: (order[labels[i]], -(-sizes[i] // n) % _LANES > 0, -sizes[i])
   parts: list[list[int]] = []
   for kind in dict.fromkeys(kinds):
-    leaves = [i for i, other in enumerate(kinds) if other == kind]
+    indices = [i for i, other in enumerate(kinds) if other == kind]
     minimum = _BUCKET if n < _MANY_DEVICES else _BUCKET_OF_MANY
     # At most about 8 exchanges for large trees.
-    limit = max(minimum // kind[0].itemsize, sum(sizes[i] for i in leaves) // 8)
+    limit = max(minimum // kind[0].itemsize, sum(sizes[i] for i in indices) // 8)
     total = math.inf
-    for i in sorted(leaves, key=key):
+    for i in sorted(indices, key=key):
       if total + sizes[i] > limit:
         parts.append([])
         total = 0
@@ -137,20 +129,20 @@ def _buckets(arrays, shapes, labels, n) -> list[_Bucket]:
   return [_bucket(part, sizes, labels, n) for part in parts]
 
 
-def _bucket(leaves, sizes, labels, n) -> _Bucket:
+def _bucket(indices, sizes, labels, n) -> _Bucket:
   """The bucket of these leaves, with padding at the end of each segment."""
   widths: list[int] = []
   segments = []
-  for label, run in itertools.groupby(leaves, key=lambda i: labels[i]):
+  for label, run in itertools.groupby(indices, key=lambda i: labels[i]):
     own = [-(-sizes[i] // n) for i in run]
-    is_last = len(widths) + len(own) == len(leaves)
+    is_last = len(widths) + len(own) == len(indices)
     total = sum(widths + own)
-    # Only if this adds less than one percent.
+    # Padding may add at most about one percent.
     aligned = is_last and total > 100 * _ALIGNMENT
     own[-1] += -total % (_ALIGNMENT if aligned else _LANES)
     segments.append((label, sum(own) // _LANES))
     widths += own
-  return _Bucket(leaves, widths, segments)
+  return _Bucket(indices, widths, segments)
 
 
 def _split_slices(stacks, bucket, n):

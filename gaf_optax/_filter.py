@@ -1,4 +1,4 @@
-"""Filter: the path of a gradient: rows, gram, rule, combine, join."""
+"""The path of a gradient: scatter, gram, decide, weighted means, join."""
 
 import functools
 from collections.abc import Sequence
@@ -54,7 +54,7 @@ def step(
       state, spec.layout, anchor_decay, plain_means, jnp.any(decided.valid)
     )
   outcome = _state.outcome(decided, gram, has_norms=spec.embed is None)
-  state = _state.advance(state, spec.tau, decided.tau, outcome)
+  state = _state.advance(state, decided.tau, outcome)
   return means, state._replace(memory=decided.memory)
 
 
@@ -64,26 +64,21 @@ def filtered(
   inputs: _decide.Inputs,
   spec: _options.StepSpec,
 ) -> Filtered:
-  """The path of a gradient, from leaves `[k, *shape]` (or `[*shape]` per replica)."""
-  layout = spec.layout
-  rows = _exchange.scatter(arrays, layout.group_ids, spec.axes)
-  where = (rows.group_ids, layout.num_groups, spec.embed, rows.shards)
-  gram, finite = _kernels.gram(rows.leaves, *where)
-  compared = None
-  if anchor is not None:
-    compared = _kernels.dots(rows.split(anchor), rows.leaves, *where)
-  decided = _decide.decide(spec.rule, spec.tau, gram, finite, inputs, compared)
-  means = _kernels.weighted_means(rows.leaves, rows.group_ids, decided.factors)
+  """The path of a gradient, from leaves `[k, *shape]` (or `[*shape]` per device)."""
+  stack, split, join = _exchange.scatter(arrays, spec)
+  gram, finite = _kernels.gram(stack)
+  anchor_products = None if anchor is None else _kernels.dots(split(anchor), stack)
+  decided = _decide.decide(spec.rule, gram, finite, inputs, anchor_products)
+  means = join(_kernels.weighted_means(stack, decided.factors))
   if anchor is None:
-    return Filtered(rows.join(means), None, decided, gram)
-  dtypes = {x.dtype: a.dtype for x, a in zip(arrays, anchor)}
+    return Filtered(means, None, decided, gram)
+  of_dtype = {x.dtype: a.dtype for x, a in zip(arrays, anchor)}
   plain_means = _kernels.weighted_means(
-    rows.leaves,
-    [0] * len(rows.leaves),
+    stack._replace(group_ids=[0] * len(stack.arrays)),
     decided.plain[None],
-    [dtypes[x.dtype] for x in rows.leaves],
+    [of_dtype[x.dtype] for x in stack.arrays],
   )
-  return Filtered(rows.join(means), rows.join(plain_means), decided, gram)
+  return Filtered(means, join(plain_means), decided, gram)
 
 
 def _on_explicit_mesh(arrays, anchor, inputs, spec):

@@ -1,4 +1,4 @@
-"""GAF: the filter as the first link of a chain."""
+"""The filter as the first link of a chain."""
 
 import optax
 
@@ -32,10 +32,10 @@ def gaf(
   The sum s starts at :math:`g_1`, in the next update at :math:`g_2`, and so on, so that
   no position leads every step. The result is s divided by its number of terms.
 
-  `gaf` is the first link of a chain: `optax.chain(gaf(0.97), optax.sgd(0.1))`. After a
-  step without agreement the rest of the chain gets a zero gradient: momentum coasts,
-  and weight decay and Adam's counter continue. :func:`apply_if_agreed` skips them
-  instead, as the paper does.
+  `gaf` is the first link of a chain: `optax.chain(gaf(0.97), optax.sgd(0.1))`. On a
+  step without agreement the rest of the chain gets a zero gradient, so momentum, weight
+  decay and Adam's counter continue. :func:`apply_if_agreed` skips the rest instead, as
+  the paper does.
 
   Guarantees:
 
@@ -55,8 +55,8 @@ def gaf(
 
   `optax.MultiSteps`, `optax.apply_if_finite` and `optax.flatten` cannot wrap a chain
   that starts with `gaf`; put them inside, after `gaf`. For accumulation use
-  :func:`multi_steps`. `optax.masked` leaves the leaves outside its mask stacked; to
-  exclude leaves use `groups`.
+  :func:`multi_steps`. To exclude leaves use `groups`; `optax.masked` would keep them
+  stacked.
 
   Args:
     tau: the largest accepted distance, in [0, 2]: a float, an `optax.Schedule` (called
@@ -66,34 +66,32 @@ def gaf(
     rule: how micro-gradients are compared: `rules.sequential()` (the default, above),
       another rule of :mod:`gaf_optax.rules`, or any callable
       `(gram [k, k], valid [k] bool, tau) -> rules.Decision`. `valid` is False for
-      micro-gradients that are not finite; their rows and columns are zero. The Gram
-      matrix is scaled so that the largest norm is 1.
+      micro-gradients that are not finite or have weight 0; their rows and columns are
+      zero. The Gram matrix is scaled so that the largest norm is 1.
     embed: an elementwise function with embed(0) = 0, applied to each leaf before the
       inner products only. With `jnp.sign` the cosine distance is twice the share of
       coordinates whose signs differ.
-    axis_name: the name of a mapped axis, or a tuple of names, over which each device
-      calls `update` with its own micro-gradient, shaped like the parameters: inside
-      `jax.pmap`, `jax.shard_map` or `jax.vmap`. All devices get the same result, typed
-      as replicated. k is the number of devices, in row-major order. Communication: the
-      volume of `jax.lax.pmean` plus one k x k matrix; 1.5 times that with
-      `anchor_decay`.
+    axis_name: the name of an axis of `jax.pmap`, `jax.shard_map` or `jax.vmap`, or a
+      tuple of names, where each device calls `update` with its own micro-gradient,
+      shaped like the parameters. All devices get the same result, typed as replicated.
+      k is the number of devices, in row-major order. Communication: the volume of
+      `jax.lax.pmean` plus one k x k matrix; 1.5 times that with `anchor_decay`.
     param_axes: the name of a mesh axis, or a tuple of names, over which the parameters
-      are sharded. Inner products are summed over these axes; a leaf that is replicated
-      over one counts once. Without the replication check of `jax.shard_map`, types do
-      not show which leaves are replicated: pass a tree of the parameters'
-      `PartitionSpec` or a prefix of it instead of names.
+      are sharded. Inner products are summed over these axes; a replicated leaf counts
+      once. Without the replication check of `jax.shard_map` pass a tree of the
+      parameters' `PartitionSpec`, or a prefix of it, instead of names.
     stacked: with `axis_name`, whether each device holds several micro-gradients, leaves
       `[k_local, *shape]`. All n * k_local are then compared, in device order. (To
       filter on each device first and then across devices, chain two `gaf`.)
     groups: None for one decision over the whole tree, 'leaf' for one per leaf, or a
-      function `(path, leaf) -> label` for one per label, where `path` is a JAX key path
-      and `leaf` a `jax.ShapeDtypeStruct`. Leaves with label None enter no decision and
+      function `(path, leaf) -> label` for one per label. `path` is a JAX key path,
+      `leaf` a `jax.ShapeDtypeStruct`. Leaves with label None enter no decision and
       are averaged over all finite micro-gradients. A group without agreement gives
       zeros. The step agrees if any group does; otherwise everything is zero.
     anchor_decay: in [0, 1). Compares each micro-gradient with an exponential moving
       average of past plain means instead of with the others. It needs one more copy of
-      the parameters and works for k = 1. The first step accepts. Excludes `rule`.
-    memory_decay: in [0, 1). The rule sees the running mean of the cosines of all steps
+      the parameters and works for k = 1. The first step accepts all. Excludes `rule`.
+    memory_decay: in [0, 1). The rule gets the running mean of the cosines of all steps
       instead of those of this step. Requires that the i-th micro-gradient always comes
       from the same source (device, shard, annotator). 0.98 averages over roughly 50
       steps, which separates sources that a single noisy step cannot. For each pair, on
@@ -102,32 +100,30 @@ def gaf(
       orthogonal. Requires `num_microbatches`; excludes `anchor_decay`. Adds an
       `[m, k, k]` array to the state (summarized by :func:`sources`) and no
       communication.
-    max_norm_ratio: at least 1. Scales micro-gradients longer than this multiple of the
-      median norm (of the valid, nonzero ones in the group) down to it, in the result
-      and in the sums that others are compared with. The cosine ignores lengths. Costs k
-      numbers and no pass over the gradients.
+    max_norm_ratio: at least 1. Limits norms to this multiple of the median norm (of the
+      group's valid, nonzero micro-gradients), in the result and in the sums that rules
+      compare with. It needs no pass over the gradients.
     num_microbatches: k. If given, the state holds `distances`, `accepted` and `weights`
       of the last step's micro-gradients, and their `accept_rates` since `init`.
 
   Returns:
     A transformation whose `update(micro_grads, state, params=None)` takes leaves `[k,
     *shape]` (`[*shape]` with `axis_name`) and returns leaves `[*shape]` of the same
-    dtypes. Stacks that are sharded over an Explicit mesh are filtered in place; the
-    result has their sharding without the leading axis. The extra argument
-    `microbatch_weights` says how much each micro-gradient counts, for instance its
-    number of valid tokens: `[k]`, at least 0, on any scale (with `axis_name` this
-    device's scalar, or `[k_local]` with `stacked`). The result is `sum(w_i g_i) /
-    sum(w_i)` over the accepted; the sequential rules and `leave_one_out` compare with
-    sums of w_i g_i; a weight of 0 excludes a micro-gradient. Other extra arguments are
-    ignored. The state is a :class:`GafState`, which :func:`metrics` reads.
+    dtypes. Stacks on an Explicit mesh stay sharded; the result has their sharding
+    without the leading axis. The extra argument `microbatch_weights` holds the weight
+    of each micro-gradient, for instance its number of valid tokens: `[k]`, at least 0,
+    on any scale. With `axis_name` it is this device's scalar, `[k_local]` if stacked.
+    The result is `sum(w_i g_i) / sum(w_i)` over the accepted; the sequential rules and
+    `leave_one_out` compare with sums of w_i g_i; a weight of 0 excludes. Other extra
+    arguments are ignored. The state is a :class:`GafState`, read by :func:`metrics`.
 
   Raises:
     ValueError: for arguments outside their ranges. `update` raises it for leaves that
       are not stacked or differ in k, an empty tree, k = 1 without an anchor, and a k
-      other than `num_microbatches`. Across devices it also raises for an axis that is
-      not bound and, under the replication check, for gradients that do not vary over
-      `axis_name`: gradients of replicated parameters are already summed
-      (`jax.lax.pcast(params, axis_name, to='varying')` before `jax.grad`).
+      other than `num_microbatches`. Across devices it also raises for an unbound axis
+      and, under the replication check, for gradients that do not vary over `axis_name`.
+      These are already summed: before `jax.grad`, call
+      `jax.lax.pcast(params, axis_name, to='varying')`.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax

@@ -1,4 +1,4 @@
-"""Inner: the optimizer behind the filter, which runs on some steps only."""
+"""Runs the optimizer behind the filter, or skips it."""
 
 import jax
 import optax
@@ -15,8 +15,8 @@ def init(inner, params):
   state = inner.init(params)
   if _state.find(state):
     raise ValueError(
-      "`inner` contains a gaf, but its input is already filtered. Remove the gaf, as in"
-      " apply_if_agreed(optax.sgd(0.1), tau)."
+      "`inner` contains a gaf, but its input is already filtered. Remove the gaf: pass"
+      " only the optimizer, for instance optax.sgd(0.1)."
     )
   return state
 
@@ -27,7 +27,7 @@ def run_if(condition, inner, grads, inner_state, params, extra_args):
   def run():
     return inner.update(grads, inner_state, params, **extra_args)
 
-  def leave():
+  def skip():
     return optax.tree.zeros_like(jax.eval_shape(run)[0]), inner_state
 
-  return _compat.cond(condition, run, leave)
+  return _compat.cond(condition, run, skip)

@@ -1,4 +1,4 @@
-"""Kernels: inner products and weighted means of whole micro-gradients.
+"""Inner products and weighted means of whole micro-gradients, for each platform.
 
 `benchmarks/RESULTS.md` shows the gain of each platform's branch.
 """
@@ -7,7 +7,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,9 @@ from jax import lax
 
 from gaf_optax import _compat, _mesh, _tree
 
-# Columns per block on CPU. XLA's CPU product copies long rows and sums many terms
-# sequentially, so the error of a squared norm grows with the block. With many rows XLA
-# splits the sums itself, and the products of many small blocks need memory.
+# Columns per block on CPU. XLA's CPU product copies long rows and sums their terms
+# sequentially, so rounding errors grow with the block. With many rows XLA splits these
+# sums, and products of many small blocks would need memory.
 _BLOCK = 1 << (11 if jax.__version_info__ >= (0, 10) else 10)
 _MANY_ROWS, _BLOCK_OF_MANY = 12, 1 << 12
 
@@ -26,49 +26,54 @@ _MANY_ROWS, _BLOCK_OF_MANY = 12, 1 << 12
 _MAX_SMALL, _MAX_BUNDLE = 1 << 12, 1 << 16
 
 
-def gram(
-  leaves: Sequence[jax.Array],
-  group_ids: Sequence[int],
-  num_groups: int,
-  embed: _tree.Embed | None = None,
-  shards: _mesh.Shards = _mesh.UNSHARDED,
-) -> tuple[jax.Array, jax.Array]:
-  """The Gram matrix of each group, and which micro-gradients are finite.
+class Stack(NamedTuple):
+  """k micro-gradients, or slices of them, and the inner products that they enter.
 
-  Args:
-    leaves: arrays `[k, *shape]`.
-    group_ids: the group of each leaf, in [0, num_groups]. Leaves of group `num_groups`
-      enter no product; only their finiteness is checked.
+  Attributes:
+    arrays: `[k, *shape]`.
+    group_ids: the group of each array, in [0, m]. Arrays of group m enter no product;
+      only their finiteness is checked.
     num_groups: m.
     embed: an elementwise function with embed(0) = 0, applied before the products.
-    shards: which devices hold parts of the leaves; all get the same result.
-
-  Returns:
-    `[m, k, k]` and bool `[k]`, see `cleaned`.
+    shards: the devices that hold the other parts; all get the same products.
   """
-  k, dtype = leaves[0].shape[0], _compat.real_accumulator_dtype(leaves)
-  products: list[list[jax.Array]] = [[] for _ in range(num_groups)]
+
+  arrays: Sequence[jax.Array]
+  group_ids: Sequence[int]
+  num_groups: int = 1
+  embed: _tree.Embed | None = None
+  shards: _mesh.Shards = _mesh.UNSHARDED
+
+
+def gram(stack: Stack) -> tuple[jax.Array, jax.Array]:
+  """Gram matrices `[m, k, k]`, and which micro-gradients are finite, bool `[k]`.
+
+  See `cleaned` for rows and columns of zeros.
+  """
+  k, dtype = stack.arrays[0].shape[0], _compat.real_accumulator_dtype(stack.arrays)
+  products: list[list[jax.Array]] = [[] for _ in range(stack.num_groups)]
   # Squared norms of arrays that do not enter the products.
   finiteness_only = [jnp.zeros(k, dtype)]
-  for x, group, counts in _bundles(leaves, group_ids, shards):
-    if embed is not None or group == num_groups:
+  for i, (x,) in _bundles(stack):
+    group = stack.group_ids[i]
+    if stack.embed is not None or group == stack.num_groups:
       finiteness_only += [_squares(part, dtype) for part in _real_parts(x)]
-    if group < num_groups:
-      x = x if embed is None else _embedded(x, embed, dtype)
-      found = sum(_products(part, dtype) for part in _real_parts(x))
-      products[group].append(found if counts is None else jnp.where(counts, found, 0))
+    if group < stack.num_groups:
+      parts = _real_parts(_embedded(x, stack.embed, dtype))
+      total = sum(_products(part, dtype) for part in parts)
+      products[group].append(stack.shards.once(total, i))
   total = jnp.stack([_sum(of_group) for of_group in products])
   # One reduction over the devices for both.
-  sums = shards.sum(jnp.concatenate([total.reshape(-1), _sum(finiteness_only)]))
+  sums = stack.shards.sum(jnp.concatenate([total.reshape(-1), _sum(finiteness_only)]))
   return cleaned(sums[:-k].reshape(total.shape), jnp.isfinite(sums[-k:]))
 
 
 def cleaned(matrix: jax.Array, finite: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Gram matrices `[m, k, k]` with zeros for what to ignore, and bool `[k]`: finite.
+  """Zeros the rows and columns to ignore; also returns which rows are finite, `[k]`.
 
   A micro-gradient is not finite if its square overflows in any group. It counts as zero
-  if its square is below the smallest normal number over float32's epsilon (a norm of
-  3e-16, with float64 of 4e-151).
+  if its square is below the smallest normal number divided by float32's epsilon (a norm
+  of 3e-16, with float64 of 4e-151).
   """
   squares = jnp.diagonal(matrix, axis1=1, axis2=2)
   finite = finite & jnp.all(jnp.isfinite(squares), axis=0)
@@ -77,66 +82,54 @@ def cleaned(matrix: jax.Array, finite: jax.Array) -> tuple[jax.Array, jax.Array]
   return jnp.where(kept[:, :, None] & kept[:, None, :], matrix, 0), finite
 
 
-def dots(
-  vector: Sequence[jax.Array],
-  leaves: Sequence[jax.Array],
-  group_ids: Sequence[int],
-  num_groups: int,
-  embed: _tree.Embed | None = None,
-  shards: _mesh.Shards = _mesh.UNSHARDED,
-) -> tuple[jax.Array, jax.Array]:
-  """The squared norm `[m]` of `vector`, and its products `[m, k]` with k others.
+def dots(vector: Sequence[jax.Array], stack: Stack) -> tuple[jax.Array, jax.Array]:
+  """The squared norm `[m]` of a vector, and its inner products `[m, k]` with a stack.
 
-  `vector` has leaves `[*shape]`; the other arguments are those of `gram`.
+  The vector has one array `[*shape]` for each of the stack.
   """
-  dtype = _compat.real_accumulator_dtype(leaves)
-  products: list[list[jax.Array]] = [[] for _ in range(num_groups)]
-  bundles = _bundles(leaves, group_ids, shards)
-  vectors = _bundles([v[None] for v in vector], group_ids, shards, like=leaves)
-  for (x, group, counts), (v, *_) in zip(bundles, vectors):
-    if group < num_groups:
-      if embed is not None:
-        x, v = _embedded(x, embed, dtype), _embedded(v, embed, dtype)
-      parts = zip(_real_parts(v), _real_parts(x))
-      found = sum(_products_with(*both, dtype) for both in parts)
-      products[group].append(found if counts is None else jnp.where(counts, found, 0))
-  total = shards.sum(jnp.stack([_sum(of_group) for of_group in products]))
+  dtype = _compat.real_accumulator_dtype(stack.arrays)
+  products: list[list[jax.Array]] = [[] for _ in range(stack.num_groups)]
+  for i, pair in _bundles(stack, [v[None] for v in vector]):
+    group = stack.group_ids[i]
+    if group < stack.num_groups:
+      parts = zip(*(_real_parts(_embedded(y, stack.embed, dtype)) for y in pair))
+      total = sum(_products_with(v, x, dtype) for x, v in parts)
+      products[group].append(stack.shards.once(total, i))
+  total = stack.shards.sum(jnp.stack([_sum(of_group) for of_group in products]))
   return total[:, 0], total[:, 1:]
 
 
 def weighted_means(
-  leaves: Sequence[jax.Array],
-  group_ids: Sequence[int],
-  weights: jax.Array,
-  dtypes: Sequence[Any] | None = None,
+  stack: Stack, weights: jax.Array, dtypes: Sequence[Any] | None = None
 ) -> list[jax.Array]:
-  """Weighted sums `[*shape]` over the rows of leaves `[k, *shape]`.
+  """Weighted sums `[*shape]` over the k rows of each array.
 
   Rows of weight zero are excluded by a select, so their NaN does not spread.
 
   Args:
-    leaves: arrays `[k, *shape]`.
-    group_ids: the row of `weights` for each leaf.
-    weights: `[groups, k]`; each row sums to 1 or is zero.
-    dtypes: of the results; None for those of the leaves.
+    stack: only its `arrays` and `group_ids` matter.
+    weights: `[m + 1, k]`, the weights for each group; they sum to 1 or are all zero.
+    dtypes: of the results; None for those of the arrays.
   """
-  # Otherwise XLA recomputes the weights for every value of every leaf.
-  rows = lax.optimization_barrier({group: weights[group] for group in set(group_ids)})
-  results: list[jax.Array] = [jnp.zeros(())] * len(leaves)
-  for bundle in _plan(leaves, group_ids, _mesh.UNSHARDED):
-    x, first = _joined(leaves, bundle), bundle[0]
+  stack = stack._replace(shards=_mesh.UNSHARDED)
+  groups = set(stack.group_ids)
+  # Otherwise XLA recomputes the weights for every value of every array.
+  rows = lax.optimization_barrier({group: weights[group] for group in groups})
+  results: list[jax.Array] = [jnp.zeros(())] * len(stack.arrays)
+  for indices in _bundle_indices(stack):
+    x = _concatenated(stack.arrays, indices)
     dtype = _compat.accumulator_dtype(x.dtype)
-    row = rows[group_ids[first]].astype(dtype)
     total = lax.platform_dependent(
       x,
-      row,
+      rows[stack.group_ids[indices[0]]].astype(dtype),
       cpu=functools.partial(_mean_on_cpu, dtype=dtype),
       default=functools.partial(_mean, dtype=dtype),
     )
-    ends = list(itertools.accumulate(_size(leaves[i]) for i in bundle))
-    for i, part in zip(bundle, jnp.split(total, ends[:-1]) if ends[1:] else [total]):
-      dtype = dtypes[i] if dtypes else leaves[i].dtype
-      results[i] = part.reshape(leaves[i].shape[1:]).astype(dtype)
+    ends = list(itertools.accumulate(_size(stack.arrays[i]) for i in indices))
+    parts = jnp.split(total, ends[:-1]) if ends[1:] else [total]
+    for i, part in zip(indices, parts):
+      dtype = dtypes[i] if dtypes else stack.arrays[i].dtype
+      results[i] = part.reshape(stack.arrays[i].shape[1:]).astype(dtype)
   return results
 
 
@@ -165,7 +158,7 @@ def _products(x, dtype):
   return lax.platform_dependent(
     x,
     cpu=lambda x: _by_blocks(lambda x: _dot(x, x), dtype, x),
-    # Sums of bfloat16 products hold the stack in float32.
+    # `sums` would hold a whole bfloat16 stack in float32.
     tpu=functools.partial(_by_product, dtype=dtype)
     if x.dtype.itemsize < 4
     else lambda x: sums(x, x),
@@ -242,7 +235,9 @@ def _real_parts(x):
 
 
 def _embedded(x, embed, dtype):
-  """`embed(x)`, with its shape checked."""
+  """`embed(x)`, with its shape checked; x without an `embed`."""
+  if embed is None:
+    return x
   result = jnp.asarray(embed(x))
   if result.shape != x.shape:
     raise ValueError(
@@ -256,24 +251,26 @@ def _size(x):
   return math.prod(x.shape[1:])
 
 
-def _bundles(leaves, group_ids, shards, like=None):
-  """Large leaves and bundles of small ones: array, group, and whether it counts."""
-  for bundle in _plan(leaves if like is None else like, group_ids, shards):
-    i = bundle[0]
-    yield _joined(leaves, bundle), group_ids[i], shards.is_primary(i)
+def _bundles(stack, *others):
+  """Yields large arrays and bundles of small ones, from the stack and from `others`.
+
+  The index is that of the first array in the bundle.
+  """
+  for indices in _bundle_indices(stack):
+    yield indices[0], [_concatenated(x, indices) for x in (stack.arrays, *others)]
 
 
-def _plan(leaves, group_ids, shards):
-  """The positions of the leaves in each bundle."""
+def _bundle_indices(stack):
+  """The indices of the arrays in each bundle."""
   bundles: list[list[int]] = []
   open_bundles: dict[Any, tuple[list[int], int]] = {}
-  for i, x in enumerate(leaves):
+  for i, (x, group) in enumerate(zip(stack.arrays, stack.group_ids)):
     size = _size(x)
     if size > _MAX_SMALL or _mesh.is_sharded([x]):
       bundles.append([i])
       continue
-    replicated = shards.replicated[i : i + 1]
-    kind = (x.dtype, _compat.varying(x), group_ids[i], replicated)
+    replicated = stack.shards.replicated[i : i + 1]
+    kind = (x.dtype, _compat.varying(x), group, replicated)
     bundle, number = open_bundles.get(kind, ([], _MAX_BUNDLE + 1))
     if number + size > _MAX_BUNDLE:
       bundles.append(bundle := [])
@@ -283,7 +280,7 @@ def _plan(leaves, group_ids, shards):
   return bundles
 
 
-def _joined(leaves, bundle):
-  if len(bundle) == 1:
-    return leaves[bundle[0]]
-  return jnp.concatenate([_tree.flat_rows(leaves[i]) for i in bundle], axis=1)
+def _concatenated(arrays, indices):
+  if len(indices) == 1:
+    return arrays[indices[0]]
+  return jnp.concatenate([_tree.flat_rows(arrays[i]) for i in indices], axis=1)

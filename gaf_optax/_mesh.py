@@ -1,4 +1,4 @@
-"""Mesh: how arrays are spread over devices: axes, their checks, sums over them."""
+"""How arrays are spread over devices: axes, their checks, and sums over them."""
 
 import math
 from collections.abc import Hashable, Sequence
@@ -54,12 +54,12 @@ class Shards(NamedTuple):
   def sum(self, x: jax.Array) -> jax.Array:
     return lax.psum(x, self.sum_axes) if self.sum_axes else x
 
-  def is_primary(self, leaf: int) -> jax.Array | None:
-    """Whether this device's copy of a leaf counts; None if there are no copies."""
+  def once(self, x: jax.Array, leaf: int) -> jax.Array:
+    """x of a leaf; zeros if another device's copy of the leaf counts."""
     if not self.replicated or not self.replicated[leaf]:
-      return None
+      return x
     first = [lax.axis_index(name) == 0 for name in self.replicated[leaf]]
-    return jnp.all(jnp.stack(first))
+    return jnp.where(jnp.all(jnp.stack(first)), x, 0)
 
 
 # Everything is on this device.
@@ -76,8 +76,7 @@ def check_axes(paths: Sequence[Any], arrays: Sequence[jax.Array], options: Any) 
       argument = "axis_name" if name in axis_names else "param_axes"
       raise ValueError(
         f"{argument} {name!r} is not an axis here. Call update inside jax.pmap,"
-        " jax.shard_map or jax.vmap with an axis of this name. Outside of them, omit"
-        f" {argument}."
+        f" jax.shard_map or jax.vmap with an axis of this name, or omit {argument}."
       ) from None
   for path, x in zip(paths, arrays) if axis_names else ():
     for name in axis_names:
@@ -102,7 +101,7 @@ def check_axes(paths: Sequence[Any], arrays: Sequence[jax.Array], options: Any) 
       if not _compat.checks_replication(name):
         raise ValueError(
           f"param_axes {name!r}: without the replication check of jax.shard_map, gaf"
-          " cannot see which leaves are replicated over it and count once. Pass the"
+          " cannot see which leaves are replicated over this axis. Pass the"
           " parameters' PartitionSpecs instead, param_axes=param_specs, or a prefix:"
           f" jax.P({name!r}) if every leaf is sharded over the axis."
         )
@@ -137,7 +136,7 @@ def spec_at(specs: Any, path: Any, argument: str) -> P:
       return spec
   raise ValueError(
     f"{argument} holds no PartitionSpec for leaf {leaf_name(path)}. Pass a tree of"
-    " PartitionSpecs like the parameters, or a prefix, as in_specs of jax.shard_map."
+    " PartitionSpecs like the parameters, or a prefix, as for in_specs."
   )
 
 
@@ -152,7 +151,7 @@ def is_sharded(arrays: Sequence[jax.Array]) -> bool:
 def placement(
   arrays: Sequence[jax.Array], paths: Sequence[Any]
 ) -> tuple[Any, Axes, Any, Any]:
-  """How stacked leaves `[k, *shape]` are sharded; raises if that does not fit.
+  """How stacked leaves `[k, *shape]` are sharded; raises for unsupported shardings.
 
   Returns their mesh, `Axes`, and `PartitionSpec`s with and without the leading axis.
   """
@@ -191,7 +190,7 @@ def reshard(leaves: Sequence[jax.Array], specs: Sequence[P], mesh) -> list[jax.A
 def split_batch(x: jax.Array, k: int, vmapped: bool) -> jax.Array:
   """`[batch, ...]` as `[k, batch // k, ...]`; microbatch i has the rows i, i + k, ...
 
-  So sharded rows stay on their devices. If the devices of an Explicit mesh do not
+  Sharded rows stay on their devices. If the devices of an Explicit mesh do not
   divide a microbatch, shards the k microbatches instead if `vmapped`, else raises.
   """
   shape = (x.shape[0] // k, k, *x.shape[1:])
@@ -205,6 +204,7 @@ def split_batch(x: jax.Array, k: int, vmapped: bool) -> jax.Array:
     raise ValueError(
       f"a batch of {x.shape[0]} rows is sharded over {number} devices (mesh axes"
       f" {spec[0]}), which do not divide its {k} microbatches of {shape[0]} rows each."
+      " Use larger microbatches, or shard the batch over fewer devices."
     )
   rows, leading = (spec[0], ((), spec[0])) if by_rows else ((), (spec[0], ()))
   (x,) = reshard([x], [_partition((rows, *spec[1:]))], mesh)

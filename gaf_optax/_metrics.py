@@ -1,4 +1,4 @@
-"""Metrics: summaries of an optimizer state for users."""
+"""Summaries of an optimizer state for users."""
 
 import warnings
 from typing import Any
@@ -14,34 +14,33 @@ _MANY_STEPS = 10
 
 
 def metrics(opt_state: Any) -> dict[str, jax.Array]:
-  """Scalars about the last step and the run, ready to log.
+  """Scalars to log, about the last step or about all steps since `init`.
 
   Args:
     opt_state: an optimizer state that contains a `GafState`, for instance the state of
       `optax.chain(gaf(), optax.adam(1e-3))`.
 
   Returns:
-    A dict of scalar arrays, about the last step or about all steps since `init`:
+    A dict of scalar arrays:
 
     * `num_accepted`: accepted micro-gradients in the last step (float32; with `groups`
       the mean over the groups);
     * `num_microbatches`: micro-gradients in the last step (int32);
-    * `accept_rate`: the accepted share of all micro-gradients, in [0, 1] (float32);
+    * `accept_rate`: the share of micro-gradients accepted since `init` (float32);
     * `mean_distance`: the mean of the last step's distances, in [0, 2]; -1 if there are
       none (float32);
     * `threshold`: tau of the last step (float32);
     * `agreed`: whether the last step agreed (bool);
-    * `skipped_steps`: steps without agreement (int32);
-    * `nonfinite`: micro-gradients with a NaN or an infinity (int32);
+    * `skipped_steps`: steps without agreement since `init` (int32);
+    * `nonfinite`: micro-gradients that were not finite, since `init` (int32);
     * `num_identical_steps`: consecutive steps, up to the last one, with identical
       micro-gradients (int32). The filter has no effect on them; the usual cause is an
       average before the filter. From 10 on, calls outside `jit` warn;
     * `grad_norm`: the norm of the compared leaves of the last step's result, from the
       Gram matrix; -1 with `embed` (float32);
     * `noise_scale`: the simple gradient noise scale of the last step: the number of
-      microbatches whose mean has as much noise as signal (float32). All finite
-      micro-gradients enter it. Inf if they have no common signal; -1 in streamed forms
-      and with fewer than two of them.
+      microbatches whose mean has as much noise as signal (float32). Inf without a
+      common signal; -1 with fewer than two finite micro-gradients and in `multi_steps`.
 
   Raises:
     ValueError: unless the state contains exactly one `GafState`.
@@ -94,19 +93,18 @@ def sources(opt_state: Any) -> dict[str, jax.Array]:
   Returns:
     A dict of columns, float32 `[k]`:
 
-    * `agreement`: the mean cosine to the (k // 2)-th nearest of the other sources, in
-      [-1, 1]; at least k // 2 other sources agree with it at least this well. It is 1
-      minus the distance of `rules.majority()`, the mean over the groups. Pairs that
-      were never compared count as orthogonal; NaN for a source without any comparison;
+    * `agreement`: the mean cosine to the (k // 2)-th nearest other source, in [-1, 1]:
+      1 minus the distance of `rules.majority()` (the mean over the groups). Pairs that
+      were never compared count as orthogonal; NaN if a source was never compared;
     * `accept_rate`: the share of steps since `init` in which the source was accepted in
-      any group, in [0, 1]. Steps without agreement or with a NaN from the source count
-      as not accepted;
-    * `num_steps`: the effective number of steps averaged: the mean weight of the
-      source's pairs, at most `1 / (1 - memory_decay)`; the mean over the groups.
+      any group, in [0, 1]. Skipped steps and gradients that are not finite count as
+      not accepted;
+    * `num_steps`: the effective number of steps averaged (the mean weight of the
+      source's pairs), at most `1 / (1 - memory_decay)`.
 
   Raises:
-    ValueError: unless the state contains exactly one `GafState`, with a memory, of one
-      device. (`jax.pmap` returns the states of all devices; pass one of them.)
+    ValueError: unless the state contains exactly one `GafState`, with a memory. Of the
+      states that `jax.pmap` returns, pass one.
 
   Examples:
     >>> import jax.numpy as jnp, optax
@@ -125,7 +123,7 @@ def sources(opt_state: Any) -> dict[str, jax.Array]:
   if state.memory is None:
     raise ValueError(
       "this GafState has no memory. Create it with gaf(..., memory_decay=0.98,"
-      " num_microbatches=k); the streamed forms do not support a memory."
+      " num_microbatches=k); multi_steps does not support a memory."
     )
   cosines = jnp.asarray(state.memory.mean)
   if cosines.ndim != 3:

@@ -1,4 +1,4 @@
-"""Multi steps: the filter for one micro-gradient per call, like `optax.MultiSteps`."""
+"""The filter for one micro-gradient per call, like `optax.MultiSteps`."""
 
 from typing import Any, NamedTuple
 
@@ -85,25 +85,24 @@ def multi_steps(
 
   Args:
     inner: the transformation that takes the filtered gradient.
-    every_k_schedule: micro-gradients in a cycle, at least 2 (1 with an anchor), or
-      a function from the number of finished cycles to it.
+    every_k_schedule: the number of micro-gradients in a cycle, at least 2 (1 with an
+      anchor), or a function of the number of finished cycles that returns it.
     tau: see :func:`gaf`; a schedule is called with the number of finished cycles.
     rule: `rules.sequential()` (the default) or `rules.running_average()`.
     param_axes, groups, anchor_decay, num_microbatches: see :func:`gaf`.
-    embed, axis_name, stacked, memory_decay, max_norm_ratio: not supported, because they
-      need all micro-gradients at once.
+    embed, axis_name, stacked, memory_decay, max_norm_ratio: not supported.
 
   Returns:
     A transformation whose `update(micro_grad, state, params=None)` takes and returns
     leaves shaped like the parameters. The extra argument `microbatch_weights` is a
     scalar, see :func:`gaf`; others go to `inner`. :func:`metrics` describes the last
-    finished cycle. As with `optax.MultiSteps`, `has_updated(state)` is whether the last
-    call ran `inner`, and the state has `mini_step`, `gradient_step` (finished cycles),
-    `inner_opt_state` and `acc_grads`.
+    finished cycle. As with `optax.MultiSteps`, `has_updated(state)` tells whether the
+    last call ran `inner`, and the state has `mini_step`, `gradient_step` (finished
+    cycles), `inner_opt_state` and `acc_grads`.
 
   Raises:
-    ValueError: for arguments outside their ranges, and for a rule that needs all
-      micro-gradients at once.
+    ValueError: for arguments outside their ranges, options that are not supported, and
+      a rule that needs all micro-gradients at once.
 
   Examples:
     >>> import jax.numpy as jnp, optax
@@ -144,7 +143,7 @@ def multi_steps(
   elif k is not None:
     raise ValueError(
       "num_microbatches sets the shape of the state, so every_k_schedule must be an"
-      f" int, got the function {every_k_schedule!r}."
+      f" int, got the function {every_k_schedule!r}. To keep it, omit num_microbatches."
     )
   inner = optax.with_extra_args_support(inner)
 
@@ -180,28 +179,28 @@ def multi_steps(
     )
 
     def end_of_cycle():
-      means, step = _stream.finish(stream, leaves.arrays, spec, checked.min_accepted)
+      means, outcome = _stream.finish(stream, leaves.arrays, spec, checked.min_accepted)
       new_state = gaf_state
       if has_anchor:
         plain = _tree.select(stream.plain, layout)
         new_state = _state.move_anchor(
           gaf_state, layout, checked.anchor_decay, plain, stream.num_valid > 0
         )
-      new_state = _state.advance(new_state, spec.tau, tau, step)
+      new_state = _state.advance(new_state, tau, outcome)
       grads = leaves.unflatten(means)
       updates, inner_state = _inner.run_if(
-        step.agreed, inner, grads, state.inner_opt_state, params, extra_args
+        outcome.agreed, inner, grads, state.inner_opt_state, params, extra_args
       )
-      # As optax.MultiSteps does: gradients that are wider than the parameters would
-      # widen the moments, and a scan needs fixed types.
-      inner_state = jax.tree.map(_as, inner_state, state.inner_opt_state)
+      # As optax.MultiSteps does: gradients of a wider dtype would widen the moments,
+      # and a scan needs fixed types.
+      inner_state = jax.tree.map(_cast_like, inner_state, state.inner_opt_state)
       empty = jax.tree.map(jnp.zeros_like, state.stream)
       zero = jnp.zeros((), jnp.int32)
       return updates, MultiStepsState(zero, new_state, inner_state, empty)
 
     def within_cycle():
       updates = optax.tree.zeros_like(jax.eval_shape(end_of_cycle)[0])
-      # `aggregating.process` runs its postprocessor at the end of a cycle only.
+      # If `ready`, `aggregating.process` would run its postprocessor within the cycle.
       waiting = gaf_state._replace(ready=jnp.zeros((), bool))
       return updates, MultiStepsState(
         state.mini_step + 1, waiting, state.inner_opt_state, stream
@@ -215,5 +214,5 @@ def multi_steps(
   return MultiSteps(init_fn, update_fn)
 
 
-def _as(new, old):
+def _cast_like(new, old):
   return new if new.dtype == old.dtype else new.astype(old.dtype)

@@ -1,4 +1,4 @@
-"""On shards: a transformation that each device of a mesh runs on its own part."""
+"""Runs a transformation on each device's part of the arrays."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,31 +19,30 @@ def on_shards(
   *,
   lead: tuple[Any, ...] = (None,),
 ) -> optax.GradientTransformationExtraArgs:
-  """`tx` for gradients under plain `jit` on a mesh of Auto axes.
+  """Runs `tx` on gradients that plain `jit` shards over a mesh of Auto axes.
 
-  On Auto axes the type of an array does not say where it is. `update` runs inside a
+  With Auto axes the sharding is not part of an array's type. So `update` runs in a
   `jax.shard_map` over the mesh, where each device has its part of every leaf. Give `tx`
   the axes that the parameters are sharded over: `gaf(tau, param_axes="data")`.
 
   Args:
-    tx: `gaf`, `apply_if_agreed`, `multi_steps`, or a chain of them and of
-      transformations that treat every value alike.
+    tx: `gaf`, `apply_if_agreed`, `multi_steps`, or a chain of one of them and
+      elementwise transformations.
     mesh: the mesh.
     specs: a tree of the parameters' `PartitionSpec`, a prefix of it, or a function of
       the parameters' shapes (a tree of `jax.ShapeDtypeStruct`) that returns either.
-    lead: entries of the `PartitionSpec` of the gradients' leading axes: `(None,)` where
-      each device has all micro-gradients of its part, `(name,)` where they are sharded
-      (with `gaf(axis_name=name, stacked=True)`), `()` where there is no such axis, as
-      for `multi_steps`.
+    lead: how the micro-gradient axis is sharded, as the first entries of a
+      `PartitionSpec`: `(None,)` if it is not; `(name,)` over a mesh axis (with
+      `gaf(axis_name=name, stacked=True)`); `()` without such an axis (`multi_steps`).
 
   Returns:
     A transformation whose `update` takes leaves `[*lead, *shape]` and returns leaves
-    `[*shape]`, sharded as `specs` says. Extra arguments that are arrays are the same on
-    all devices, but `microbatch_weights`, which lies as `lead` says.
+    `[*shape]`, sharded by `specs`. `microbatch_weights` are sharded by `lead`; other
+    arrays among the extra arguments are replicated.
 
   Raises:
-    ValueError: for a mesh or a `lead` of another kind. `update` raises it for a leaf
-      without a spec, and for a spec with an axis that the mesh does not have.
+    ValueError: if `mesh` is not a `Mesh` or `lead` not a tuple. `update` raises it for
+      a leaf without a spec, and for a spec with an axis that the mesh does not have.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax
@@ -70,7 +69,7 @@ def on_shards(
   ):
     shape = lambda x: jax.ShapeDtypeStruct(x.shape[len(lead) :], x.dtype)
     like = jax.tree.map(shape, grads) if params is None else params
-    of_params = _whole(specs, jax.eval_shape(lambda tree: tree, like), mesh)
+    of_params = _specs_of_leaves(specs, jax.eval_shape(lambda tree: tree, like), mesh)
     own = dict(jax.tree_util.tree_flatten_with_path(of_params, _is_spec)[0])
     of_path: Callable[[Any, Any], Any] = lambda path, _: own[path]
     of_updates = jax.tree_util.tree_map_with_path(of_path, grads)
@@ -113,7 +112,7 @@ def _is_spec(node):
   return isinstance(node, P)
 
 
-def _whole(specs, shapes, mesh):
+def _specs_of_leaves(specs, shapes, mesh):
   """A spec for every leaf of the parameters."""
   specs = specs(shapes) if callable(specs) and not _is_spec(specs) else specs
   flat = jax.tree_util.tree_flatten_with_path(specs, is_leaf=_is_spec)[0]

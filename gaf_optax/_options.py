@@ -1,4 +1,4 @@
-"""Options: the arguments shared by all forms of the filter, validated once."""
+"""The arguments shared by all forms of the filter, validated once."""
 
 import dataclasses
 import math
@@ -16,10 +16,9 @@ Groups: TypeAlias = Literal["leaf"] | _tree.GroupsFn
 
 
 class StepSpec(NamedTuple):
-  """The static part of a step: options without their values, and layout; hashable."""
+  """The static part of a step, hashable: functions, layout and axes."""
 
   rule: Any
-  tau: _tau.Tau
   embed: _tree.Embed | None
   layout: _tree.Layout
   axes: _mesh.Axes
@@ -77,7 +76,7 @@ class Options:
       _validate.function(hint, groups=self.groups)
     if self.num_microbatches is not None:
       minimum = self.min_accepted
-      hint = " Only with anchor_decay can there be one micro-gradient."
+      hint = " With anchor_decay, 1 is allowed."
       hint = hint if minimum > 1 else ""
       _validate.count(minimum, hint, num_microbatches=self.num_microbatches)
       self.num_microbatches = int(self.num_microbatches)
@@ -121,9 +120,9 @@ class Options:
     from_distances = isinstance(self.tau, _tau.FromDistances)
     if from_distances and depends_on_tau and self.anchor_decay is None:
       raise ValueError(
-        f"tau {self.tau!r} is computed from the distances in a step, but those of rule"
-        f" {self.rule!r} depend on tau themselves. Use another rule, for instance"
-        " rules.leave_one_out(), rules.majority() or rules.nearest_neighbors(5)."
+        f"tau {self.tau!r} is computed from the distances in a step, but the distances"
+        f" of rule {self.rule!r} depend on tau themselves. Use another rule, for"
+        " instance rules.majority() or rules.nearest_neighbors(5)."
       )
     self.rule = _hashable(self.rule)
 
@@ -149,7 +148,7 @@ class Options:
   def spec(self, leaves: _tree.Leaves) -> StepSpec:
     """The `StepSpec` for these leaves; raises as `_mesh.check_axes`."""
     axes = _mesh.check_axes(leaves.layout.paths, leaves.arrays, self)
-    return StepSpec(self.rule, self.tau.static(), self.embed, leaves.layout, axes)
+    return StepSpec(self.rule, self.embed, leaves.layout, axes)
 
   def check_num_microbatches(self, k: int) -> None:
     """Raises if a step cannot have k micro-gradients."""
@@ -167,13 +166,13 @@ class Options:
 
 # Why the streamed forms do not support an option.
 _NOT_STREAMED = {
-  "embed": "the running mean is of gradients, not of embedded ones",
+  "embed": "the running mean holds gradients, not their embeddings",
   "axis_name": (
-    "each device filters its own. To filter across devices, pass the result to"
-    " gaf(axis_name=...), or let each device stack its micro-gradients and use"
+    "each device filters its own micro-gradients. To filter across devices, pass the"
+    " result to gaf(axis_name=...), or let each device stack them and use"
     " gaf(axis_name=..., stacked=True)"
   ),
-  "stacked": "each call takes one. Stack them and use gaf",
+  "stacked": "each call takes one micro-gradient. Stack them and use gaf",
   "memory_decay": "the memory needs the cosines of all pairs. Stack them and use gaf",
   "max_norm_ratio": "the median norm needs all norms. Stack them and use gaf",
 }
@@ -184,15 +183,15 @@ def validate_streamed(tau, **options) -> Options:
   refuse(options, _NOT_STREAMED, "micro-gradients that arrive one at a time")
   if isinstance(tau, _tau.FromDistances):
     raise ValueError(
-      f"tau {tau!r} is computed from all distances in a step, which are not available"
-      " when micro-gradients are streamed. Stack them and use gaf."
+      f"tau {tau!r} is computed from all distances in a step, but here micro-gradients"
+      " arrive one at a time. Stack them and use gaf."
     )
   result = Options(tau, **options)
   if result.anchor_decay is None and not isinstance(result.rule, _rules.Sequential):
     raise ValueError(
-      f"rule {result.rule!r} needs all micro-gradients at once, but streamed ones are"
-      " compared with a running mean. Use rules.sequential(), rules.running_average()"
-      " or anchor_decay, or stack them and use gaf."
+      f"rule {result.rule!r} needs all micro-gradients at once, but here they arrive"
+      " one at a time. Use rules.sequential(), rules.running_average() or anchor_decay,"
+      " or stack them and use gaf."
     )
   return result
 

@@ -1,4 +1,4 @@
-"""Rules: the classes behind `rules.py`, which decide on a plain Gram matrix."""
+"""The classes behind `rules.py`, which decide from one Gram matrix."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ from jax import lax
 
 from gaf_optax import _compat, _validate
 
-# A squared norm counts as zero up to this many epsilons of its terms' squares.
+# Sums count as zero up to this many epsilons of their terms' squares.
 _CANCELLATION_EPS = 4
 
 
@@ -67,12 +67,12 @@ def distance(kind: str, ab, aa, bb, tau=None) -> jax.Array:
   zero = (aa <= 0) | (bb <= 0)
   aa, bb = jnp.where(zero, 1, aa), jnp.where(zero, 1, bb)
   if kind == "cosine":
-    # The product of the squares could overflow. Exact for copies.
+    # aa * bb could overflow. Dividing by aa gives exactly 1 for copies.
     similarity = ab / jnp.where(aa == bb, aa, jnp.sqrt(aa) * jnp.sqrt(bb))
   else:
     similarity = 2 * ab / (aa + bb)
   result = 1 - jnp.clip(jnp.where(zero, 0, similarity), -1, 1)
-  return result if tau is None else _without_rounding(result, tau)
+  return result if tau is None else _snap_to_tau(result, tau)
 
 
 def scaled(gram: jax.Array) -> jax.Array:
@@ -82,7 +82,7 @@ def scaled(gram: jax.Array) -> jax.Array:
   return gram * factor * factor
 
 
-def _without_rounding(distances, tau):
+def _snap_to_tau(distances, tau):
   tau = jnp.asarray(tau, distances.dtype)
   rounding = 8 * jnp.finfo(distances.dtype).eps
   return jnp.where(jnp.abs(distances - tau) <= rounding, tau, distances)
@@ -137,8 +137,7 @@ class Mean(NamedTuple):
 
   Attributes:
     weight: the sum of the weights.
-    squares: the squared norm if all terms were orthogonal; 0 until the first that is
-      not zero.
+    squares: the squared norm if terms were orthogonal; 0 before the first nonzero one.
   """
 
   weight: jax.Array
@@ -168,7 +167,7 @@ class Sequential(Rule):
   """Compares micro-gradients in turn with the running mean of those accepted.
 
   Attributes:
-    keep: each acceptance multiplies all weights, including the new one, by it.
+    keep: the factor of all weights, including the new one, at each acceptance.
   """
 
   keep: float = 1.0
@@ -238,7 +237,7 @@ def _pairs(kind, rows, tau=None):
 
 
 class MostNeighbors(Rule):
-  """The centre, and so the distances, depend on tau."""
+  """Its distances depend on tau, since the center does."""
 
   def decide(self, rows, tau):
     pairs = _pairs(self.distance, rows, tau)
@@ -270,7 +269,7 @@ class MinNeighbors(Rule):
     k = rows.valid.shape[0]
     table = jnp.asarray([min(self.needed(n), k) - 1 for n in range(k + 1)])
     last = table[jnp.sum(rows.weights > 0)]
-    # Accepted if tau is at least the distance to the last neighbour needed.
+    # Accepted if tau is at least the distance to the last neighbor needed.
     in_order = jnp.sort(_pairs(self.distance, rows, tau), axis=1)
     distances = lax.dynamic_index_in_dim(in_order, last, 1, keepdims=False)
     accepted = self.accepts(distances, tau)
@@ -294,14 +293,14 @@ class NearestNeighbors(Rule):
     pairs, k = _pairs(self.distance, rows), rows.valid.shape[0]
     pairs = jnp.where(jnp.eye(k, dtype=bool) | jnp.isnan(pairs), jnp.inf, pairs)
     nearest = -lax.top_k(-pairs, min(self.number, k))[0]
-    mean, number = _mean_of_finite(nearest)
-    mean = _without_rounding(mean, tau)
+    mean, number = _mean_of_known(nearest)
+    mean = _snap_to_tau(mean, tau)
     distances = jnp.where(number > 0, mean, jnp.nan)
     weights = jnp.where(number > 0, self.soft_weights(mean, tau), 0)
     return _if_agreed(weights, self.accepts(distances, tau), distances)
 
 
-def _mean_of_finite(values):
+def _mean_of_known(values):
   """The mean over the last axis of the finite values, and their number."""
   finite = jnp.isfinite(values)
   number = jnp.sum(finite, axis=-1)
@@ -340,7 +339,7 @@ class MultiKrum(Rule):
     pairs = jnp.sort(jnp.where(others, pairs, jnp.inf), axis=1)
     num_near = jnp.maximum(jnp.sum(valid) - self.num_wrong - 2, 1)
     near = (jnp.arange(k) < num_near)[None, :]
-    scores, number = _mean_of_finite(jnp.where(near, pairs, jnp.inf))
+    scores, number = _mean_of_known(jnp.where(near, pairs, jnp.inf))
     # Ties go to the first.
     order = jnp.argsort(jnp.where(valid, scores, jnp.inf), stable=True)
     rank = jnp.zeros(k, order.dtype).at[order].set(jnp.arange(k, dtype=order.dtype))

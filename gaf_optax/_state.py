@@ -1,4 +1,4 @@
-"""State: the results of a step that the optimizer state keeps."""
+"""The results of a step, and the optimizer state that keeps them."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -22,13 +22,13 @@ _ROUNDING = 1e-5
 class GafState(NamedTuple):
   """State of `gaf`: arrays with fixed shapes and dtypes; optional ones can be None.
 
-  The fields that are not listed are those of :func:`metrics`, with `noise_scale` at
-  most float32's largest number. Fields `[k]` exist with `num_microbatches`.
+  Fields not listed here are those of :func:`metrics`; an infinite `noise_scale` is
+  stored as float32's largest number. Fields `[k]` exist with `num_microbatches`.
 
   Attributes:
     num_updates: int32 scalar, the number of updates.
-    ready: bool scalar, whether the last step agreed. The name is the one that
-      `optax.experimental.aggregating.process` looks for.
+    ready: bool scalar, whether the last step agreed;
+      `optax.experimental.aggregating.process` looks for this name.
     steered: float32 scalar, tau of the next step for a `target_accept_rate`.
     num_seen: int32 scalar, the number of micro-gradients in the last step.
     num_seen_total: float32 scalar, the number of micro-gradients since `init`.
@@ -70,7 +70,7 @@ class Outcome(NamedTuple):
   """The result of one step, in any form of the filter; scalars as in `GafState`.
 
   Attributes:
-    identical: whether all micro-gradients differ by rounding only.
+    identical: whether the micro-gradients differ by rounding only.
     per_microbatch: a `Decision` of arrays `[k]`, or None if not recorded.
   """
 
@@ -96,7 +96,7 @@ class Agreement(NamedTuple):
     weights: float32 `[k]`, the weights in the gradient (the means over the groups).
       They sum to 1, or are all 0 without agreement.
     distances: float32 `[k]`, in [0, 2]; -1 if there was nothing to compare.
-    nonfinite: int32 scalar, the number of micro-gradients with a NaN or an infinity.
+    nonfinite: int32 scalar, the number of micro-gradients that are not finite.
   """
 
   agreed: jax.Array
@@ -107,14 +107,14 @@ class Agreement(NamedTuple):
   nonfinite: jax.Array
 
 
-def agreement(step: Outcome) -> Agreement:
+def agreement(outcome: Outcome) -> Agreement:
   """Converts an `Outcome` with decisions per microbatch."""
-  assert step.per_microbatch is not None
+  assert outcome.per_microbatch is not None
   return Agreement(
-    agreed=step.agreed,
-    num_accepted=step.num_accepted,
-    nonfinite=step.nonfinite,
-    **step.per_microbatch._asdict(),
+    agreed=outcome.agreed,
+    num_accepted=outcome.num_accepted,
+    nonfinite=outcome.nonfinite,
+    **outcome.per_microbatch._asdict(),
   )
 
 
@@ -126,7 +126,7 @@ def outcome(decided: Any, gram: jax.Array, has_norms: bool) -> Outcome:
   return Outcome(
     agreed=jnp.any(decision.accepted),
     num_accepted=jnp.mean(jnp.sum(decision.accepted, axis=1, dtype=jnp.float32)),
-    mean_distance=mean_present(mean_present(decision.distances, axis=1)),
+    mean_distance=mean_known(mean_known(decision.distances, axis=1)),
     num_seen=jnp.sum(decided.present, dtype=jnp.int32),
     nonfinite=jnp.sum(decided.present & ~valid, dtype=jnp.int32),
     identical=are_identical(scale),
@@ -169,13 +169,13 @@ def nan_to_missing(values: jax.Array) -> jax.Array:
   return jnp.where(jnp.isfinite(values), values, MISSING).astype(jnp.float32)
 
 
-def mean_present(values: jax.Array, axis: int | None = None) -> jax.Array:
+def mean_known(values: jax.Array, axis: int | None = None) -> jax.Array:
   """Mean of the values that are not `MISSING`, float32; `MISSING` if there are none."""
   if axis is not None and values.shape[axis] == 1:
     return jnp.squeeze(values, axis).astype(jnp.float32)
-  present = values != MISSING
-  number = jnp.sum(present, axis=axis)
-  total = jnp.sum(jnp.where(present, values, 0), axis=axis)
+  known = values != MISSING
+  number = jnp.sum(known, axis=axis)
+  total = jnp.sum(jnp.where(known, values, 0), axis=axis)
   mean = total / jnp.maximum(number, 1).astype(total.dtype)
   return jnp.where(number > 0, mean, MISSING).astype(jnp.float32)
 
@@ -185,7 +185,7 @@ def mean_over_groups(decision: _rules.Decision) -> _rules.Decision:
   return _rules.Decision(
     weights=jnp.mean(decision.weights, axis=0, dtype=jnp.float32),
     accepted=jnp.any(decision.accepted, axis=0),
-    distances=mean_present(decision.distances, axis=0),
+    distances=mean_known(decision.distances, axis=0),
   )
 
 
@@ -198,8 +198,8 @@ def init(params: Any, options: Any, memory: Any = None) -> GafState:
   """The initial state."""
   if isinstance(params, optax.LookaheadParams):
     raise ValueError(
-      "the parameters are optax.LookaheadParams, but gradients belong to the fast ones"
-      " only. Put the filter inside:"
+      "the parameters are optax.LookaheadParams, but gradients belong to their fast"
+      " part. Put the filter inside:"
       " optax.lookahead(optax.chain(gaf(tau), optax.sgd(0.1)), 5, 0.5)."
     )
   k = options.num_microbatches
@@ -210,7 +210,7 @@ def init(params: Any, options: Any, memory: Any = None) -> GafState:
   return GafState(
     num_updates=zero(),
     ready=zero(bool),
-    threshold=jnp.array(options.tau.at(options.tau.init(), zero()), jnp.float32),
+    threshold=jnp.array(options.tau.at(options.tau.init(), zero()).value, jnp.float32),
     steered=options.tau.init(),
     num_accepted=zero(jnp.float32),
     num_seen=zero(),
@@ -267,54 +267,52 @@ def check(state: Any, options: Any) -> None:
     )
 
 
-def advance(
-  state: GafState, tau: _tau.Tau, value: jax.Array, step: Outcome
-) -> GafState:
-  """The state after a step with `value` as tau; anchor and memory are unchanged."""
-  k = step.num_seen.astype(jnp.float32)
+def advance(state: GafState, tau: _tau.Tau, outcome: Outcome) -> GafState:
+  """The state after a step; anchor and memory are unchanged."""
+  k = outcome.num_seen.astype(jnp.float32)
   total = state.num_seen_total + k
   # A running mean, since float32 cannot count past 2**24.
-  rate = (step.num_accepted - k * state.accept_rate) / jnp.maximum(total, 1)
+  rate = (outcome.num_accepted - k * state.accept_rate) / jnp.maximum(total, 1)
   num_updates = optax.safe_increment(state.num_updates)
   recorded = {}
-  if state.accept_rates is not None and step.per_microbatch is not None:
-    recorded = step.per_microbatch._asdict()
-    accepted = step.per_microbatch.accepted.astype(jnp.float32)
+  if state.accept_rates is not None and outcome.per_microbatch is not None:
+    recorded = outcome.per_microbatch._asdict()
+    accepted = outcome.per_microbatch.accepted.astype(jnp.float32)
     moved = (accepted - state.accept_rates) / num_updates.astype(jnp.float32)
     recorded["accept_rates"] = jnp.clip(state.accept_rates + moved, 0, 1)
   skipped = optax.safe_increment(state.skipped_steps)
   identical = optax.safe_increment(state.num_identical_steps)
   return state._replace(
     num_updates=num_updates,
-    ready=step.agreed,
-    threshold=value.astype(jnp.float32),
-    steered=tau.after(value, step.num_accepted, step.num_seen - step.nonfinite),
-    num_accepted=step.num_accepted,
-    num_seen=step.num_seen,
-    mean_distance=step.mean_distance,
+    ready=outcome.agreed,
+    threshold=tau.value.astype(jnp.float32),
+    steered=tau.after(outcome.num_accepted, outcome.num_seen - outcome.nonfinite),
+    num_accepted=outcome.num_accepted,
+    num_seen=outcome.num_seen,
+    mean_distance=outcome.mean_distance,
     accept_rate=jnp.clip(state.accept_rate + rate, 0, 1),
     num_seen_total=total,
-    skipped_steps=jnp.where(step.agreed, state.skipped_steps, skipped),
+    skipped_steps=jnp.where(outcome.agreed, state.skipped_steps, skipped),
     # The sum may overflow.
-    nonfinite=jnp.maximum(state.nonfinite + step.nonfinite, state.nonfinite),
-    num_identical_steps=jnp.where(step.identical, identical, 0),
-    noise_scale=step.noise_scale,
-    grad_norm=step.grad_norm,
+    nonfinite=jnp.maximum(state.nonfinite + outcome.nonfinite, state.nonfinite),
+    num_identical_steps=jnp.where(outcome.identical, identical, 0),
+    noise_scale=outcome.noise_scale,
+    grad_norm=outcome.grad_norm,
     **recorded,
   )
 
 
 def move_anchor(
-  state: GafState, layout, decay, means: Sequence[jax.Array], any_finite: jax.Array
+  state: GafState, layout, decay, means: Sequence[jax.Array], any_valid: jax.Array
 ) -> GafState:
   """The state with the anchor moved towards a step's plain means, if there are any."""
   anchor = [
-    jnp.where(any_finite, decay * a + (1 - decay) * mean, a).astype(a.dtype)
+    jnp.where(any_valid, decay * a + (1 - decay) * mean, a).astype(a.dtype)
     for a, mean in zip(_tree.select(state.anchor, layout), means)
   ]
   return state._replace(
     anchor=_tree.replace(state.anchor, layout, anchor),
-    anchored=jnp.asarray(state.anchored) | any_finite,
+    anchored=jnp.asarray(state.anchored) | any_valid,
   )
 
 

@@ -1,4 +1,4 @@
-"""Stream: a running mean of micro-gradients that arrive one at a time."""
+"""A running mean of micro-gradients that arrive one at a time."""
 
 import functools
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from gaf_optax import (
   _options,
   _rules,
   _state,
+  _tau,
   _tree,
 )
 
@@ -24,15 +25,15 @@ class Stream(NamedTuple):
 
   Attributes:
     means: like the parameters, the weighted mean of the accepted micro-gradients.
-    plain: with an anchor the mean of all valid ones, else None.
+    plain: with an anchor the mean of all valid micro-gradients, else None.
     mean: a `Mean` of arrays `[m]`.
-    plain_weight: scalar, the sum of the weights of the valid ones.
+    plain_weight: scalar, the sum of the weights in `plain`.
     num_added: int32 `[m]`, the number of accepted micro-gradients.
     distance_sum: float32 `[m]`, the sum of the known distances.
     num_compared: int32 `[m]`, the number of known distances.
-    num_arrived: int32 scalar.
-    num_present: int32 scalar, those with a weight above 0.
-    num_valid: int32 scalar, those that are also finite.
+    num_arrived: int32 scalar, the number of micro-gradients so far.
+    num_present: int32 scalar, the number with a weight above 0.
+    num_valid: int32 scalar, the number that are also finite.
     per_microbatch: weights, `accepted` and distances `[m, k]` if k is known, else None.
   """
 
@@ -80,7 +81,7 @@ def start(
 def push(
   stream: Stream,
   arrays: Sequence[jax.Array],
-  tau: jax.Array,
+  tau: _tau.Tau,
   weight: jax.Array | None = None,
   anchor: Sequence[jax.Array] | None = None,
   anchored: jax.Array | None = None,
@@ -89,20 +90,19 @@ def push(
 ) -> Stream:
   """Compares a micro-gradient with the running mean or anchor; adds it if accepted."""
   layout, dtype = spec.layout, stream.plain_weight.dtype
-  where = (layout.group_ids, layout.num_groups, None, spec.axes.shards())
-  rows = [x[None] for x in arrays]
-  gram, (finite,) = _kernels.gram(rows, *where)
+  stack = _stack(arrays, spec)
+  gram, (finite,) = _kernels.gram(stack)
   against = _tree.select(stream.means, layout) if anchor is None else anchor
-  square, products = _kernels.dots(against, rows, *where)
+  square, products = _kernels.dots(against, stack)
   products = jnp.where(finite, products, 0)
   weight = jnp.ones((), dtype) if weight is None else weight.astype(dtype)
   valid = finite & (weight > 0)
   if anchor is None:
     pair = (square, products[:, 0], gram[:, 0, 0])
-    mean, step = spec.rule.step(stream.mean, *pair, tau, valid, weight)
+    mean, step = spec.rule.step(stream.mean, *pair, tau.value, valid, weight)
   else:
     mean, step = _against_anchor(
-      stream.mean, square, products, gram, tau, valid, weight, anchored
+      stream.mean, square, products, gram, tau.value, valid, weight, anchored
     )
 
   # The last entry is for the plain mean, which ungrouped leaves and the anchor use.
@@ -166,6 +166,14 @@ def _recorded(stream, step):
   )
 
 
+def _stack(arrays, spec):
+  """A stack of one micro-gradient with leaves `[*shape]`."""
+  _, group_ids, num_groups = spec.layout
+  shards = spec.axes.shards()
+  rows = [x[None] for x in arrays]
+  return _kernels.Stack(rows, group_ids, num_groups, shards=shards)
+
+
 def _lerp(mean, value, share):
   """`(1 - share) * mean + share * value`; a value with share 0 may be NaN."""
   value = jnp.where(share != 0, value.astype(mean.dtype), 0)
@@ -187,17 +195,11 @@ def finish(
   slots = jnp.append(agreed, jnp.any(agreed))
   found = _tree.select(stream.means, layout)
   means = [jnp.where(slots[g], x, 0) for x, g in zip(found, layout.group_ids)]
-  square, _ = _kernels.gram(
-    [x[None] for x in found],
-    layout.group_ids,
-    layout.num_groups,
-    None,
-    spec.axes.shards(),
-  )
+  square, _ = _kernels.gram(_stack(found, spec))
   mean_distance = stream.distance_sum / jnp.maximum(stream.num_compared, 1).astype(
     jnp.float32
   )
-  mean_distance = _state.mean_present(
+  mean_distance = _state.mean_known(
     jnp.where(stream.num_compared > 0, mean_distance, _state.MISSING)
   )
   decision = None

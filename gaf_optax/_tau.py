@@ -1,9 +1,9 @@
-"""Tau: the largest accepted distance, and how it changes over a run."""
+"""The largest accepted distance, and how it changes over a run."""
 
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -21,51 +21,51 @@ _MAX_SHARE = 7 / 8
 Schedule: TypeAlias = Callable[[jax.Array], jax.typing.ArrayLike]
 
 
-@dataclasses.dataclass(frozen=True)
-class Tau:
-  """A tau and its changes: `init` and `at`, then `from_distances`, then `after`."""
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
+def _pytree(cls):
+  """A frozen dataclass whose only traced field is `value`."""
+  cls = dataclasses.dataclass(frozen=True)(cls)
+  static = [f.name for f in dataclasses.fields(cls) if f.name != "value"]
+  return jax.tree_util.register_dataclass(cls, ["value"], static)
 
-  def static(self) -> "Tau":
-    """A hashable object with the same `from_distances` and `after`."""
-    return self
+
+@_pytree
+class Tau:
+  """A number or schedule: `init`, then in each step `at`, `from_distances`, `after`.
+
+  Attributes:
+    value: of the step, a scalar array; a number or schedule before `at`.
+  """
+
+  value: Any = dataclasses.field(default=None, kw_only=True, repr=False)
 
   def init(self) -> jax.Array | None:
     """The value carried in the state, a float32 scalar or None."""
     return None
 
-  def at(self, carried: jax.Array | None, num_updates: jax.Array) -> jax.Array:
-    """Tau of a step before its distances are known, a scalar."""
-    raise NotImplementedError
+  def at(self, carried: jax.Array | None, num_updates: jax.Array) -> "Tau":
+    """Tau of a step before its distances are known."""
+    value = self.value
+    if callable(value):
+      value = value(num_updates)
+      _validate.in_interval(0, 2, " The schedule returned it." + _HINT, tau=value)
+    return self.with_value(value)
 
-  def from_distances(self, tau: jax.Array, distances: Callable, valid) -> jax.Array:
-    """Tau of a step, given `at` and a function from tau to the distances `[k]`."""
+  def from_distances(self, distances: Callable, valid: jax.Array) -> "Tau":
+    """Tau of a step; `distances` maps a value of tau to `[k]`."""
     del distances, valid
-    return tau
+    return self
 
-  def after(self, tau: jax.Array, num_accepted, num_finite) -> jax.Array | None:
-    """The carried value after a step with this tau."""
-    del tau, num_accepted, num_finite
+  def after(self, num_accepted, num_valid) -> jax.Array | None:
+    """The carried value after a step."""
+    del num_accepted, num_valid
     return None
 
-
-@dataclasses.dataclass(frozen=True)
-class _Given(Tau):
-  """A number or a schedule."""
-
-  value: Any
-
-  def static(self):
-    return Tau()
-
-  def at(self, carried, num_updates):
-    if not callable(self.value):
-      return jnp.asarray(self.value, float)
-    tau = self.value(num_updates)
-    _validate.in_interval(0, 2, " The schedule returned it." + _HINT, tau=tau)
-    return jnp.asarray(tau, float)
+  def with_value(self, value) -> "Tau":
+    return dataclasses.replace(self, value=jnp.asarray(value, float))
 
 
-@dataclasses.dataclass(frozen=True)
+@_pytree
 class _TargetAcceptRate(Tau):
   rate: float
   initial: float
@@ -77,37 +77,38 @@ class _TargetAcceptRate(Tau):
     return jnp.array(self.initial, jnp.float32)
 
   def at(self, carried, num_updates):
-    return jnp.asarray(carried, float)
+    return self.with_value(carried)
 
-  def after(self, tau, num_accepted, num_finite):
-    share = num_accepted / jnp.maximum(num_finite, 1).astype(num_accepted.dtype)
-    moved = tau.astype(jnp.float32) + self.step_size * (self.rate - share)
+  def after(self, num_accepted, num_valid):
+    share = num_accepted / jnp.maximum(num_valid, 1).astype(num_accepted.dtype)
+    moved = self.value.astype(jnp.float32) + self.step_size * (self.rate - share)
     moved = jnp.clip(moved, self.minimum, self.maximum)
-    return jnp.where(num_finite > 0, moved, tau).astype(jnp.float32)
+    return jnp.where(num_valid > 0, moved, self.value).astype(jnp.float32)
 
 
+@_pytree
 class FromDistances(Tau):
   """A tau computed from a step's distances, which must not depend on tau."""
 
   def at(self, carried, num_updates):
-    return jnp.asarray(2.0, float)
+    return self.with_value(2)
 
-  def from_distances(self, tau, distances, valid):
-    distances = distances(jnp.full_like(tau, 2))
-    present = valid & jnp.isfinite(distances)
-    in_order = jnp.sort(jnp.where(present, distances, jnp.inf))
-    return self.compute(in_order, jnp.sum(present), jnp.sum(valid)).astype(tau.dtype)
+  def from_distances(self, distances, valid):
+    distances = distances(self.value)
+    known = valid & jnp.isfinite(distances)
+    in_order = jnp.sort(jnp.where(known, distances, jnp.inf))
+    return self.with_value(self.compute(in_order, jnp.sum(known), jnp.sum(valid)))
 
-  def compute(self, in_order, num_present, num_valid):
-    """Tau from sorted distances `[k]`, Inf if unknown."""
+  def compute(self, in_order, num_known, num_valid):
+    """Tau from sorted distances `[k]`; unknown distances are Inf."""
     raise NotImplementedError
 
 
-@dataclasses.dataclass(frozen=True)
+@_pytree
 class _TauQuantile(FromDistances):
   fraction: float
 
-  def compute(self, in_order, num_present, num_valid):
+  def compute(self, in_order, num_known, num_valid):
     # In Python's double precision, so that 0.6 of 5 is 3.
     k = in_order.shape[0]
     numbers = [math.ceil(self.fraction * n - 1e-9) for n in range(k + 1)]
@@ -116,14 +117,14 @@ class _TauQuantile(FromDistances):
     return jnp.where(jnp.isfinite(last), last, 2)
 
 
-@dataclasses.dataclass(frozen=True)
+@_pytree
 class _AdaptiveTau(FromDistances):
-  def compute(self, in_order, num_present, num_valid):
-    half = (num_present + 1) // 2
+  def compute(self, in_order, num_known, num_valid):
+    half = (num_known + 1) // 2
     is_better_half = jnp.arange(in_order.shape[0]) < half
     total = jnp.sum(jnp.where(is_better_half, 1 - in_order, 0))
     similarity = total / jnp.maximum(half, 1).astype(total.dtype)
-    share = 1 - jnp.sqrt(2 / jnp.maximum(num_present, 2).astype(total.dtype))
+    share = 1 - jnp.sqrt(2 / jnp.maximum(num_known, 2).astype(total.dtype))
     share = jnp.minimum(share, _MAX_SHARE)
     return jnp.where(similarity > 0, 1 - share * similarity, 2)
 
@@ -134,7 +135,7 @@ def as_tau(tau: Any) -> Tau:
     return tau
   if not callable(tau):
     _validate.in_interval(0, 2, _HINT, tau=tau)
-  return _Given(tau)
+  return Tau(value=tau)
 
 
 def as_stateless_tau(tau: Any) -> Tau:
@@ -204,9 +205,8 @@ def tau_quantile(fraction: float) -> Tau:
   """A tau that accepts a given fraction of each step's micro-gradients.
 
   Accepts the `ceil(fraction * n)` smallest distances of the n finite micro-gradients,
-  including ties. It needs a rule whose distances do not depend on tau: any except the
-  sequential rules and `most_neighbors`, which raise a ValueError. Not supported by the
-  streamed forms, which see one distance at a time.
+  including ties. Rules whose distances depend on tau (the sequential rules and
+  `most_neighbors`) and the streamed forms raise a ValueError.
 
   Args:
     fraction: in (0, 1].
@@ -234,9 +234,9 @@ def tau_quantile(fraction: float) -> Tau:
 def adaptive_tau() -> Tau:
   r"""A tau computed from each step's distances, without parameters.
 
-  A micro-gradient at distance :math:`d_i` has the similarity :math:`1 - d_i`. Takes the
-  mean similarity of the better half of the n finite micro-gradients (smallest
-  distances, rounded up). Accepts similarities of at least this share of that mean:
+  The similarity of a micro-gradient is 1 minus its distance. Takes the mean similarity
+  of the better half (rounded up) of the n finite micro-gradients. Accepts similarities
+  of at least this share of that mean:
 
   .. math:: \min\left(1 - \sqrt{2 / n},\ 7 / 8\right)
 

@@ -1,4 +1,4 @@
-"""Tree: flattens trees of micro-gradients, checks their shapes, and forms groups."""
+"""Flattens trees of micro-gradients, checks their shapes, and forms groups."""
 
 import math
 from collections.abc import Callable, Hashable
@@ -20,8 +20,8 @@ class Layout(NamedTuple):
   """Which leaves enter which decision; static and hashable.
 
   Attributes:
-    paths: of the floating-point and complex leaves.
-    group_ids: for each its group; `num_groups` if it enters no decision.
+    paths: the paths of the floating-point and complex leaves.
+    group_ids: the group of each leaf; `num_groups` if it enters no decision.
     num_groups: the number of decisions.
   """
 
@@ -87,7 +87,7 @@ def flatten(
   found = dict.fromkeys(label for label in labels if label is not None)
   if arrays and not found:
     raise ValueError(
-      "groups gave every leaf the label None, so there is nothing to compare. Label at"
+      "groups returned None for every leaf, so there is nothing to compare. Label at"
       " least one leaf."
     )
   ids = {label: number for number, label in enumerate(found)}
@@ -113,8 +113,8 @@ def check_num_groups(layout: Layout, expected: int) -> None:
   """Raises if micro-gradients and parameters have different groups."""
   if layout.num_groups != expected:
     raise ValueError(
-      f"groups made {layout.num_groups} groups of the micro-gradient's leaves, but"
-      f" {expected} of the parameters' leaves at init. Is a leaf missing, or does the"
+      f"groups formed {layout.num_groups} groups of the micro-gradient's leaves, but"
+      f" {expected} of the parameters' leaves in init. Is a leaf missing, or does the"
       " label depend on more than path, shape and dtype?"
     )
 
@@ -245,8 +245,8 @@ _HINTS = {
     " stacked."
   ),
   (False, False): (
-    "Are these stacked micro-gradients? The streamed form takes one micro-gradient per"
-    " call; gaf_optax.gaf takes the stack."
+    "Are these stacked micro-gradients? multi_steps takes one micro-gradient per call;"
+    " gaf_optax.gaf takes the stack."
   ),
   (False, True): (
     "Are these stacked micro-gradients? With axis_name each device holds one, shaped"

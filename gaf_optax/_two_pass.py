@@ -1,4 +1,4 @@
-"""Two pass: compares part of the gradients, then differentiates the weighted loss."""
+"""Compares part of the gradients, then differentiates the weighted loss."""
 
 import functools
 from collections.abc import Callable
@@ -42,7 +42,7 @@ _NOT_WITH_COMPARE = {
 
 def validate(tau, compare: Compare, **options) -> _options.Options:
   """Checked options of the two-pass form."""
-  _validate.function(" A predicate (path, leaf) -> bool.", compare=compare)
+  _validate.function(" Pass a predicate (path, leaf) -> bool.", compare=compare)
   _options.refuse(options, _NOT_WITH_COMPARE, "compare")
   return _options.Options(tau, **options)
 
@@ -59,8 +59,8 @@ def two_pass(
   """Compares microbatches by the gradients of some leaves, then differentiates once.
 
   The first backward pass forms the compared leaves' gradients of each microbatch; the
-  second is that of the weighted mean loss, for all parameters. If the compared leaves
-  are small, both share one forward pass. If not, sharing is up to XLA.
+  second differentiates the weighted mean loss. If the compared leaves are small, both
+  share one forward pass. If not, sharing is up to XLA.
 
   Args:
     loss: `(params, microbatch) -> (scalar, aux)`.
@@ -113,7 +113,7 @@ def two_pass(
     stacks = jax.vmap(jax.grad(alone), (None, 0))(beside_batch(own), batch)
   if microbatch_weights is not None:
     microbatch_weights = typed(_mesh.replicate(microbatch_weights))
-  # XLA for CPU would compute them once for each shape in which they are read.
+  # Flat, because XLA for CPU recomputes them for each shape in which they are read.
   stacks = [_tree.flat_rows(_mesh.replicate(x)) for x in stacks]
   weights, finite, agreement = _compared(losses, stacks, microbatch_weights, options)
   if names:
@@ -125,33 +125,34 @@ def two_pass(
       weights=mine(agreement.weights),
       distances=mine(agreement.distances),
     )
-  # Outside of the branch, in which XLA's CPU convolutions are slow.
+  # Not within `cond`, where XLA's CPU convolutions are slow.
   shared, _ = backward(cotangent(weights.astype(losses.dtype)))
   means = []
   if copied:
-    found = _kernels.weighted_means(stacks, [0] * len(stacks), weights[None])
+    compared = _kernels.Stack(stacks, [0] * len(stacks))
+    found = _kernels.weighted_means(compared, weights[None])
     means = [
       _mesh.reshard_like(x.reshape(leaf.shape), leaf) for x, leaf in zip(found, own)
     ]
   grads = jax.tree.unflatten(treedef, _replaced(shared, copied, means))
 
-  def without_bad():
+  def without_nonfinite():
     # A NaN times a weight of 0 is NaN in the backward pass: use finite rows instead.
     rows = jnp.where(finite, jnp.arange(k), jnp.argmax(finite))
-    good = jax.tree.map(
+    finite_batch = jax.tree.map(
       lambda x: _mesh.reshard_like(_mesh.replicate(x)[rows], x), batch
     )
 
     def total(params):
       whole = jax.tree.unflatten(treedef, beside_batch(jax.tree.leaves(params)))
-      losses, _ = jax.vmap(loss, (None, 0))(whole, good)
+      losses, _ = jax.vmap(loss, (None, 0))(whole, finite_batch)
       factors = cotangent(weights.astype(losses.dtype))
       return jnp.sum(jnp.where(factors != 0, factors * losses, 0))
 
     grads = jax.grad(total)(params)
     return jax.tree.map(lambda x: jnp.where(jnp.any(finite), x, 0), grads)
 
-  grads = _compat.cond(jnp.all(finite), lambda: grads, without_bad)
+  grads = _compat.cond(jnp.all(finite), lambda: grads, without_nonfinite)
   if names:
     grads = jax.tree.map(lambda x: lax.psum(x, names), grads)
   return mean_loss(losses, microbatch_weights, names), aux, grads, agreement
@@ -179,7 +180,7 @@ def _check_losses(losses, k):
   """Raises as `jax.grad` does, for the value of each microbatch."""
   if losses.shape != (k,) or not jnp.issubdtype(losses.dtype, jnp.floating):
     raise TypeError(
-      "fun must return a real scalar (with has_aux a pair of one and the auxiliary"
+      "fun must return a real scalar (with has_aux, a pair of that and the auxiliary"
       f" output), got {losses.dtype}{list(losses.shape[1:])}."
     )
 
@@ -232,9 +233,10 @@ def _compared(losses, stacks, weights, options):
 @functools.partial(jax.jit, static_argnames="spec")
 def _by_rows(arrays, losses, inputs, *, spec):
   # The losses belong to no group: only their finiteness counts.
-  group_ids = (*spec.layout.group_ids, spec.layout.num_groups)
-  rows = _exchange.scatter([*arrays, losses], group_ids, spec.axes)
-  gram, finite = _kernels.gram(rows.leaves, rows.group_ids, 1, spec.embed, rows.shards)
-  decided = _decide.decide(spec.rule, spec.tau, gram, finite, inputs)
+  layout = spec.layout
+  group_ids = (*layout.group_ids, layout.num_groups)
+  spec = spec._replace(layout=layout._replace(group_ids=group_ids))
+  gram, finite = _kernels.gram(_exchange.scatter([*arrays, losses], spec).stack)
+  decided = _decide.decide(spec.rule, gram, finite, inputs)
   outcome = _state.outcome(decided, gram, has_norms=spec.embed is None)
   return decided.factors[0], finite, _state.agreement(outcome)

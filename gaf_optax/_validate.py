@@ -1,4 +1,4 @@
-"""Checks of arguments, made as soon as their values are known."""
+"""Checks arguments as soon as their values are known."""
 
 import numbers
 from typing import Any
@@ -89,7 +89,7 @@ def weights(shape: tuple[int, ...], **arguments: Any) -> jax.Array:
   array = jnp.asarray(value)
   if array.shape != shape:
     raise ValueError(
-      f"{name} must have shape {shape}, one number for each micro-gradient here, got"
+      f"{name} must have shape {shape}, one number per micro-gradient of this call, got"
       f" {array.shape}."
     )
   if is_concrete(array):

@@ -1,4 +1,4 @@
-"""Value and grad: differentiates a batch in microbatches and filters on the way."""
+"""Differentiates a batch in microbatches and filters on the way."""
 
 import operator
 from collections.abc import Callable, Sequence
@@ -51,11 +51,10 @@ def value_and_grad(
 
   With `compare` every rule works, in two passes. The first forms the gradients of the
   selected leaves, typically the last layer, for all microbatches at once (by
-  `jax.vmap`) and compares them. The second differentiates the weighted mean loss. The
-  gradient is exactly the weighted mean of the whole micro-gradients; only the
-  comparison is restricted to the selected leaves. This makes microbatches of one
-  example affordable. With c values in the selected leaves, comparing takes `2 k^2 c`
-  operations and up to four times `k c` values of memory, plus a few k x k matrices.
+  `jax.vmap`) and compares them. The second differentiates the weighted mean loss, which
+  gives exactly the weighted mean of the whole micro-gradients. This makes microbatches
+  of one example affordable. With c values in the selected leaves, comparing takes
+  `2 k^2 c` operations and up to `4 k c` values of memory, plus k x k matrices.
 
   Args:
     fun: a function that returns a scalar, or with `has_aux` a scalar and auxiliary
@@ -73,26 +72,25 @@ def value_and_grad(
       is a JAX key path, that selects the compared leaves.
     microbatch_weights: None, or a function of one microbatch's batch arguments that
       returns a scalar, for instance its number of valid tokens. See :func:`gaf`.
-    rule, embed, axis_name, param_axes, groups, max_norm_ratio: see :func:`gaf`.
-      Without `compare`: `rule` (`rules.sequential()` or `rules.running_average()`),
-      `param_axes` and `groups`. With it: any `rule`, `embed`, `max_norm_ratio` and
-      `axis_name`. With `axis_name` each device splits its own batch, all microbatches
-      are compared, and every device gets the value and gradient of the whole, and the
-      agreement of its own microbatches.
+    rule, embed, axis_name, param_axes, groups, max_norm_ratio: see :func:`gaf`. Without
+      `compare` only `param_axes`, `groups` and the rules `rules.sequential()` and
+      `rules.running_average()` are supported; with it any `rule`, `embed`,
+      `max_norm_ratio` and `axis_name`. With `axis_name` each device splits its own
+      batch, and all microbatches are compared. Every device gets the same value and
+      gradient, and the agreement of its own microbatches.
 
   Returns:
     A function with the signature of `fun` that returns `(value, grads, agreement)`,
     or `((value, aux), grads, agreement)` with `has_aux`. `value` is the (weighted) mean
-    over all microbatches, leaves of `aux` are stacked `[k, ...]`, `grads` has the shape
-    of the arguments and is zero if no two micro-gradients agree, and `agreement` is an
+    over all microbatches. Leaves of `aux` are stacked `[k, ...]`. `grads` has the shape
+    of the arguments and is zero if no two micro-gradients agree. `agreement` is an
     :class:`Agreement`.
 
   Raises:
-    ValueError: for arguments outside their ranges, a rule that needs all
-      micro-gradients at once, and `anchor_decay`, which needs a state
-      (:func:`multi_steps` has one). The returned function raises it for a batch size
-      that k does not divide, a keyword array of another leading size, and a `compare`
-      that selects no leaf or one without a gradient, or does not return a bool.
+    ValueError: for arguments outside their ranges and options that are not supported.
+      The returned function raises it for a batch size that k does not divide or that
+      differs between arguments. It also raises for a `compare` that selects no leaf or
+      one without a gradient, or does not return a bool.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -109,10 +107,10 @@ def value_and_grad(
     <https://arxiv.org/abs/2412.18052>`_, 2024, algorithm 1.
   """
   _validate.function(fun=fun)
-  several_replicas = compare is not None and axis_name is not None
+  several_devices = compare is not None and axis_name is not None
   _validate.count(
-    1 if several_replicas else 2,
-    " There is nothing to compare one micro-gradient with.",
+    1 if several_devices else 2,
+    " One micro-gradient has nothing to be compared with.",
     num_microbatches=num_microbatches,
   )
   options = {
@@ -134,7 +132,7 @@ def value_and_grad(
     _options.refuse(options, {"anchor_decay": no_state}, "value_and_grad")
     checked = _options.validate_streamed(tau, **options)
   if microbatch_weights is not None:
-    hint = " A function of the batch arguments of one microbatch."
+    hint = " Pass a function of one microbatch's batch arguments."
     _validate.function(hint, microbatch_weights=microbatch_weights)
   wanted = _positions(argnums, "argnums")
   given = None
@@ -234,9 +232,7 @@ def _positions(argnums, name):
 def _split(args, positions, kwargs, k, vmapped):
   """The batch as arrays `[k, batch // k, ...]`, and the inverse for one microbatch.
 
-  Splits keys into one per microbatch. On an Explicit mesh the devices of the batch
-  shard the rows of each microbatch or, `vmapped`, its k microbatches if only k is
-  divisible.
+  Splits a PRNG key into one per microbatch. `vmapped`: see `_mesh.split_batch`.
   """
   for i in positions:
     if not -len(args) <= i < len(args):
@@ -253,7 +249,7 @@ def _split(args, positions, kwargs, k, vmapped):
   for number, (path, leaf) in enumerate(flat):
     by_keyword = path[0].idx == 1
     if by_keyword and not _is_array(leaf):
-      continue  # Passed on as it is.
+      continue
     if _is_key(leaf) and not leaf.shape:
       batch[number] = jax.random.split(leaf, k)
       continue
@@ -263,7 +259,7 @@ def _split(args, positions, kwargs, k, vmapped):
     name = f"batch argument {owner}{rest} has shape {shape}"
     key_hint = ""
     if shape == (2,) and getattr(leaf, "dtype", None) == jnp.uint32:
-      key_hint = " Is it a PRNG key? Give a typed one: jax.random.wrap_key_data(key)."
+      key_hint = " Is it a PRNG key? Pass a typed one: jax.random.wrap_key_data(key)."
     if first is None and (not shape or shape[0] % k or not shape[0]):
       raise ValueError(
         f"{name}: its leading axis does not split into {k} microbatches of equal"

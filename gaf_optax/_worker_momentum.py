@@ -1,4 +1,4 @@
-"""Worker momentum: each micro-gradient's own moving average, in front of the filter."""
+"""A moving average for each source, in front of the filter."""
 
 from typing import Any, NamedTuple
 
@@ -30,16 +30,16 @@ def worker_momentum(
 
   .. math:: m_i \leftarrow \text{decay} \cdot m_i + (1 - \text{decay}) \cdot g_i
 
-  starting from 0. Averages are less noisy than gradients, so a wrong one has less room
-  to hide among them. Without wrong sources this gains nothing over momentum in the
-  optimizer. A micro-gradient with a NaN or an infinity is passed on unchanged, so that
-  the filter drops it, and does not enter its average.
+  starting from 0. Averages are less noisy than gradients, so wrong ones stand out.
+  Without wrong sources this gains nothing over momentum in the optimizer. A
+  micro-gradient that is not finite does not enter its average and is passed on
+  unchanged, so that the filter drops it.
 
   Args:
     decay: in [0, 1).
     num_microbatches: k, for stacks with leaves `[k, *shape]`; the state holds k times
-      the parameters. None where each device has its own micro-gradient, shaped like
-      the parameters; each device then has its own state.
+      the parameters. None if each device has one micro-gradient, shaped like the
+      parameters, and its own state.
 
   Returns:
     A transformation whose `update(micro_grads, state)` takes and returns leaves
@@ -96,11 +96,11 @@ def worker_momentum(
     for path, new in rows.items():
       old = _mesh.reshard_like(averages[path].reshape(new.shape), new)
       keep = jnp.asarray(decay, old.dtype)
-      usable = finite.reshape(-1, *(1,) * (new.ndim - 1))
-      usable = _mesh.reshard_like(jnp.broadcast_to(usable, new.shape), new)
+      is_finite = finite.reshape(-1, *(1,) * (new.ndim - 1))
+      is_finite = _mesh.reshard_like(jnp.broadcast_to(is_finite, new.shape), new)
       mixed = keep * old + (1 - keep) * new.astype(old.dtype)
-      averages[path] = jnp.where(usable, mixed, old)
-      passed_on[path] = jnp.where(usable, mixed.astype(new.dtype), new)
+      averages[path] = jnp.where(is_finite, mixed, old)
+      passed_on[path] = jnp.where(is_finite, mixed.astype(new.dtype), new)
 
     def replaced(tree, values):
       put = lambda path, x: values[path].reshape(x.shape) if path in values else x
@@ -120,7 +120,7 @@ def _rows(path, leaf, average, k):
   if shape == (leaf.shape if k is None else (1, *leaf.shape)):
     return leaf[None]
   hint = (
-    " For stacked micro-gradients give num_microbatches=k."
+    " For stacked micro-gradients pass num_microbatches=k."
     if k is None
     else f" num_microbatches is {k}."
   )

@@ -1,4 +1,4 @@
-"""Rules decide from a Gram matrix which micro-gradients agree.
+"""Rules, which decide from a Gram matrix which micro-gradients agree.
 
 A rule is a callable `(gram [k, k], valid [k] bool, tau) -> Decision`. The functions of
 this module return rules for `gaf(rule=...)`.
@@ -100,7 +100,7 @@ def leave_one_out(distance: str = "cosine", softness: float = 0.0) -> Rule:
 
 
 def most_neighbors(distance: str = "cosine", softness: float = 0.0) -> Rule:
-  """Accepts the micro-gradient with the most neighbours within tau, and these.
+  """Accepts the micro-gradient with the most neighbors within tau, and its neighbors.
 
   Ties go to the first; otherwise independent of the order. Distances (and with a
   softness above 0 the weights) are relative to this micro-gradient, whose own distance
@@ -108,7 +108,7 @@ def most_neighbors(distance: str = "cosine", softness: float = 0.0) -> Rule:
 
   Args:
     distance: 'cosine' or 'euclidean', see :func:`sequential`.
-    softness: see :func:`sequential`; the centre keeps weight 1.
+    softness: see :func:`sequential`; this micro-gradient keeps weight 1.
 
   Returns:
     A rule `(gram [k, k], valid [k], tau) -> Decision`.
@@ -125,11 +125,10 @@ def most_neighbors(distance: str = "cosine", softness: float = 0.0) -> Rule:
 
 
 def min_neighbors(fraction: float, distance: str = "cosine") -> Rule:
-  """Accepts all micro-gradients with enough neighbours within tau.
+  """Accepts all micro-gradients with enough neighbors within tau.
 
   Each needs at least `max(2, fraction * k)` within tau, including itself. Independent
-  of the order. The reported distance is that to the last neighbour needed, so a
-  micro-gradient is accepted if tau is at least this distance.
+  of the order. The distance of each is the one to its last neighbor needed.
 
   Args:
     fraction: the fraction of the k micro-gradients that must be within tau, in [0, 1].
@@ -150,9 +149,9 @@ def min_neighbors(fraction: float, distance: str = "cosine") -> Rule:
 
 
 def majority(distance: str = "cosine") -> Rule:
-  """Accepts all micro-gradients that agree with more than half, including themselves.
+  """Accepts all micro-gradients with more than half of the k within tau.
 
-  :func:`min_neighbors` with at least `max(2, k // 2 + 1)` within tau.
+  :func:`min_neighbors` with `max(2, k // 2 + 1)` in place of `max(2, fraction * k)`.
 
   Args:
     distance: 'cosine' or 'euclidean', see :func:`sequential`.
@@ -169,14 +168,14 @@ def majority(distance: str = "cosine") -> Rule:
 def nearest_neighbors(
   number: int, distance: str = "cosine", softness: float = 0.0
 ) -> Rule:
-  """Accepts all micro-gradients whose nearest neighbours are within tau on average.
+  """Accepts all micro-gradients whose nearest neighbors are within tau on average.
 
   The distance of each is the mean distance to its `number` nearest others (or to all
   valid others, if there are fewer). Independent of the order. For many micro-gradients
   of few examples, which agree within a class but hardly with the overall sum.
 
   Args:
-    number: the number of neighbours, at least 1.
+    number: the number of neighbors, at least 1.
     distance: 'cosine' or 'euclidean', see :func:`sequential`.
     softness: see :func:`sequential`.
 
@@ -190,7 +189,7 @@ def nearest_neighbors(
 
 
 def multi_krum(num_wrong: int, num_kept: int | None = None) -> Rule:
-  r"""Multi-Krum: the mean of the micro-gradients that lie closest to their neighbours.
+  r"""Multi-Krum: the mean of the micro-gradients that lie closest to their neighbors.
 
   The score of each is the sum of the squared distances to its :math:`k - f - 2` nearest
   others, where f is `num_wrong`. The `num_kept` with the smallest scores are averaged.
@@ -202,7 +201,7 @@ def multi_krum(num_wrong: int, num_kept: int | None = None) -> Rule:
 
   Returns:
     A rule `(gram [k, k], valid [k], tau) -> Decision`. Its distances are half the mean
-    squared distances to these neighbours, relative to the largest norm: in [0, 2], and
+    squared distances to these neighbors, relative to the largest norm: in [0, 2], and
     cosine distances for vectors of equal norms.
 
   Raises:
@@ -225,9 +224,9 @@ def geometric_median(num_iterations: int = 8) -> Rule:
   the inverse of its distance from the last point as weight. Accepts all finite
   micro-gradients, with these weights. Independent of the order. `tau` is ignored.
 
-  Outliers pull the mean away. If f of k are far from the others, each iteration reduces
-  this by a factor of about `(k - f) / f`. Eight are enough if none is more than about
-  ten times as long as the others (see "Comparison with other aggregators").
+  If f of k are far from the others, each iteration reduces their pull on the result by
+  a factor of about `(k - f) / f`. Eight are enough if none is more than about ten times
+  as long as the others (see "Comparison with other aggregators").
 
   Args:
     num_iterations: at least 1; longer outliers need more.

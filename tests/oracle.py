@@ -1,6 +1,6 @@
 """GAF in NumPy float64, written from the paper's algorithm on flat vectors.
 
-Nothing here comes from the library: no Gram matrix, no scaling, no JAX.
+Independent of the library: no Gram matrix, no scaling, no JAX.
 """
 
 from typing import NamedTuple
@@ -9,15 +9,15 @@ import numpy as np
 
 
 class Result(NamedTuple):
-  gradient: list  # float64 or complex128 arrays, one for each leaf
+  gradient: list  # float64 or complex128, one array per leaf
   agreed: bool
   accepted: np.ndarray  # bool [k]
-  weights: np.ndarray  # [k], of sum 1 or all 0
-  distances: np.ndarray  # [k], NaN where nothing was compared
+  weights: np.ndarray  # [k], with sum 1, or all 0
+  distances: np.ndarray  # [k], NaN without a comparison
   finite: np.ndarray  # bool [k]
-  margin: float  # how near the closest comparison was to tau
-  # The least |sum|^2 / sum of |term|^2 of the sums that were compared: where it is
-  # small they cancelled, and rounding of the terms is magnified by its inverse.
+  margin: float  # between tau and the distance closest to it
+  # Minimum of |sum|^2 / sum of |term|^2 over the compared sums. If small, the sums
+  # cancelled, and rounding of the terms is magnified by its inverse.
   condition: float
 
 
@@ -27,7 +27,7 @@ def wide(x):
 
 
 def vectors(leaves, embed=None):
-  """[k, n] float64: each micro-gradient as one real vector."""
+  """Each micro-gradient as one real vector: [k, n] float64."""
   parts = []
   for leaf in leaves:
     leaf = wide(leaf)
@@ -60,7 +60,7 @@ def soft(d, tau, softness):
 
 
 def norm_scales(v, finite, ratio):
-  """`[k]`: what brings each down to `ratio` times the median norm."""
+  """Factors `[k]` that limit norms to `ratio` times the median norm."""
   norms = np.where(finite, np.linalg.norm(v, axis=1), 0)
   if ratio is None or not norms.any():
     return np.ones(len(v))
@@ -83,8 +83,8 @@ def decide(
 ):
   """(weights, accepted, distances, margin, condition), before two have to agree.
 
-  `start` is where a sequence starts; a zero never starts one. What has a microbatch
-  weight of 0 is not there. The weights do not contain the microbatch weights yet.
+  The sequence starts at `start`, but never with a zero. Microbatches of weight 0 are
+  skipped. The weights do not include the microbatch weights yet.
   """
   k = len(v)
   counts = np.ones(k) if microbatch_weights is None else microbatch_weights
@@ -148,7 +148,7 @@ def decide(
         weights[center], distances[center] = 1, np.nan
     else:
       assert rule in ("min_neighbors", "majority")
-      # More than half, or a fraction, of those that are there.
+      # More than half, or a fraction, of the valid ones.
       share = num_present // 2 + 1 if rule == "majority" else fraction * num_present
       needed = int(np.ceil(max(2, share) - 1e-9))
       accepted = finite & (counts_near >= needed)
@@ -160,7 +160,7 @@ def decide(
 
 
 def nearest_neighbors(v, finite, number, kind="cosine"):
-  """Distances `[k]`: the mean to the nearest others, NaN where there is none."""
+  """Mean distance `[k]` to the nearest others, NaN without any."""
   distances = np.full(len(v), np.nan)
   for i in np.flatnonzero(finite):
     others = [distance(v[i], v[j], kind) for j in np.flatnonzero(finite) if j != i]
@@ -170,7 +170,7 @@ def nearest_neighbors(v, finite, number, kind="cosine"):
 
 
 def krum_scores(v, num_wrong):
-  """The sum of squared distances to the n - f - 2 nearest others, as in the paper."""
+  """Sum of squared distances to the n - f - 2 nearest others, as in the paper."""
   n = len(v)
   pairs = ((v[:, None] - v[None]) ** 2).sum(-1)
   return np.array(
@@ -179,7 +179,7 @@ def krum_scores(v, num_wrong):
 
 
 def geometric_median(v, num_iterations):
-  """Weiszfeld's iteration on the vectors themselves, from their mean on."""
+  """Weiszfeld's iteration on the vectors, starting at their mean."""
   point = v.mean(axis=0)
   for _ in range(num_iterations):
     inverse = 1 / np.maximum(np.linalg.norm(v - point, axis=1), 1e-9)
@@ -196,7 +196,7 @@ def gaf(
   max_norm_ratio=None,
   **options,
 ):
-  """The filtered mean of stacked leaves `[k, *shape]`, one decision for all."""
+  """The filtered mean of stacked leaves `[k, *shape]`, in one group."""
   leaves = [wide(x) for x in leaves]
   k = leaves[0].shape[0]
   counts = np.ones(k)
@@ -229,7 +229,7 @@ def gaf(
 
 
 def noise_scale(leaves):
-  """Trace of the covariance over the squared mean, both without bias."""
+  """Trace of the covariance over the squared mean, both unbiased."""
   v = vectors(leaves)
   v = v[np.isfinite(v).all(axis=1)]
   v = v / np.abs(v).max()
@@ -240,7 +240,7 @@ def noise_scale(leaves):
 
 
 def remember(steps, decay):
-  """Mean and weight `[k, k]` of the cosines of pairs over steps of vectors `[k, n]`."""
+  """Mean cosine and weight `[k, k]` of each pair over steps of vectors `[k, n]`."""
   k = len(steps[0])
   mean, weight = np.zeros((k, k)), np.zeros((k, k))
   for v in steps:
@@ -255,7 +255,7 @@ def remember(steps, decay):
 
 
 def adaptive_threshold(distances):
-  """The tau that `adaptive_tau` reads off finite distances `[n]`."""
+  """The threshold of `adaptive_tau` for finite distances `[n]`."""
   n = len(distances)
   similarity = (1 - np.sort(distances)[: (n + 1) // 2]).mean()
   share = min(1 - np.sqrt(2 / n), 7 / 8) if n > 1 else 0
@@ -263,7 +263,7 @@ def adaptive_threshold(distances):
 
 
 def majority(mean, weight):
-  """Of each the cosine to its (k // 2)-th nearest other, and its steps, `[k]`."""
+  """Cosine of each source to its (k // 2)-th nearest other, and its number of steps."""
   k = len(mean)
   agreement, num_steps = np.full(k, np.nan), np.zeros(k)
   for i in range(k):

@@ -1,4 +1,4 @@
-"""What programs send and hold, compiled for TPUs and GPUs that are not attached."""
+"""Communication and memory in programs compiled for absent TPUs and GPUs."""
 
 import functools
 import json
@@ -12,10 +12,10 @@ import pytest
 import accelerators
 
 SMALL = "small"
-# Of several megabytes, and with leaves of more axes, whose layouts differ.
+# Several megabytes, and leaves with more axes and different layouts.
 LARGE = "1000x1000,700,3x3x128x256,512x100"
-# Stacks of whole tiles on TPU: arguments of other shapes lie there with k among the
-# tile's own axes, and are turned round once, by a copy of theirs.
+# Stacks of whole tiles on TPU. In other shapes, k is one of the axes of a tile, and XLA
+# copies the argument once into another layout.
 SHAPED = "3x3x256x512,512x1024,3x3x64x64,700,64,512x128"
 
 ACROSS = {
@@ -30,9 +30,9 @@ ALONE = {
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory):
-  """What the forms of a target cost, by target and tree; compiled once for a session.
+  """Costs of all forms by target and tree, compiled once per session.
 
-  Workers of pytest-xdist share the results by a file.
+  The workers of pytest-xdist share them through a file.
   """
   folder = tmp_path_factory.getbasetemp()
   if "PYTEST_XDIST_WORKER" in os.environ:
@@ -57,7 +57,7 @@ def compiled(tmp_path_factory):
 
   def row(target, tree, form, forms):
     with pytest.MonkeyPatch.context() as patch:
-      # Not those of tests/conftest.py. What is left out changes code and no buffers.
+      # Not the flags of tests/conftest.py. The skipped passes do not affect buffers.
       flags = "--xla_llvm_disable_expensive_passes=true"
       patch.setenv("XLA_FLAGS", flags if target.startswith("h100") else "")
       found = rows(target, tree, forms)[form]
@@ -67,16 +67,14 @@ def compiled(tmp_path_factory):
   return row
 
 
-# Parameters of a fixture of the session: tests of a target follow each other.
+# Session-scoped parameters, so that pytest groups the tests by target.
 @pytest.fixture(scope="session", params=["v5e:2x4", "h100:8"])
 def across(request, compiled):
-  """A function of tree and form."""
   return lambda tree, form: compiled(request.param, tree, form, tuple(ACROSS[tree]))
 
 
 @pytest.fixture(scope="session", params=["v5e:1x1", "h100:1"])
 def alone(request, compiled):
-  """A function of tree and form."""
   return lambda tree, form: compiled(request.param, tree, form, tuple(ALONE[tree]))
 
 
@@ -84,22 +82,22 @@ def alone(request, compiled):
   "tree, form", [(tree, form) for tree in ACROSS for form in ACROSS[tree]]
 )
 def test_sends_what_the_mean_sends(across, tree, form):
-  """The Gram matrix and padding count; an anchor sends half as much again."""
+  """Up to the Gram matrix and padding; 1.5 times as much with an anchor."""
   row = across(tree, form)
-  half = row["size"] * 7 / 8  # Of an all-reduce: what a sharded result needs.
-  if form == "on_shards":  # XLA makes an all-reduce of the mean of some leaves.
+  half = row["size"] * 7 / 8  # Half an all-reduce: enough for a sharded result.
+  if form == "on_shards":  # XLA all-reduces the mean of some leaves.
     assert row["own"]["sent"] <= 1.01 * half <= row["mean"]["sent"] * 1.02
     return
   assert row["mean"]["sent"] == pytest.approx(2 * half)
   most = (1.51 if form == "anchor" else 1.01) * row["mean"]["sent"]
-  if form == "leaf":  # The slice of each of five leaves is padded to 128 values.
+  if form == "leaf":  # Slices of five leaves, each padded to 128 values.
     most += 2 * 7 / 8 * 5 * 127 * 8 * 4
   assert row["own"]["sent"] <= most
 
 
 @pytest.mark.parametrize("form", [form for form in ACROSS[SMALL] if form != "anchor"])
 def test_collectives_of_an_ordinary_step(across, form):
-  """To the slices, the Gram matrix, and back; of two dtypes, to and back for each."""
+  """Exchange, Gram matrix, and exchange back; one exchange per dtype."""
   own = across(SMALL, form)["own"]
   assert sum(own["collectives"].values()) <= (5 if form == "mixed" else 3)
   assert own["rare"] <= 2
@@ -114,7 +112,7 @@ def test_a_stack_is_not_copied(alone, form):
 @pytest.mark.parametrize("form", ALONE[SHAPED])
 def test_memory_beside_a_stack(alone, form):
   row = alone(SHAPED, form)
-  # Of many rows the sums are kept in float32, until they are rounded: 2 P of bfloat16.
+  # Sums of many rows stay in float32 until they are rounded: 2 P of bfloat16.
   most = 2.2 if form == "k32_bfloat16" else 1.1
   assert row["own"]["temporary"] <= most * row["size"]
 
@@ -131,7 +129,7 @@ def test_streamed_forms_keep_one_mean_more_than_optax(alone, form):
 
 
 def _fake_processes(monkeypatch, *outcomes):
-  """Processes that print lines and end with a code; returns the commands."""
+  """Processes that print lines and exit with a code; returns the commands."""
   commands, left = [], list(outcomes)
 
   def run(command, **kwargs):

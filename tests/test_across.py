@@ -1,4 +1,4 @@
-"""The filter across devices, in every form of mapping, held to the oracle."""
+"""The filter across devices, in every mapping, against the oracle."""
 
 import functools
 import re
@@ -13,23 +13,23 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import across
-import forms
+import device_mappings
 import gaf_optax
 import oracle
+import reference_forms
 from gaf_optax import _exchange, rules
 
-N = across.N
+N = device_mappings.N
 CHECKED = (AxisType.Auto, True)
 TAU = 0.8
-# Sizes that 8 does not divide, one of them none.
+# Sizes that 8 does not divide, and an empty leaf.
 SHAPES = {"w": (5, 7), "b": (17,), "s": (), "e": (0, 3)}
 DTYPES = {"h": ((30,), jnp.bfloat16), "c": ((3,), np.complex64)}
 
 
 def bad_stack(seed=0, shapes=SHAPES):
-  """With a NaN, an Inf, a row of zeros, and one that is far too long."""
-  tree = across.stack(N, shapes, seed)
+  """A stack with a NaN, an Inf, a row of zeros, and a far too long row."""
+  tree = device_mappings.stack(N, shapes, seed)
   tree["w"][0, 2, 3] = np.nan
   tree["b"][3] *= 1e12
   tree["s"][5] = -np.inf
@@ -39,7 +39,7 @@ def bad_stack(seed=0, shapes=SHAPES):
 
 
 def update(tx, params=None, **extra):
-  """`tx.update` of a member, on the first step."""
+  """`tx.update` on one device, at the first step."""
 
   def run(micro_grads, **extra):
     like = params
@@ -51,7 +51,7 @@ def update(tx, params=None, **extra):
 
 
 def steps_of(tx, params):
-  """All steps `[steps, ...]` of a member: the last state, and each's gradient."""
+  """Gradients and states of all steps `[steps, ...]` on one device."""
 
   def run(steps, **extra):
     def one(state, x):
@@ -65,7 +65,7 @@ def steps_of(tx, params):
 
 
 def assert_close(found, expected):
-  """Of the dtype of `found`, relative to what is largest."""
+  """Absolute tolerance by dtype, relative to the largest value."""
   found = np.asarray(found)
   assert found.shape == np.shape(expected)
   scale = max(np.max(np.abs(expected), initial=0), 1)
@@ -75,21 +75,28 @@ def assert_close(found, expected):
   )
 
 
-@pytest.mark.parametrize("how", across.ALL, ids=across.name)
-def test_every_mapping_is_the_oracle(how, monkeypatch):
-  """Two steps of all dtypes, the first with what is bad, in several exchanges."""
+@pytest.mark.parametrize("mapping", device_mappings.ALL, ids=device_mappings.name)
+def test_every_mapping_is_the_oracle(mapping, monkeypatch):
+  """Two steps with all dtypes and several exchanges, the first with bad rows."""
   monkeypatch.setattr(_exchange, "_BUCKET", 1)
-  steps = [bad_stack(4, SHAPES | DTYPES), across.stack(N, SHAPES | DTYPES, 5, 0.7)]
-  for x in steps[1].values():  # Accepted, and its length cut down.
+  steps = [
+    bad_stack(4, SHAPES | DTYPES),
+    device_mappings.stack(N, SHAPES | DTYPES, 5, 0.7),
+  ]
+  for x in steps[1].values():  # Accepted, and scaled down.
     x[4] *= np.asarray(10, x.dtype)
   weights = np.array([[2, 1, 0, 1, 2, 1, 1, 3], [1, 1, 1, 2, 1, 0, 1, 1]], np.float32)
   options = dict(num_microbatches=N, max_norm_ratio=2.0)
   tx = gaf_optax.gaf(TAU, axis_name="data", **options)
-  run = steps_of(tx, across.params_of(steps[0] | {"n": np.ones((N, 2), np.int32)}))
+  run = steps_of(
+    tx, device_mappings.params_of(steps[0] | {"n": np.ones((N, 2), np.int32)})
+  )
   of_members = {n: np.stack([s[n] for s in steps], axis=1) for n in steps[0]}
   of_members["n"] = np.ones((N, 2, 2), np.int32)
   member = lambda x: run(x[0], microbatch_weights=x[1])
-  gradient, state = across.mapped(member, (of_members, weights.T.copy()), how)
+  gradient, state = device_mappings.mapped(
+    member, (of_members, weights.T.copy()), mapping
+  )
   for x in jax.tree.leaves((gradient, state)):
     x = np.asarray(x)
     for other in x[1:]:
@@ -105,7 +112,7 @@ def test_every_mapping_is_the_oracle(how, monkeypatch):
       assert_close(gradient[name][0, i], value)
     np.testing.assert_array_equal(state.accepted[0, i], want.accepted)
     np.testing.assert_allclose(
-      forms.compared(state.distances[0, i]), want.distances, atol=1e-5
+      reference_forms.compared(state.distances[0, i]), want.distances, atol=1e-5
     )
     nonfinite += (~want.finite & (own > 0)).sum()
     assert state.nonfinite[0, i] == nonfinite
@@ -126,9 +133,13 @@ OPTIONS = {
 
 
 def test_options_do_what_they_do_on_a_stack():
-  """And all of it is typed as replicated: `out_specs=P()` passes the check."""
-  steps = [across.stack(N, SHAPES, 5), bad_stack(6), across.stack(N, SHAPES, 7)]
-  params = across.params_of(steps[0])
+  """The result is typed as replicated: `out_specs=P()` passes the check."""
+  steps = [
+    device_mappings.stack(N, SHAPES, 5),
+    bad_stack(6),
+    device_mappings.stack(N, SHAPES, 7),
+  ]
+  params = device_mappings.params_of(steps[0])
 
   def run_all(steps, **where):
     return {
@@ -142,7 +153,7 @@ def test_options_do_what_they_do_on_a_stack():
   want = jax.jit(run_all)(together)
   of_members = jax.tree.map(lambda x: np.swapaxes(x, 0, 1).copy(), together)
   member = lambda mine: run_all(mine, axis_name="data")
-  got = across.mapped(member, of_members, (AxisType.Explicit, True), out=P())
+  got = device_mappings.mapped(member, of_members, (AxisType.Explicit, True), out=P())
   for name in OPTIONS:
     gradients, states = zip(got[name], want[name])
     for path, x in jax.tree_util.tree_leaves_with_path(gradients[1]):
@@ -158,49 +169,51 @@ def test_options_do_what_they_do_on_a_stack():
     jax.tree.map(assert_close, *(s.memory for s in states))
 
 
-@pytest.mark.parametrize("how", ["vmap", CHECKED], ids=across.name)
-def test_a_tuple_of_axes(how):
-  """Members lie in the order of the tuple, the first name the slowest."""
-  tree = across.stack(N, SHAPES, 1)
+@pytest.mark.parametrize("mapping", ["vmap", CHECKED], ids=device_mappings.name)
+def test_a_tuple_of_axes(mapping):
+  """Devices are numbered in the order of the tuple; the last name varies fastest."""
+  tree = device_mappings.stack(N, SHAPES, 1)
   leaves = list(tree.values())
   want = oracle.gaf([x[np.arange(N).reshape(2, 4).T.ravel()] for x in leaves], TAU)
   other = oracle.gaf(leaves, TAU)
   assert np.nanmax(np.abs(np.sort(want.distances) - np.sort(other.distances))) > 1e-3
   tx = gaf_optax.gaf(TAU, axis_name=("b", "a"), num_microbatches=N)
-  gradient, state = across.mapped(update(tx), tree, how, names=("a", "b"), shape=(2, 4))
-  found = forms.compared(state.distances[5])
+  gradient, state = device_mappings.mapped(
+    update(tx), tree, mapping, names=("a", "b"), shape=(2, 4)
+  )
+  found = reference_forms.compared(state.distances[5])
   np.testing.assert_allclose(found, want.distances, atol=1e-5)
   assert_close(gradient["w"][5], want.gradient[0])
 
 
 def test_several_on_each_member():
-  """`stacked=True` filters all n * k_local together, in member order."""
-  tree = across.stack(3 * N, SHAPES, 2)
+  """`stacked=True` filters all n * k_local together, in device order."""
+  tree = device_mappings.stack(3 * N, SHAPES, 2)
   weights = np.random.default_rng(2).integers(0, 4, 3 * N).astype(np.float32)
   want = oracle.gaf(list(tree.values()), TAU, microbatch_weights=weights)
   assert want.margin > 1e-3 and (weights == 0).any()
   parted = jax.tree.map(lambda x: x.reshape(N, 3, *x.shape[1:]), (tree, weights))
   tx = gaf_optax.gaf(TAU, axis_name="data", stacked=True, num_microbatches=3 * N)
-  run = update(tx, across.params_of(tree))
+  run = update(tx, device_mappings.params_of(tree))
   member = lambda x: run(x[0], microbatch_weights=x[1])
-  gradient, state = across.mapped(member, parted, CHECKED)
+  gradient, state = device_mappings.mapped(member, parted, CHECKED)
   np.testing.assert_array_equal(state.accepted[7], want.accepted)
-  found = forms.compared(state.distances[7])
+  found = reference_forms.compared(state.distances[7])
   np.testing.assert_allclose(found, want.distances, atol=1e-5)
   assert_close(gradient["w"][7], want.gradient[0])
 
 
 def test_two_levels_are_a_chain():
-  """First the micro-gradients of each device, then those of the devices."""
-  tree = across.stack(3 * N, {"w": (5, 7), "b": (17,)}, 3)
+  """First the micro-gradients of each device, then their means."""
+  tree = device_mappings.stack(3 * N, {"w": (5, 7), "b": (17,)}, 3)
   parted = jax.tree.map(lambda x: x.reshape(N, 3, *x.shape[1:]), tree)
   tx = optax.chain(gaf_optax.gaf(0.45), gaf_optax.gaf(1.0, axis_name="data"))
-  params = across.params_of(tree)
+  params = device_mappings.params_of(tree)
 
   def member(mine):
     return tx.update(mine, tx.init(params), params)[0]
 
-  got = across.mapped(member, parted, CHECKED)
+  got = device_mappings.mapped(member, parted, CHECKED)
   first = [oracle.gaf([parted["w"][i], parted["b"][i]], 0.45) for i in range(N)]
   assert {level.agreed for level in first} == {True, False}
   second = oracle.gaf(
@@ -212,15 +225,15 @@ def test_two_levels_are_a_chain():
 
 @pytest.mark.parametrize("n, k_local", [(1, 3), (7, 2)])
 def test_sizes_that_do_not_divide(n, k_local, monkeypatch):
-  """A group for each leaf, in several exchanges, the first of them without a value."""
+  """A group per leaf and several exchanges, the first of them empty."""
   monkeypatch.setattr(_exchange, "_BUCKET", 1)
   k = n * k_local
   shapes = {"e": (0, 2), "s": (), "a": (3, 4, 5), "long": (9000,), "z": (5,)}
-  tree = across.stack(k, shapes, 4)
+  tree = device_mappings.stack(k, shapes, 4)
   tx = gaf_optax.gaf(TAU, groups="leaf", axis_name="data", stacked=True)
   parted = jax.tree.map(lambda x: x.reshape(n, k_local, *x.shape[1:]), tree)
-  run = update(tx, across.params_of(tree))
-  gradient, state = across.mapped(run, parted, "vmap", shape=(n,))
+  run = update(tx, device_mappings.params_of(tree))
+  gradient, state = device_mappings.mapped(run, parted, "vmap", shape=(n,))
   results = {name: oracle.gaf([x], TAU) for name, x in tree.items()}
   for name, want in results.items():
     assert want.margin > 1e-4 and gradient[name].shape[1:] == shapes[name]
@@ -235,7 +248,7 @@ FAULTS = ["good"] * 5 + ["nan", "inf", "huge", "zero", "stale"]
 @functools.cache
 def _compiled(rule):
   tx = gaf_optax.gaf(TAU, rule=rule, axis_name="data", num_microbatches=N)
-  grid = across.mesh()
+  grid = device_mappings.mesh()
 
   def member(rows):
     mine = jax.tree.map(lambda x: x[0], rows)
@@ -252,9 +265,11 @@ def _compiled(rule):
   st.integers(0, 2**32 - 1),
 )
 def test_a_bad_device_never_poisons_the_update(faults, distance, seed):
-  """NaN, infinities and zeros are never in the result, and with the Euclidean
-  distance neither is what is 1e15 times too long. (The cosine distance does not
-  see lengths: what it accepts is what the algorithm says.)"""
+  """NaN, infinite and zero micro-gradients never enter the result.
+
+  Nor, with the Euclidean distance, do vectors that are 1e15 times too long. The cosine
+  distance ignores lengths, so the algorithm may accept them.
+  """
   rng = np.random.default_rng(seed)
   common = rng.standard_normal(40)
   rows = common + rng.standard_normal((N, 40))
@@ -275,7 +290,7 @@ def test_a_bad_device_never_poisons_the_update(faults, distance, seed):
   want = oracle.gaf(list(leaves.values()), TAU, kind=distance)
   made = rules.sequential(distance)
   stacked = {
-    name: jax.device_put(x, NamedSharding(across.mesh(), P("data")))
+    name: jax.device_put(x, NamedSharding(device_mappings.mesh(), P("data")))
     for name, x in leaves.items()
   }
   gradient, state = _compiled(made)(stacked)
@@ -295,7 +310,7 @@ def test_a_bad_device_never_poisons_the_update(faults, distance, seed):
 
 
 def summed_gradients(axis, filtered):
-  """Gradients of replicated parameters, which the check sums over the members."""
+  """Gradients of replicated parameters, which `check_vma` sums over the devices."""
 
   def member(x):
     params = {"w": jnp.ones(4)}
@@ -303,7 +318,9 @@ def summed_gradients(axis, filtered):
     return filtered(grads, params)
 
   x = jnp.asarray(np.random.default_rng(0).standard_normal((N, 4)), jnp.float32)
-  return x, lambda how: across.mapped(member, x, how, names=(axis,), out=P())
+  return x, lambda mapping: device_mappings.mapped(
+    member, x, mapping, names=(axis,), out=P()
+  )
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
@@ -316,14 +333,14 @@ def test_gradients_that_are_summed_already_are_refused(kind):
 
 
 def test_pmean_of_summed_gradients_is_n_times_the_mean():
-  """What the guide says of the same mistake without the filter."""
+  """The same mistake without the filter, as in the guide."""
   x, run = summed_gradients("data", lambda g, _: jax.lax.pmean(g, "data"))
   np.testing.assert_allclose(run(CHECKED)["w"], N * x.mean(0), rtol=1e-5)
 
 
 def test_gradients_of_parameters_that_vary():
-  """The remedy, in a training step; a parameter without a gradient, too."""
-  x = across.stack(N, {"w": (17,)})["w"]
+  """The remedy in a training step, with a parameter that has no gradient."""
+  x = device_mappings.stack(N, {"w": (17,)})["w"]
   tx = gaf_optax.apply_if_agreed(optax.sgd(1.0), TAU, axis_name="data")
   params = {"w": jnp.ones(17), "unused": jnp.ones(3)}
 
@@ -337,7 +354,7 @@ def test_gradients_of_parameters_that_vary():
     one = lambda carry, _: (step(*carry, x), None)
     return jax.lax.scan(one, (params, state), length=3)[0]
 
-  grid = across.mesh()
+  grid = device_mappings.mesh()
   mapped = jax.jit(
     jax.shard_map(steps, mesh=grid, in_specs=(P(), P(), P("data")), out_specs=P())
   )
@@ -349,8 +366,10 @@ def test_gradients_of_parameters_that_vary():
 
 def test_inject_hyperparams():
   make = optax.inject_hyperparams(gaf_optax.gaf, static_args=("axis_name",))
-  tree = across.stack(N, {"b": (17,)}, 4)
-  got, _ = across.mapped(update(make(tau=0.5, axis_name="data")), tree, CHECKED)
+  tree = device_mappings.stack(N, {"b": (17,)}, 4)
+  got, _ = device_mappings.mapped(
+    update(make(tau=0.5, axis_name="data")), tree, CHECKED
+  )
   want, usual = (oracle.gaf([tree["b"]], tau) for tau in (0.5, 0.97))
   assert not np.allclose(want.gradient[0], usual.gradient[0], atol=1e-3)
   np.testing.assert_allclose(got["b"][0], want.gradient[0], atol=2e-6)

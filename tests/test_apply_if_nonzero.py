@@ -1,4 +1,4 @@
-"""An optimizer that is left out where the gradient is all zeros."""
+"""An optimizer that is skipped on steps whose gradient is all zeros."""
 
 import chex
 import jax
@@ -8,11 +8,11 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-import across
+import device_mappings
 import gaf_optax
-import steps
+import known_steps
 
-# Optimizers of Optax mix dtypes.
+# Optax's optimizers mix dtypes.
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 PARAMS = {"w": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(3)}
@@ -54,7 +54,7 @@ def test_zeros_leave_the_state_of_inner_alone_and_are_counted(jitted):
   for number, grads in enumerate((zeros(), negative, zeros()), 1):
     before = state.inner_state
     updates, state = update(grads, state, PARAMS)
-    chex.assert_trees_all_equal(updates, zeros())  # no weight decay either
+    chex.assert_trees_all_equal(updates, zeros())  # Also no weight decay.
     chex.assert_trees_all_equal(state.inner_state, before)
     assert int(state.skipped_steps) == number
   _, state = update(gradient(1), state, PARAMS)
@@ -64,7 +64,7 @@ def test_zeros_leave_the_state_of_inner_alone_and_are_counted(jitted):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_what_is_not_finite_is_not_zero(value):
-  """It goes to `inner`, whose business it is."""
+  """`inner` receives it."""
   tx = gaf_optax.apply_if_nonzero(optax.sgd(1.0))
   grads = zeros()
   grads["b"] = grads["b"].at[0].set(value)
@@ -87,7 +87,7 @@ class TestOtherLeaves:
   params = {"w": jnp.ones(2), "n": jnp.arange(3), "none": None}
 
   def run(self, grads):
-    """With an optimizer of the floating-point leaves."""
+    """An optimizer that only updates the floating-point leaves."""
     is_float = jax.tree.map(
       lambda p: jnp.issubdtype(p.dtype, jnp.floating), self.params
     )
@@ -116,10 +116,10 @@ class TestOtherLeaves:
 
 @pytest.mark.parametrize("check", [True, False])
 def test_inner_runs_on_all_devices_where_one_has_something(check):
-  """Parameters sharded over devices, of which one alone has a gradient, or none."""
+  """Only one device has a nonzero gradient of the sharded parameters, or none has."""
   inner = optax.sgd(1.0, momentum=0.5)
   tx = gaf_optax.apply_if_nonzero(inner, param_axes="data")
-  params = {"sharded": jnp.zeros((across.N, 2)), "whole": jnp.zeros(3)}
+  params = {"sharded": jnp.zeros((device_mappings.N, 2)), "whole": jnp.zeros(3)}
   specs = {"sharded": P("data"), "whole": P()}
   state = tx.init(params)
   state_specs = optax.tree_map_params(
@@ -128,21 +128,24 @@ def test_inner_runs_on_all_devices_where_one_has_something(check):
   update = jax.jit(
     jax.shard_map(
       tx.update,
-      mesh=across.mesh(),
+      mesh=device_mappings.mesh(),
       in_specs=(specs, state_specs),
       out_specs=(specs, state_specs),
       check_vma=check,
     )
   )
-  start = {"sharded": jnp.ones((across.N, 2)), "whole": jnp.zeros(3)}
-  one = {"sharded": jnp.zeros((across.N, 2)).at[5, 1].set(2.0), "whole": jnp.zeros(3)}
+  start = {"sharded": jnp.ones((device_mappings.N, 2)), "whole": jnp.zeros(3)}
+  one = {
+    "sharded": jnp.zeros((device_mappings.N, 2)).at[5, 1].set(2.0),
+    "whole": jnp.zeros(3),
+  }
   none = jax.tree.map(jnp.zeros_like, params)
   wanted_state = inner.init(params)
   for number, grads in enumerate((start, one, none)):
     updates, state = jax.block_until_ready(update(grads, state))
     if grads is none:
       wanted = none
-    else:  # Momentum moves all of them.
+    else:  # Momentum changes all of them.
       wanted, wanted_state = inner.update(grads, wanted_state)
     chex.assert_trees_all_equal(updates, wanted)
     chex.assert_trees_all_equal(state.inner_state, wanted_state)
@@ -150,13 +153,15 @@ def test_inner_runs_on_all_devices_where_one_has_something(check):
 
 
 def test_excluded_leaves_are_zero_on_a_step_without_agreement():
-  """Else their plain mean would run an optimizer that has to stay as it was."""
-  agreeing, opposed = steps.make("all", 0), steps.make("none", 1)
+  """Otherwise their plain mean would run an optimizer that must not change."""
+  agreeing, opposed = known_steps.make("all", 0), known_steps.make("none", 1)
   loss = lambda p, rows: sum(jnp.vdot(p[name], rows[name][0]) for name in p)
   groups = lambda path, leaf: None if path[0].key == "b" else "decides"
-  filtered = jax.jit(gaf_optax.value_and_grad(loss, steps.K, steps.TAU, groups=groups))
+  filtered = jax.jit(
+    gaf_optax.value_and_grad(loss, known_steps.K, known_steps.TAU, groups=groups)
+  )
   tx = gaf_optax.apply_if_nonzero(ADAMW)
-  params = steps.params()
+  params = known_steps.params()
   state = tx.init(params)
   for step, number in ((agreeing, 1), (opposed, 1), (agreeing, 2)):
     _, grads, _ = filtered(params, step.micro_grads)
@@ -168,18 +173,18 @@ def test_excluded_leaves_are_zero_on_a_step_without_agreement():
 
 
 def test_as_apply_if_agreed_on_the_same_micro_gradients():
-  """`value_and_grad` of a linear loss, whose micro-gradients are the batch's rows."""
-  stacked = gaf_optax.apply_if_agreed(ADAMW, steps.TAU)
+  """`value_and_grad` of a linear loss: the batch's rows are the micro-gradients."""
+  stacked = gaf_optax.apply_if_agreed(ADAMW, known_steps.TAU)
   streamed = gaf_optax.apply_if_nonzero(ADAMW)
   loss = lambda p, rows: sum(
     jnp.vdot(p[name], jnp.mean(rows[name], axis=0)) for name in p
   )
-  params = steps.params()
+  params = known_steps.params()
   state, streamed_state = stacked.init(params), streamed.init(params)
-  filtered = jax.jit(gaf_optax.value_and_grad(loss, steps.K, steps.TAU))
+  filtered = jax.jit(gaf_optax.value_and_grad(loss, known_steps.K, known_steps.TAU))
   skipped = 0
-  for i, step in enumerate(steps.sequence()):
-    micro_grads = steps.in_order(step.micro_grads, i)
+  for i, step in enumerate(known_steps.sequence()):
+    micro_grads = known_steps.in_order(step.micro_grads, i)
     updates, state = jax.jit(stacked.update)(micro_grads, state, params)
     _, grads, _ = filtered(params, step.micro_grads)
     found, streamed_state = jax.jit(streamed.update)(grads, streamed_state, params)
@@ -190,5 +195,5 @@ def test_as_apply_if_agreed_on_the_same_micro_gradients():
     skipped += not step.accepted
     assert int(streamed_state.skipped_steps) == skipped
     params = optax.apply_updates(params, updates)
-  assert 0 < skipped < len(steps.MIXED)
+  assert 0 < skipped < len(known_steps.MIXED)
   assert int(gaf_optax.metrics(state)["skipped_steps"]) == skipped

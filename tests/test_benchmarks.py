@@ -1,4 +1,4 @@
-"""Benchmarks: how times are taken and compared, and every section."""
+"""Benchmarks: timing, comparison, and every section."""
 
 import re
 
@@ -15,7 +15,7 @@ LONG = {"by_example": pytest.mark.long}
 
 @pytest.fixture
 def clock(monkeypatch):
-  """A clock that only moves when it is told to."""
+  """A clock that the test sets."""
   now = [0.0]
   monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
   return now
@@ -27,7 +27,7 @@ def test_programs_take_turns_and_the_first_round_does_not_count(clock):
   def take(name, seconds):
     def run():
       order.append(name)
-      # The first round, which compiles and warms up, is slower.
+      # The first round compiles and warms up, so it is slower.
       clock[0] += seconds + (100 if len(order) <= 3 else 0)
 
     return run
@@ -39,7 +39,7 @@ def test_programs_take_turns_and_the_first_round_does_not_count(clock):
 
 
 def test_a_ratio_is_that_of_neighbours_and_not_of_medians():
-  # The machine becomes 10 times slower in the middle; each pair says 2.
+  # The machine slows down by 10 in the middle; the ratio is 2 in each pair.
   seconds = {"base": [1, 1, 10, 10, 10], "other": [2, 2, 20, 20, 20]}
   milliseconds, ratios = measure.ratios(seconds, "base")
   assert milliseconds == 10_000

@@ -1,4 +1,4 @@
-"""A run that is saved in the middle goes on bit for bit."""
+"""A run that is saved in the middle resumes bit for bit."""
 
 import copy
 import pickle
@@ -13,12 +13,12 @@ import pytest
 from flax import serialization
 
 import gaf_optax
-import steps
+import known_steps
 
-# Made anew for each run, as a process that starts again would.
+# Created anew for each run, as in a restarted process.
 RUNS = {
   "chain": lambda: optax.chain(
-    gaf_optax.gaf(0.9, anchor_decay=0.5, num_microbatches=steps.K),
+    gaf_optax.gaf(0.9, anchor_decay=0.5, num_microbatches=known_steps.K),
     optax.adamw(0.1),
   ),
   "memory": lambda: optax.chain(
@@ -27,14 +27,14 @@ RUNS = {
       rule=gaf_optax.rules.min_neighbors(0.6),
       groups="leaf",
       memory_decay=0.9,
-      num_microbatches=steps.K,
+      num_microbatches=known_steps.K,
     ),
     optax.sgd(0.1, momentum=0.9),
   ),
   "apply_if_agreed": lambda: gaf_optax.apply_if_agreed(
     optax.adam(0.1), gaf_optax.target_accept_rate(0.3), groups="leaf"
   ),
-  # Three of the five micro-gradients of a cycle are in when the run is saved.
+  # The run is saved after three of the five micro-gradients of a cycle.
   "multi_steps": lambda: gaf_optax.multi_steps(
     optax.adam(0.1), 5, 0.9, anchor_decay=0.5, num_microbatches=5
   ),
@@ -45,11 +45,11 @@ SAVED, END = 8, 17
 
 def micro_grads(number, stacked):
   rng = np.random.default_rng(number)
-  leading = (steps.K,) if stacked else ()
+  leading = (known_steps.K,) if stacked else ()
   grads = {
     name: rng.normal(size=(*leading, *shape)) + 0.3 for name, shape in SHAPES.items()
   }
-  # A NaN now and then, so that the counters have something to count.
+  # Some NaNs, so that the counters are not zero.
   if number % 4 == 1:
     grads["bias"][..., 0] = np.nan
   return {
@@ -63,7 +63,7 @@ def initial_params():
 
 
 def train(name, carry, start):
-  """Parameters and state at SAVED and at END, by a program compiled anew."""
+  """Parameters and state at SAVED and at END, from a newly compiled program."""
   tx = RUNS[name]()
 
   @jax.jit
@@ -90,7 +90,7 @@ def through_orbax(name, saved, tmp_path):
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(tmp_path / "run", saved)
     checkpointer.wait_until_finished()
-  # Nothing but shapes of what is to come back.
+  # The restored tree is given by shapes only.
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   target = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
@@ -122,12 +122,12 @@ WAYS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def strict_promotion():
-  """Not here: Adam of Optax mixes dtypes."""
+  """Off for this module: Optax's Adam mixes dtypes."""
 
 
 @pytest.fixture(scope="module", params=RUNS)
 def run(request):
-  """Name, what was saved in the middle, and the end without interruption."""
+  """The name, the state saved in the middle, and the end of an uninterrupted run."""
   name = request.param
   return name, *train(name, begin(name), 0)
 

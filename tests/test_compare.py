@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-import across
-import forms
+import device_mappings
 import gaf_optax
 import oracle
+import reference_forms
 from gaf_optax import _two_pass, rules
 
 BATCH = 24
@@ -51,7 +51,7 @@ def stack(params, x, y, k):
 
 @pytest.fixture(params=["copies", "no copies"])
 def either_way(request, monkeypatch):
-  """Compared leaves small enough to be copied for each microbatch, and not."""
+  """Once with and once without a copy of the compared leaves for each microbatch."""
   if request.param == "no copies":
     monkeypatch.setattr(_two_pass, "_MAX_COPIED_VALUES", 0)
 
@@ -76,7 +76,9 @@ def test_the_gradient_is_the_weighted_mean_of_whole_micro_gradients(name, k):
   )
   assert margin > 1e-5 and 1 < accepted.sum() < k
   np.testing.assert_array_equal(agreement.accepted, accepted)
-  np.testing.assert_allclose(forms.compared(agreement.distances), distances, atol=1e-5)
+  np.testing.assert_allclose(
+    reference_forms.compared(agreement.distances), distances, atol=1e-5
+  )
   share = weights / weights.sum()
   np.testing.assert_allclose(agreement.weights, share, atol=1e-5)
   want = jax.tree.map(lambda g: np.tensordot(share, oracle.wide(g), 1), micro)
@@ -107,14 +109,14 @@ def test_everything_compared_is_the_stacked_form():
   indirect=["either_way"],
 )
 def test_a_bad_microbatch_never_comes_back(where, either_way):
-  """Through inputs, or through a loss whose compared gradient is finite."""
+  """Through the inputs, or through the loss while the compared gradient is finite."""
   params, (x, y) = network(), batch()
   if where == "input":
     x = x.at[5, 2].set(jnp.nan)
 
   def risky(params, x, y):
     value, aux = loss(params, x, y)
-    if where == "loss":  # 0 but for one example, infinite there; no gradient of it.
+    if where == "loss":  # Infinite for one example, without a gradient.
       value += jax.lax.stop_gradient(
         jnp.where(jnp.all(x == batch()[0][5][None]), jnp.inf, 0)
       )
@@ -151,17 +153,17 @@ def test_half_precision():
   chex.assert_trees_all_close(got, want, atol=2e-2)
 
 
-# The mappings themselves are proved in test_across.py.
+# test_across.py tests the mappings themselves.
 @pytest.mark.parametrize(
-  "how, local_k, copied",
+  "mapping, local_k, copied",
   [((AxisType.Auto, True), 3, False), ((AxisType.Auto, False), 1, True)],
   ids=["checked", "unchecked"],
 )
-def test_across_devices_it_is_the_whole_batch(how, local_k, copied, monkeypatch):
+def test_across_devices_it_is_the_whole_batch(mapping, local_k, copied, monkeypatch):
   if not copied:
     monkeypatch.setattr(_two_pass, "_MAX_COPIED_VALUES", 0)
   params, (x, y) = network(), batch()
-  n = across.N
+  n = device_mappings.N
   options = dict(rule=rules.leave_one_out(), compare=head, has_aux=True)
   whole = gaf_optax.value_and_grad(loss, n * local_k, 0.9, **options)
   (value, _), want, expected = jax.jit(whole)(params, x, y)
@@ -172,12 +174,12 @@ def test_across_devices_it_is_the_whole_batch(how, local_k, copied, monkeypatch)
     (value, _), grads, agreement = run(params, rows["x"], rows["y"])
     return value, grads, agreement
 
-  # Each replica's microbatches are those that stand together in the whole.
+  # The microbatches of each device are contiguous in the whole batch.
   own = lambda a: (
     a.reshape(-1, n, local_k, *a.shape[1:]).swapaxes(0, 1).reshape(n, -1, *a.shape[1:])
   )
   split = {"x": own(x), "y": own(y)}
-  got_value, grads, agreement = across.mapped(local, split, how)
+  got_value, grads, agreement = device_mappings.mapped(local, split, mapping)
   np.testing.assert_allclose(got_value, np.full(n, value), rtol=1e-5)
   for got, leaf in zip(jax.tree.leaves(grads), jax.tree.leaves(want)):
     for one in got:
@@ -237,11 +239,11 @@ def test_the_loss_is_a_real_scalar():
 
 @pytest.mark.usefixtures("compiled_as_users_do")
 def test_what_an_mlp_costs():
-  """Beside a step on the whole batch, by the compiled programs.
+  """Operations in the compiled program, relative to a step on the whole batch.
 
-  Not more than 1.15 times its operations plus the Gram product's. Of a loop the
-  compiler's count has one turn, so that most of the product is missing from it, and of
-  the branch for microbatches that are not finite, which is a step of its own, all.
+  At most 1.15 times as many, plus the Gram product. The compiler counts one iteration
+  of a loop, and so only a part of this product. It also counts the branch for
+  non-finite microbatches, which is another step.
   """
   size = 256
   num_inputs, width, num_classes = 784, 1024, 10
@@ -271,13 +273,13 @@ def test_what_an_mlp_costs():
   assert ours.cost_analysis()["flops"] <= 1.15 * operations + branch + product
   beside = plain.memory_analysis().temp_size_in_bytes
   stack = 4 * size * num_compared
-  # The copies and their gradients, and what the Gram product reads at a time.
+  # The copies, their gradients, and the blocks of the Gram product.
   assert ours.memory_analysis().temp_size_in_bytes <= beside + 2.25 * stack
 
 
 @pytest.mark.usefixtures("compiled_as_users_do")
 def test_one_forward_pass_behind_a_normalization():
-  """As many matrix products as a step, and those of the compared leaf's gradients."""
+  """As many matrix products as a step, plus those for the compared gradients."""
   x, y = jnp.ones((8, 4)), jnp.zeros((8, 1))
   params = {"a": jnp.ones((4, 64)), "b": jnp.ones((64, 64)), "head": jnp.ones((64, 1))}
 
@@ -293,5 +295,5 @@ def test_one_forward_pass_behind_a_normalization():
   )
   forward = "tensor<8x1x4xf32>, tensor<4x64xf32>"
   text = jax.jit(run).lower(params, x, y).as_text()
-  # One, and one in the branch for microbatches that are not finite.
+  # One, and one in the branch for non-finite microbatches.
   assert text.count(forward) == 2

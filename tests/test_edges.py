@@ -1,4 +1,4 @@
-"""The contract's table "Meanings at the edges", for every form it applies to."""
+"""The contract's table "Meanings at the edges", in all forms that it applies to."""
 
 import chex
 import jax
@@ -7,12 +7,14 @@ import numpy as np
 import optax
 import pytest
 
-import forms
 import gaf_optax
 import oracle
+import reference_forms
 from gaf_optax import rules
 
-every_form = pytest.mark.parametrize("form", forms.ALL.values(), ids=forms.ALL)
+every_form = pytest.mark.parametrize(
+  "form", reference_forms.ALL.values(), ids=reference_forms.ALL
+)
 
 
 def row(*values):
@@ -20,9 +22,9 @@ def row(*values):
 
 
 def tree(*rows):
-  """Two leaves, so that a decision has to see the whole tree.
+  """Two leaves, so that a decision needs the whole tree.
 
-  Four rows of three values almost everywhere: one program for most of these tests.
+  Most tests pass four rows of three values and share one program.
   """
   stack = np.stack(rows)
   return {"w": jnp.asarray(stack[:, :-1]), "b": jnp.asarray(stack[:, -1])}
@@ -102,7 +104,7 @@ ZERO = row(0, 0, 0)
 
 @every_form
 def test_zeros_anywhere_are_at_distance_1_and_start_nothing(form):
-  """Below a tau of 1 the result is that of the others, wherever the zeros are."""
+  """With tau below 1, the zeros do not change the result of the others."""
   for places in ([0], [1], [2], [3], [0, 1], [1, 3], [2, 3]):
     others = [row(1, 2, 3), row(3, -2, 1), row(1, 2, 2.5)]
     if len(places) == 2:
@@ -118,7 +120,7 @@ def test_zeros_anywhere_are_at_distance_1_and_start_nothing(form):
     np.testing.assert_allclose(filtered.distances[~is_zero], rest.distances, atol=1e-6)
     np.testing.assert_array_equal(filtered.weights[is_zero], 0)
     np.testing.assert_allclose(flat(filtered.gradient), (others[0] + others[-1]) / 2)
-    # From 1 on they are accepted, and counted in the mean.
+    # With tau of at least 1 they are accepted, and count in the mean.
     filtered = form(tree(*rows), 1.0)
     assert filtered.accepted == 4
     np.testing.assert_allclose(flat(filtered.gradient), np.mean(rows, 0), rtol=1e-6)
@@ -152,7 +154,7 @@ def test_nonfinite_micro_gradient_is_left_out(form):
       rest = np.delete(rows, place, axis=0)
       assert filtered.agreed and filtered.accepted == 3 and filtered.nonfinite == 1
       assert np.isnan(filtered.distances[place])
-      # The first finite one starts the sequence.
+      # The first finite row starts the sequence.
       assert np.isnan(filtered.distances[1 if place == 0 else 0])
       np.testing.assert_allclose(flat(filtered.gradient), rest.mean(0), rtol=1e-6)
 
@@ -169,7 +171,7 @@ BASE = [row(1, 2, 3), row(3, -2, 1), row(1, 2, 2.5), row(1.5, 2.5, 3)]
 
 
 def assert_is_the_oracle(filtered, rows, tau):
-  """Of rows whose decision is not near tau; the gradient up to the largest."""
+  """Rows whose decision is not near tau; errors relative to the largest value."""
   want = oracle.gaf(list(tree(*rows).values()), tau)
   assert want.margin > 1e-3 and 1 < want.accepted.sum() < len(rows)
   assert filtered.accepted == want.accepted.sum() and filtered.nonfinite == 0
@@ -182,7 +184,7 @@ def assert_is_the_oracle(filtered, rows, tau):
 
 @every_form
 def test_norms_from_1e_15_to_1e15_alike_and_mixed(form):
-  # Of the given rows the norms are 3.4 to 4.2.
+  # The rows have norms of 3.4 to 4.2.
   for scale in (3e-16, 1e-15, 1e-8, 1e-3, 1e8, 1e14, 2e14):
     assert_is_the_oracle(form(tree(*BASE), 0.3), BASE, 0.3)
     rows = [np.float32(scale) * r for r in BASE]
@@ -211,7 +213,7 @@ def test_a_norm_whose_square_overflows_counts_as_not_finite(form):
       assert np.isnan(filtered.distances[place])
       want = np.delete(rows, place, axis=0).mean(0)
       np.testing.assert_allclose(flat(filtered.gradient), want, rtol=1e-6)
-    # Where the square of each value alone does not.
+    # Here the square of each single value is finite.
     rows[place] = np.full(3, 1.3e19, np.float32)
     filtered = form(tree(*rows), 2.0)
     assert filtered.nonfinite == 1
@@ -262,7 +264,7 @@ def test_half_precision_accumulates_in_float32(form, dtype):
   filtered = form({"w": jnp.asarray(rows).astype(dtype)}, 0.4)
   assert filtered.gradient["w"].dtype == dtype and filtered.accepted == 4
   np.testing.assert_allclose(filtered.distances[1], 0.5, atol=1e-6)
-  # 1 and 1 + 2**-7 (or 2**-10) five times over: the mean is not a sum's rounding.
+  # Five times 1 + 2**-7 (or 2**-10): the mean must not be a rounded sum.
   step = 2.0**-7 if dtype == "bfloat16" else 2.0**-10
   near = jnp.full((5, size), 1 + step, dtype)
   gradient = form({"w": near}, 0.4).gradient["w"]
@@ -278,7 +280,7 @@ def test_half_precision_accumulates_in_float32(form, dtype):
 def test_float64_leaves_accumulate_in_float64(form, x64):
   a = np.array([1.0, 0.0])
   b = np.array([1.0, 1e-5])  # cosine distance 5e-11, invisible in float32
-  # Alone, and mixed with float32 leaves.
+  # Once without and once with a float32 leaf.
   for other in ({}, {"v": jnp.zeros((2, 1), jnp.float32)}):
     stack = {"w": jnp.asarray(np.stack([a, b])), **other}
     assert not form(stack, 1e-12).agreed
@@ -288,7 +290,9 @@ def test_float64_leaves_accumulate_in_float64(form, x64):
 
 
 stacked_and_streamed = pytest.mark.parametrize(
-  "form", [forms.stacked, forms.streamed], ids=["stacked", "streamed"]
+  "form",
+  [reference_forms.stacked, reference_forms.streamed],
+  ids=["stacked", "streamed"],
 )
 
 
@@ -338,7 +342,7 @@ def test_integer_and_float0_leaves_take_no_part():
   assert gradient["i"].dtype == jnp.int32 and gradient["i"].shape == (3,)
   assert not gradient["i"].any()
   assert gradient["f"].dtype == jax.dtypes.float0 and gradient["f"].shape == (2,)
-  for leaf in ("i", "f"):  # and in the streamed form
+  for leaf in ("i", "f"):  # Also in the streamed form.
     tx = gaf_optax.multi_steps(optax.identity(), 2)
     part = {"w": params["w"], leaf: params[leaf]}
     state, update = tx.init(part), jax.jit(tx.update)
@@ -383,7 +387,7 @@ class TestErrors:
       assert part in str(caught.value)
 
   def test_plain_gradients(self):
-    params = {"w": jnp.ones((3, 2)), "b": jnp.ones(3)}  # a batch of three?
+    params = {"w": jnp.ones((3, 2)), "b": jnp.ones(3)}  # Could be a batch of three.
     with pytest.raises(ValueError) as caught:
       self.update(params, params)
     for part in ("['b']", "shape (3,)", "vmap", "multi_steps"):
@@ -410,7 +414,7 @@ class TestErrors:
       self.update({"v": jnp.ones((2, 3))}, {"w": jnp.ones(3)})
     with pytest.raises(ValueError, match=r"parameter \['v'\].*has no"):
       self.update({"w": jnp.ones((2, 3))}, {"w": jnp.ones(3), "v": jnp.ones(3)})
-    # unless it is masked
+    # Unless it is masked.
     self.update(
       {"w": jnp.ones((2, 3)), "v": None, "u": optax.MaskedNode()},
       {"w": jnp.ones(3), "v": {"x": jnp.ones(3)}, "u": jnp.ones(2)},
@@ -471,7 +475,7 @@ class TestErrors:
     ]:
       with pytest.raises(ValueError, match=words):
         gaf_optax.gaf(0.97, **options)
-    with pytest.raises(ValueError, match="every leaf the label None"):
+    with pytest.raises(ValueError, match="returned None for every leaf"):
       self.update({"w": jnp.ones((2, 3))}, groups=lambda path, leaf: None)
     with pytest.raises(ValueError, match=r"hashable label.*\['w'\]"):
       self.update({"w": jnp.ones((2, 3))}, groups=lambda path, leaf: [1])

@@ -1,4 +1,4 @@
-"""`example_weights` against the per-example gradients themselves, in NumPy float64."""
+"""`example_weights` against per-example gradients in NumPy float64."""
 
 import jax
 import jax.numpy as jnp
@@ -6,14 +6,14 @@ import numpy as np
 import optax
 import pytest
 
-import forms
 import gaf_optax
 import oracle
+import reference_forms
 from gaf_optax import rules
 
 
 def layers_of(seed, batch=12, widths=((5, 3), (3, 4)), scale=1.0):
-  """A layer's inputs and cotangents, for each layer; examples of two kinds."""
+  """Inputs and cotangents of each layer, for two kinds of examples."""
   rng = np.random.default_rng(seed)
   kind = np.arange(batch) % 2
   layers = []
@@ -40,7 +40,7 @@ def weights(layers, tau, **options):
   return gaf_optax.example_weights(list(activations), list(cotangents), tau, **options)
 
 
-# Which rule it is and how many layers there are meets in a matrix `[B, B]` alone.
+# Rules and numbers of layers interact only through a matrix `[B, B]`.
 @pytest.mark.parametrize(
   "name, num_layers, dtype",
   [
@@ -63,7 +63,9 @@ def test_is_the_oracle_on_the_gradients(name, num_layers, dtype):
     assert margin > 1e-4 and 1 < accepted.sum() < len(v)
     got = weights(layers, 0.7, rule=rule)
     np.testing.assert_array_equal(got.accepted, accepted)
-    np.testing.assert_allclose(forms.compared(got.distances), distances, atol=2e-5)
+    np.testing.assert_allclose(
+      reference_forms.compared(got.distances), distances, atol=2e-5
+    )
     np.testing.assert_allclose(got.weights, want / want.sum(), atol=1e-6)
     assert got.agreed and float(got.num_accepted) == accepted.sum()
     assert int(got.nonfinite) == 0
@@ -93,7 +95,7 @@ def test_an_example_without_a_gradient_is_at_distance_1():
 
 
 def test_the_weighted_loss_has_the_filtered_gradient():
-  """Of the layer that was compared, and no gradient flows through the weights."""
+  """In the compared layer; and no gradient flows through the weights."""
   rng = np.random.default_rng(0)
   x = jnp.asarray(rng.standard_normal((16, 5)), jnp.float32)
   y = jnp.asarray(rng.integers(0, 3, 16))
@@ -141,7 +143,7 @@ def test_errors_of_shape():
     (jnp.ones((4, 2, 3)), jnp.ones((4, 3)), "activations must have the shape"),
     ([jnp.ones((4, 3))], jnp.ones((4, 3)), "two sequences of one array for each layer"),
     ([jnp.ones((4, 3))], [jnp.ones((4, 3))] * 2, "a sequence of 1 and a sequence of 2"),
-    (jnp.ones((1, 3)), jnp.ones((1, 3)), "nothing to compare it with"),
+    (jnp.ones((1, 3)), jnp.ones((1, 3)), "at least 2 examples to compare, got 1"),
   ]:
     with pytest.raises(ValueError, match=message):
       gaf_optax.example_weights(activations, cotangents)

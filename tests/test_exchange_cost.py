@@ -1,4 +1,4 @@
-"""What the filter across devices sends and holds, read from the compiled program."""
+"""Communication and memory of the filter across devices, from the compiled program."""
 
 import functools
 import json
@@ -24,10 +24,10 @@ def cost(check=True, leaves=tuple(AWKWARD), **options):
 
 
 def beside_the_mean(n, leaves, groups=1):
-  """Bytes that the filter may send more than the mean does, to the last value.
+  """Exact number of bytes that the filter may send in addition to the mean.
 
-  Slices are padded to 1024 values, and to 128 for each group; a leaf is rounded up.
-  The Gram matrices and which rows are finite go round once.
+  Slices are padded to 1024 values, and to 128 per group; leaf sizes are rounded up. The
+  Gram matrices and finiteness flags are all-reduced once.
   """
   padding = 1024 + 128 * (groups - 1) + len(leaves)
   return 4 * 2 * (n - 1) * (padding + (groups * n**2 + n) / n)
@@ -48,14 +48,14 @@ def test_per_leaf_decisions_send_the_same():
 
 
 def test_collectives_do_not_grow_with_the_leaves():
-  """To the slices, the Gram matrices, and back."""
+  """Exchange, Gram matrices, and exchange back."""
   many = tuple(AWKWARD) + ((33,),) * 8
   found = cost(), cost(groups="leaf"), cost(leaves=many, groups="leaf")
   assert [one.collectives for one in found] == [3, 3, 3]
 
 
 def test_a_resnet():
-  """It sends what the mean does, and no device holds the k micro-gradients."""
+  """It sends as much as the mean, and no device holds all k micro-gradients."""
   leaves = tuple(exchange.shapes("resnet18"))
   size = 4 * sum(math.prod(shape) for shape in leaves)
   own = cost(leaves=leaves)
@@ -65,7 +65,7 @@ def test_a_resnet():
 
 @pytest.mark.long
 def test_of_64_devices():
-  """Bytes for each device stay flat: 64 send what 2P(n-1)/n says, and the Gram."""
+  """64 devices each send 2P(n-1)/n values, plus the Gram matrix."""
   code = (
     "import json, jax, exchange;"
     "jax.config.update('jax_platforms', 'cpu');"
@@ -77,7 +77,7 @@ def test_of_64_devices():
   output = subprocess.run(
     [sys.executable, "-c", code],
     cwd=exchange.__file__.rpartition("/")[0],
-    # Compiled as users compile, in this process, too.
+    # Compiled as users compile.
     env={name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
     capture_output=True,
     text=True,
@@ -92,7 +92,7 @@ def test_of_64_devices():
 
 
 def test_pairs_branches_and_fusions_in_the_text_of_a_program():
-  """As XLA writes them for GPU and TPU; `-start` and `-done` are one collective."""
+  """XLA's notation for GPU and TPU; a `-start` and its `-done` are one collective."""
   text = """HloModule jit_f, is_scheduled=true
 
 %sum (a: f32[], b: f32[]) -> f32[] {

@@ -1,4 +1,4 @@
-"""What users of other training codes have met: shardings, dtypes, and JAX's checks."""
+"""Shardings, dtypes and JAX checks that have troubled users of other training codes."""
 
 import re
 
@@ -10,33 +10,33 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import across
-import forms
+import device_mappings
 import gaf_optax
+import known_steps
 import oracle
-import steps
+import reference_forms
 from gaf_optax import rules
 
 TAU = 0.8
 
 
 def placed(tree, specs):
-  """A tree on a mesh of Auto axes."""
-  mesh = across.mesh()
+  """Shards a tree over a mesh of Auto axes."""
+  mesh = device_mappings.mesh()
   put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
   return {name: put(x, specs[name]) for name, x in tree.items()}
 
 
 class TestShardedGradients:
-  """On a mesh of Auto axes, where types say nothing, under plain jit."""
+  """Auto axes, which do not appear in types, under plain jit."""
 
-  K = across.N
+  K = device_mappings.N
   SHAPES = {"a": (3, 5), "b": (16, 5), "c": (3, 16), "d": (7,), "e": (40, 2)}
   SPECS = {"a": P(), "b": P("data"), "c": P(None, "data"), "d": P(), "e": P("data")}
 
   def test_stacks(self):
-    """Sharded in every dimension, the leading one too."""
-    plain = across.stack(self.K, self.SHAPES)
+    """Sharded along every axis, including the leading one."""
+    plain = device_mappings.stack(self.K, self.SHAPES)
     specs = {name: P(None, *spec) for name, spec in self.SPECS.items()}
     tree = placed(plain, specs | {"a": P("data"), "e": P("data")})
     options = {
@@ -48,7 +48,7 @@ class TestShardedGradients:
 
     @jax.jit
     def run(tree):
-      params, results = across.params_of(tree), {}
+      params, results = device_mappings.params_of(tree), {}
       for name, own in options.items():
         tx = gaf_optax.gaf(TAU, num_microbatches=self.K, **own)
         results[name] = tx.update(tree, tx.init(params), params)
@@ -63,19 +63,19 @@ class TestShardedGradients:
     for name, want in expected.items():
       gradient, state = found[name]
       assert want.margin > 1e-4
-      distances = forms.compared(state.distances)
+      distances = reference_forms.compared(state.distances)
       np.testing.assert_allclose(distances, want.distances, atol=1e-5)
       for leaf, x in plain.items():
         value = np.tensordot(want.weights, x.astype(np.float64), axes=1)
         np.testing.assert_allclose(gradient[leaf], value, atol=2e-6)
-    gradient, state = found["leaf"]  # The first step accepts.
+    gradient, state = found["leaf"]  # The first step accepts all.
     for leaf, x in plain.items():
       np.testing.assert_allclose(gradient[leaf], x.mean(0), atol=2e-6)
       np.testing.assert_allclose(state.anchor[leaf], x.mean(0) / 2, atol=2e-6)
 
   def test_one_at_a_time(self):
     k = 3
-    plain = across.stack(k, self.SHAPES, 1)
+    plain = device_mappings.stack(k, self.SHAPES, 1)
     tx = gaf_optax.multi_steps(optax.sgd(1.0), k, TAU, num_microbatches=k)
     params = placed(
       {n: np.zeros(x.shape[1:], x.dtype) for n, x in plain.items()}, self.SPECS
@@ -85,26 +85,26 @@ class TestShardedGradients:
       row = placed({name: x[i] for name, x in plain.items()}, self.SPECS)
       updates, state = jax.block_until_ready(update(row, state, params))
     want = oracle.gaf(list(plain.values()), TAU)
-    distances = forms.compared(state.gaf_state.distances)
+    distances = reference_forms.compared(state.gaf_state.distances)
     np.testing.assert_allclose(distances, want.distances, atol=1e-5)
     for leaf, value in zip(plain, want.gradient):
       np.testing.assert_allclose(updates[leaf], -value, atol=2e-6)
 
 
 def oracle_units(leaves):
-  """Micro-gradients, leaves `[k, ...]`, scaled to norm 1 as a memory sees them."""
+  """Micro-gradients, leaves `[k, ...]`, scaled to norm 1 as for the memory."""
   norms = np.linalg.norm(oracle.vectors(leaves), axis=1)
   return [x / norms.reshape(-1, *[1] * (x.ndim - 1)) for x in leaves]
 
 
 @pytest.mark.parametrize("k", [2, 4, 8, 16])
 def test_a_sharded_batch_stays_where_it_is(k):
-  """Of 256 rows each of 8 devices does 32, as the compiled program says.
+  """Each of 8 devices computes 32 of the 256 rows, according to the compiled program.
 
-  The parameters are sharded over another dimension's worth of devices, or whole.
+  One parameter is replicated, the other is sharded over the same devices.
   """
   rows, inputs, outputs = 256, 24, 7
-  batch = across.stack(rows, {"x": (inputs,), "y": (outputs,)})
+  batch = device_mappings.stack(rows, {"x": (inputs,), "y": (outputs,)})
   params = {"w": np.zeros((inputs, outputs), np.float32), "s": np.zeros(16, np.float32)}
 
   def loss(params, x, y):
@@ -120,7 +120,9 @@ def test_a_sharded_batch_stays_where_it_is(k):
   _, gradient, agreement = compiled(*arguments)
   products = re.findall(rf"= f32\[(\d+),{outputs}\]\S* dot\(", compiled.as_text())
   of_rows = {int(n) for n in products} - {inputs}
-  assert of_rows == {rows // k // across.N}, "rows of a microbatch on each device"
+  assert of_rows == {rows // k // device_mappings.N}, (
+    "rows of a microbatch on each device"
+  )
 
   x, y = (np.swapaxes(a.reshape(rows // k, k, -1), 0, 1) for a in batch.values())
   grads = [-2 * np.swapaxes(x, 1, 2) @ y / (rows // k * outputs)]
@@ -133,28 +135,29 @@ def test_a_sharded_batch_stays_where_it_is(k):
 
 
 def test_a_zero_micro_gradient_changes_nothing_wherever_it_stands():
-  """A microbatch of padding alone: the others decide as they would without it."""
+  """A microbatch of padding only does not change the decision on the others."""
   k, shapes = 5, {"a": (3, 5), "b": (7,)}
-  others = across.stack(k - 1, shapes, 3)
+  others = device_mappings.stack(k - 1, shapes, 3)
   for x in others.values():
     x[2] *= -1
   want = oracle.gaf(list(others.values()), TAU)
   assert want.agreed and want.accepted.tolist() == [True, True, False, True]
   tx = gaf_optax.gaf(TAU, axis_name="data", num_microbatches=k)
-  params = across.params_of(others)
+  params = device_mappings.params_of(others)
   members = jax.jit(
     jax.vmap(lambda mine: tx.update(mine, tx.init(params), params), axis_name="data")
   )
 
   def by_axis(tree):
     gradient, state = jax.tree.map(lambda x: x[0], members(tree))
-    return forms.read(gradient, state)
+    return reference_forms.read(gradient, state)
 
   filters = {
     **{
-      name: lambda tree, form=form: form(tree, TAU) for name, form in forms.ALL.items()
+      name: lambda tree, form=form: form(tree, TAU)
+      for name, form in reference_forms.ALL.items()
     },
-    "leaf": lambda tree: forms.stacked(tree, TAU, groups="leaf"),
+    "leaf": lambda tree: reference_forms.stacked(tree, TAU, groups="leaf"),
     "axis": by_axis,
   }
   by_leaf = [oracle.gaf([x], TAU).gradient[0] for x in others.values()]
@@ -173,7 +176,7 @@ def test_a_zero_micro_gradient_changes_nothing_wherever_it_stands():
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("form", ["apply_if_agreed", "multi_steps", "apply_if_nonzero"])
 def test_float32_gradients_of_bfloat16_parameters(form):
-  """As loss scaling makes them: each optimizer does what it does alone."""
+  """As in loss scaling: each optimizer gives the same as without the filter."""
   inners = {
     "adam": optax.adam(0.1),
     "adamw": optax.adamw(0.1, weight_decay=0.1),
@@ -184,18 +187,18 @@ def test_float32_gradients_of_bfloat16_parameters(form):
     "adafactor": optax.adafactor(0.1),
   }
   streamed = form == "multi_steps"
-  if streamed:  # Whose branches are those of apply_if_agreed.
+  if streamed:  # It has the same branches as apply_if_agreed.
     inners = {name: inners[name] for name in ("adam", "momentum", "adafactor")}
-  params = steps.params(jnp.bfloat16)
-  sequence = steps.sequence(("all", "none", "half"))
+  params = known_steps.params(jnp.bfloat16)
+  sequence = known_steps.sequence(("all", "none", "half"))
 
   def run(inner):
     feed = lambda tx, *args: tx.update(*args)
     if form == "apply_if_nonzero":
       tx, given = gaf_optax.apply_if_nonzero(inner), [step.mean for step in sequence]
     else:
-      kind = steps.FORMS[form]
-      tx, feed = kind.make(inner), kind.feed  # In a scan where it is streamed.
+      kind = known_steps.FORMS[form]
+      tx, feed = kind.make(inner), kind.feed  # Streamed forms feed in a scan.
       given = [step.micro_grads for step in sequence]
     state, results = tx.init(params), []
     for grads in given:
@@ -204,7 +207,7 @@ def test_float32_gradients_of_bfloat16_parameters(form):
     return results
 
   def rounded(new, old):
-    """As the state of `optax.MultiSteps`, whatever XLA does to two conversions."""
+    """Rounds like `optax.MultiSteps`, even if XLA elides a pair of conversions."""
     if old.dtype == jnp.bfloat16:
       new = jax.lax.reduce_precision(new, exponent_bits=8, mantissa_bits=7)
     return new.astype(old.dtype)
@@ -230,11 +233,11 @@ def test_float32_gradients_of_bfloat16_parameters(form):
 
 
 class TestKeywords:
-  """What comes by keyword with a row for each example is split as the batch is."""
+  """Keyword arguments with a row per example are split like the batch."""
 
   def test_masks_and_keys(self):
     rows, k = 8, 4
-    batch = across.stack(rows, {"x": (5,)}, 2)
+    batch = device_mappings.stack(rows, {"x": (5,)}, 2)
     mask = np.arange(rows) % 3 > 0
 
     def loss(w, x, *, extra, key, scale):
@@ -263,8 +266,8 @@ K = 4
 
 
 def every_form(rows, x, y):
-  """Each form once, on micro-gradients `[K, ...]` or the batch."""
-  params = across.params_of(rows)
+  """Runs each form once, on micro-gradients `[K, ...]` or the batch."""
+  params = device_mappings.params_of(rows)
   sgd = optax.sgd(0.1)
   stacked = {
     "gaf": gaf_optax.gaf(0.97, num_microbatches=K, max_norm_ratio=2.0),
@@ -321,24 +324,24 @@ def every_form(rows, x, y):
 @pytest.mark.usefixtures("standard_promotion")
 class TestChecksOfJax:
   def inputs(self, lost=()):
-    rows = across.stack(K, {"a": (3, 5), "b": (7,)})
+    rows = device_mappings.stack(K, {"a": (3, 5), "b": (7,)})
     for i in lost:
       rows["a"][i, 1, 2] = np.nan
       rows["b"][i, 1] = np.inf
-    return rows, *across.stack(2 * K, {"x": (3,), "y": ()}).values()
+    return rows, *device_mappings.stack(2 * K, {"x": (3,), "y": ()}).values()
 
   def test_no_tracer_leaks(self):
     with jax.checking_leaks():
       jax.eval_shape(every_form, *self.inputs())
 
   def test_a_compiled_step_moves_nothing_and_holds_no_nan(self):
-    """Whatever is lost: one micro-gradient, all but one, or all."""
+    """With one micro-gradient lost, all but one, or all."""
     compiled = jax.jit(every_form).lower(*self.inputs()).compile()
     given = [jax.device_put(self.inputs(range(i))) for i in (0, 1, K - 1, K)]
     with jax.transfer_guard("disallow"):
       results = jax.block_until_ready([compiled(*inputs) for inputs in given])
     for path, x in jax.tree_util.tree_leaves_with_path(results):
-      # Among the metrics, where it is infinite as the state cannot be.
+      # Infinite in the metrics, which the state cannot store.
       may_be_infinite = jax.tree_util.DictKey("noise_scale") in path
       if jnp.issubdtype(x.dtype, jnp.inexact):
         assert not np.isnan(x).any(), path
@@ -346,7 +349,7 @@ class TestChecksOfJax:
 
   def test_debug_nans_and_infs(self):
     rows = jax.device_put(self.inputs([0, 1, 2])[0])
-    params = across.params_of(rows)
+    params = device_mappings.params_of(rows)
     txs = [gaf_optax.gaf(num_microbatches=K), gaf_optax.apply_if_agreed(optax.sgd(0.1))]
     with jax.debug_nans(True), jax.debug_infs(True):
       for tx in txs:
@@ -354,7 +357,7 @@ class TestChecksOfJax:
 
 
 class TestErrorsThatNameTheMistake:
-  """Of what users have tried with Optax's wrappers and Equinox's modules."""
+  """Combinations with Optax's wrappers and Equinox's modules that users have tried."""
 
   PARAMS = {"w": jnp.ones(3), "b": jnp.zeros(())}
   GRADS = {"w": jnp.ones((4, 3)), "b": jnp.ones(4)}

@@ -11,11 +11,11 @@ import pytest
 
 import gaf_optax
 
-# Optimizers and schedules of Optax mix dtypes.
+# Optax's optimizers and schedules mix dtypes.
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 with warnings.catch_warnings():
-  # The oldest Flax that is admitted reads a name that the oldest JAX has deprecated.
+  # The oldest supported Flax uses a name that the oldest supported JAX deprecates.
   warnings.simplefilter("ignore", DeprecationWarning)
   from flax import linen as nn
   from flax.training import train_state
@@ -25,10 +25,9 @@ K, ROWS, FEATURES = 3, 4, 5
 
 
 def batches(step):
-  """Inputs `[K, ROWS, FEATURES]` and targets; the last microbatch's are wrong.
+  """Inputs `[K, ROWS, FEATURES]` and targets for a linear model, which NumPy can solve.
 
-  That is the last that the filter visits in this step. What a linear model without bias
-  makes of them is known in NumPy.
+  The targets are wrong in the microbatch that the filter visits last in this step.
   """
   rng = np.random.default_rng(step)
   x = rng.normal(size=(K, ROWS, FEATURES))
@@ -38,7 +37,7 @@ def batches(step):
 
 
 def filtered_gradient(kernel, x, y, step):
-  """The mean over the microbatches that are within TAU, from the definition."""
+  """The mean over the microbatches within TAU, from the definition."""
   kernel, x, y = (np.asarray(a, np.float64) for a in (kernel, x, y))
   x, y = (np.roll(a, -step, axis=0) for a in (x, y))
   rows = [2 / ROWS * a.T @ (a @ kernel - b) for a, b in zip(x, y)]

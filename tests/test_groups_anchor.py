@@ -1,4 +1,4 @@
-"""Groups, the anchor, the threshold's forms, and the counts of the state."""
+"""Groups, the anchor, kinds of thresholds, and the counters of the state."""
 
 import chex
 import jax
@@ -7,18 +7,20 @@ import numpy as np
 import optax
 import pytest
 
-import forms
 import gaf_optax
+import known_steps
 import oracle
-import steps
+import reference_forms
 
-every_form = pytest.mark.parametrize("form", forms.ALL.values(), ids=forms.ALL)
+every_form = pytest.mark.parametrize(
+  "form", reference_forms.ALL.values(), ids=reference_forms.ALL
+)
 
 
 def case(seed=0, k=4):
   shapes = {"a": (5,), "b": (2, 3), "c": ()}
   return {
-    name: jnp.asarray(steps.draw([seed, i], k, *shape), jnp.float32)
+    name: jnp.asarray(known_steps.draw([seed, i], k, *shape), jnp.float32)
     for i, (name, shape) in enumerate(shapes.items())
   }
 
@@ -43,7 +45,7 @@ def test_leaf_groups_are_decisions_of_their_own(form):
     assert filtered.accepted == pytest.approx(np.mean(counts))
     np.testing.assert_allclose(
       filtered.distances,
-      # Whose first has nothing to compare with.
+      # The first has nothing to compare with.
       [np.nan, *np.mean([p.distances[1:] for p in parts.values()], axis=0)],
       atol=1e-5,
     )
@@ -66,7 +68,7 @@ def test_labels_join_leaves_and_none_excludes(form):
   np.testing.assert_allclose(filtered.gradient["a"], part.gradient[0], atol=1e-6)
   np.testing.assert_allclose(filtered.gradient["c"], part.gradient[1], atol=1e-6)
   np.testing.assert_allclose(filtered.gradient["b"], tree["b"].mean(0), atol=1e-6)
-  # The same in every form: the parameter's shape.
+  # The parameter's shape, in every form.
   assert seen["b"] == ((2, 3), jnp.float32)
 
 
@@ -84,7 +86,7 @@ def test_nan_in_one_group_or_an_excluded_leaf_rejects_the_micro_gradient(form):
   np.testing.assert_allclose(filtered.gradient["free"], 2.5, rtol=1e-6)
   tree["w"] = tree["w"].at[3, 1].set(-jnp.inf)
   filtered = form(tree, 0.97, groups=groups)
-  assert filtered.nonfinite == 3 and not filtered.agreed  # one finite one is left
+  assert filtered.nonfinite == 3 and not filtered.agreed  # One finite one is left.
   np.testing.assert_array_equal(filtered.gradient["free"], 0)
 
 
@@ -110,8 +112,8 @@ class TestAnchor:
   def test_against_numpy(self, k):
     rng = np.random.default_rng(7)
     stacks = [rng.standard_normal((k, 6)) + 0.5 for _ in range(12)]
-    stacks[4][0] = np.nan  # in one step
-    stacks[0] = stacks[0] * np.nan  # a first step with nothing finite in it
+    stacks[4][0] = np.nan  # In one step.
+    stacks[0] = stacks[0] * np.nan  # A first step without a finite one.
     for decay in (0.0, 0.5, 0.99):
       anchor, total, counts = np.zeros(6), 0, []
       results = self.run(
@@ -134,7 +136,7 @@ class TestAnchor:
       assert 0 in counts[1:] and k in counts
 
   def test_cannot_get_stuck(self):
-    """The average follows what arrives even while all of it is rejected."""
+    """The average follows the micro-gradients even while all of them are rejected."""
     one = jnp.array([[1.0, 0.0]])
     ready = [bool(s.ready) for _, s in self.run([one] + [-one] * 6, 0.9, 0.5)]
     assert ready == [True, False] + [True] * 5
@@ -155,7 +157,7 @@ class TestAnchor:
         emitted, a = update(g, a)
       updates, b = stacked.update(stack, b)
       np.testing.assert_allclose(emitted, updates, atol=1e-6)
-      # A stream knows no noise scale: it sees no pairs.
+      # Streamed forms compare no pairs, so they have no noise scale.
       known = b.gaf_state._replace(noise_scale=a.gaf_state.noise_scale)
       chex.assert_trees_all_close(a.gaf_state, known, atol=1e-6)
 
@@ -232,7 +234,7 @@ class TestMetrics:
     assert int(found["nonfinite"]) == 1
 
   def test_accept_rate_of_a_long_run_does_not_drift(self):
-    """A float32 count of what was accepted would stop at 2**24."""
+    """A float32 count would stop at 2**24."""
     tx = gaf_optax.gaf(0.5)
     state = tx.init(jnp.zeros(1))
     big = jnp.float32(3e9)
@@ -269,7 +271,7 @@ class TestCosineDistance:
     assert float(d(jnp.zeros(3), jnp.zeros(3))) == 1
     assert np.isnan(d(jnp.array([jnp.nan, 1]), jnp.ones(2)))
     assert float(d({"a": 1.0, "i": 3}, {"a": 2.0, "i": 4})) == 0
-    with pytest.raises(ValueError, match="one structure"):
+    with pytest.raises(ValueError, match="the same tree structure"):
       d({"a": jnp.ones(2)}, {"b": jnp.ones(2)})
     with pytest.raises(ValueError, match=r"\(2,\) and \(3,\) at leaf \['a'\]"):
       d({"a": jnp.ones(2)}, {"a": jnp.ones(3)})

@@ -1,5 +1,6 @@
 """Kernels: inner products and weighted means against NumPy float64."""
 
+import functools
 import os
 
 import jax
@@ -8,13 +9,13 @@ import numpy as np
 import pytest
 
 import gaf_optax
+import known_steps
 import oracle
-import steps
 from gaf_optax import _kernels
 
 EPS = np.finfo(np.float32).eps
 
-# XLA compiles no conversion to float16 for a CPU without F16C, as .ci/run asks for.
+# XLA cannot compile float16 conversions for CPUs without F16C, which .ci/run tests.
 HAS_FLOAT16 = "xla_cpu_max_isa=SSE4_2" not in os.environ.get("XLA_FLAGS", "")
 FLOAT16 = pytest.param(
   "float16", marks=pytest.mark.skipif(not HAS_FLOAT16, reason="no float16 without F16C")
@@ -22,8 +23,8 @@ FLOAT16 = pytest.param(
 
 
 def apart(leaves):
-  """The Gram matrix of each leaf alone, and which rows are finite."""
-  return _kernels.gram(leaves, range(len(leaves)), len(leaves))
+  """The Gram matrix of each leaf, and which rows are finite."""
+  return _kernels.gram(_kernels.Stack(leaves, range(len(leaves)), len(leaves)))
 
 
 def of_vectors(v):
@@ -35,7 +36,9 @@ def of_vectors(v):
 def test_sizes_below_at_and_above_a_block(k):
   block = _kernels._BLOCK
   sizes = [1, 17, 257, block - 1, block, 2 * block - 1, 2 * block, 4 * block + 1]
-  leaves = [jnp.asarray(steps.draw(n, k, n, common=0.3), jnp.float32) for n in sizes]
+  leaves = [
+    jnp.asarray(known_steps.draw(n, k, n, common=0.3), jnp.float32) for n in sizes
+  ]
   grams, finite = jax.jit(apart)(leaves)
   assert finite.all()
   for gram, x in zip(grams, leaves):
@@ -48,14 +51,16 @@ SHAPES = [(), (1,), (17,), (5, 7), (1000,), (3, 4, 1500)]
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", FLOAT16, "complex64"])
 def test_shapes_dtypes_and_groups(dtype):
-  """Small leaves are joined within their group; those of no group are in none."""
+  """Small leaves are joined within their group; one group is not compared."""
   rng = np.random.default_rng(0)
-  leaves = [steps.draw(i, 4, *shape) for i, shape in enumerate(2 * SHAPES)]
+  leaves = [known_steps.draw(i, 4, *shape) for i, shape in enumerate(2 * SHAPES)]
   if dtype == "complex64":
     leaves = [x + 1j * rng.standard_normal(x.shape) for x in leaves]
   leaves = [jnp.asarray(x).astype(dtype) for x in leaves]
   group_ids = rng.permutation([0, 1, 2] * 4)
-  grams, finite = jax.jit(lambda x: _kernels.gram(x, group_ids, 2))(leaves)
+  grams, finite = jax.jit(lambda x: _kernels.gram(_kernels.Stack(x, group_ids, 2)))(
+    leaves
+  )
   assert finite.all() and grams.dtype == jnp.float32
   for group, gram in enumerate(grams):
     v = oracle.vectors([x for x, g in zip(leaves, group_ids) if g == group])
@@ -65,14 +70,14 @@ def test_shapes_dtypes_and_groups(dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
 def test_one_value_that_is_not_finite(dtype):
-  """Is found in any leaf of any length, in a group and in none, also mapped."""
-  values = [np.nan, -np.inf, np.inf, 1e18, 3e19]  # The square of the last overflows.
+  """It is found in leaves of any length, with and without a group, also under vmap."""
+  values = [np.nan, -np.inf, np.inf, 1e18, 3e19]  # The square of 3e19 overflows.
   want = [False, False, False, True, False]
   clean = [jnp.ones((len(values), *shape), dtype) for shape in 2 * SHAPES]
-  # The second half is of no group.
+  # The second half has no group.
   ids = [0] * len(SHAPES) + [1] * len(SHAPES)
-  run = lambda leaves: _kernels.gram(leaves, ids, 1)
-  # In another place of each.
+  run = lambda leaves: _kernels.gram(_kernels.Stack(leaves, ids))
+  # One leaf at a time has the values, at a random place.
   run, mapped = jax.jit(run), jax.jit(jax.vmap(run))
   rng, cases = np.random.default_rng(11), []
   for i, x in enumerate(clean):
@@ -90,7 +95,7 @@ def test_one_value_that_is_not_finite(dtype):
 
 
 def test_what_counts_as_not_finite_and_as_zero():
-  """By the diagonal: infinite in any group, or of no precision in its own."""
+  """By the diagonal: infinite in any group, or too small in its own."""
   info = np.finfo(np.float32)
   least = float(info.tiny / info.eps)
   square = np.array([[1, 4, least, least / 2, 0, 1], [1, np.inf, 1, 1, 1, np.nan]])
@@ -107,7 +112,7 @@ def test_what_counts_as_not_finite_and_as_zero():
 
 
 def long_rows(size):
-  """Of equal, uniform and normal values: rounding errors of one sign, and of both."""
+  """Equal, uniform and normal values: rounding errors of one sign, and of both."""
   rng = np.random.default_rng(size)
   uniform, normal = (
     f(size, dtype=np.float32) for f in (rng.random, rng.standard_normal)
@@ -117,12 +122,12 @@ def long_rows(size):
 
 @pytest.mark.usefixtures("compiled_as_users_do")
 def test_squared_norms_of_long_rows_do_not_drift():
-  """At most 2e-5 of them, whatever the signs and the size."""
+  """A relative error of at most 2e-5, for any signs and sizes."""
   rows = [long_rows(size) for size in (1_000, 30_000, 3_000_000)]
   kinds = [("float32", 0.8083), ("bfloat16", 0.8083), ("float16", 0.7)]
   for dtype, equal in kinds if HAS_FLOAT16 else kinds[:2]:
     for x in rows:
-      x[0] = equal  # Whose errors are nearly the largest possible in this dtype.
+      x[0] = equal  # A value with nearly the largest rounding error in this dtype.
     leaves = [jnp.asarray(x).astype(dtype) for x in rows]
     grams, _ = jax.jit(apart).lower(leaves).compile()(leaves)
     for gram, x in zip(grams, leaves):
@@ -133,7 +138,7 @@ def test_squared_norms_of_long_rows_do_not_drift():
 
 @pytest.mark.usefixtures("compiled_as_users_do")
 def test_cosines_of_equal_and_opposite_rows_are_exact():
-  """But for 8 epsilons, which a decision takes for rounding."""
+  """Up to 8 epsilons, which decisions treat as rounding."""
   leaves = []
   for dtype in ("float32", "bfloat16"):
     for size in (3, 1_000, 5_000, 300_007):
@@ -150,24 +155,26 @@ def test_cosines_of_equal_and_opposite_rows_are_exact():
 
 
 def test_an_embedding_comes_before_the_products():
-  x = jnp.asarray(steps.draw(0, 3, 40), jnp.float32)
+  x = jnp.asarray(known_steps.draw(0, 3, 40), jnp.float32)
   leaves = [x, x.at[1, 2].set(jnp.inf)[:, :5]]
-  run = jax.jit(lambda leaves: _kernels.gram(leaves, [0, 0], 1, jnp.sign))
+  run = jax.jit(
+    lambda leaves: _kernels.gram(_kernels.Stack(leaves, [0, 0], 1, jnp.sign))
+  )
   grams, finite = run(leaves)
   v = np.sign(np.concatenate(leaves, axis=1, dtype=np.float64))
-  v[1] = 0  # Though the sign of infinity is finite.
+  v[1] = 0  # The sign of infinity is finite, but the row is not.
   np.testing.assert_array_equal(finite, [True, False, True])
   np.testing.assert_allclose(grams[0], v @ v.T)
 
 
 def test_products_of_a_vector_and_rows():
-  """Of other dtypes than the rows, as an anchor is; in groups and in blocks."""
+  """The vector's dtype differs, as an anchor's does; with groups and blocks."""
   sizes = [3, 5_000, 1, 40, 300]
   group_ids = [0, 1, 1, 0, 2]
-  vector = [jnp.asarray(steps.draw(n, 1, n)[0], jnp.float32) for n in sizes]
-  rows = [jnp.asarray(steps.draw(n + 1, 3, n)) for n in sizes]
+  vector = [jnp.asarray(known_steps.draw(n, 1, n)[0], jnp.float32) for n in sizes]
+  rows = [jnp.asarray(known_steps.draw(n + 1, 3, n)) for n in sizes]
   rows = [x.astype("bfloat16" if i % 2 else "float32") for i, x in enumerate(rows)]
-  run = jax.jit(lambda *both: _kernels.dots(*both, group_ids, 2))
+  run = jax.jit(lambda v, x: _kernels.dots(v, _kernels.Stack(x, group_ids, 2)))
   squares, products = run(vector, rows)
   for group in range(2):
     own = [i for i, g in enumerate(group_ids) if g == group]
@@ -178,15 +185,19 @@ def test_products_of_a_vector_and_rows():
 
 
 MEAN_SHAPES = [(), (5,), (3, 4), (0,), (5000,), (7, 1000), (2,)]
-mean = jax.jit(_kernels.weighted_means, static_argnums=(1, 3))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 3))
+def mean(arrays, group_ids, weights, dtypes=None):
+  return _kernels.weighted_means(_kernels.Stack(arrays, group_ids), weights, dtypes)
 
 
 @pytest.mark.parametrize("k", [1, 2, 37])
 def test_weighted_means(k):
-  """In two groups and with weights of any sign."""
+  """Two groups, and weights of either sign."""
   group_ids = (0, 0, 1, 1, 0, 1, 1)
-  weights = steps.draw(k, 2, k)
-  leaves = [steps.draw(i, k, *shape) for i, shape in enumerate(MEAN_SHAPES)]
+  weights = known_steps.draw(k, 2, k)
+  leaves = [known_steps.draw(i, k, *shape) for i, shape in enumerate(MEAN_SHAPES)]
   arrays = [jnp.asarray(x, jnp.float32) for x in leaves]
   means = mean(arrays, group_ids, jnp.asarray(weights, jnp.float32))
   for found, x, group in zip(means, leaves, group_ids):
@@ -224,7 +235,7 @@ def test_dtype_of_a_mean_can_be_chosen():
 @pytest.mark.usefixtures("compiled_as_users_do")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_temporary_memory_is_one_gradient(dtype):
-  """In float32, where means are added up; read from the compiled program."""
+  """In float32, in which means are summed; from the compiled program."""
   k, shapes = 8, {"a": (256, 512), "b": (100, 300), "c": (512,)}
   params = {name: jnp.zeros(shape, dtype) for name, shape in shapes.items()}
   stack = {name: jnp.zeros((k, *shape), dtype) for name, shape in shapes.items()}

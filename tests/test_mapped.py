@@ -1,4 +1,4 @@
-"""Stacks that each member filters for itself, inside JAX's mappings."""
+"""Stacks that each device filters separately, inside JAX's mappings."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-import across
+import device_mappings
 import gaf_optax
 import oracle
 
@@ -14,16 +14,16 @@ K, TAU = 12, 0.6
 MAPPINGS = ["vmap", "pmap", (AxisType.Auto, True), (AxisType.Auto, False)]
 
 
-@pytest.mark.parametrize("how", MAPPINGS, ids=across.name)
-def test_each_member_decides_for_itself(how):
-  rows = across.stack(across.N * K, {"x": (7,), "y": (2,)})
-  rows = jax.tree.map(lambda x: x.reshape(across.N, K, -1), rows)
-  rows["x"] += across.stack(1, {"x": (across.N, 1, 7)}, 1)["x"][0]
+@pytest.mark.parametrize("mapping", MAPPINGS, ids=device_mappings.name)
+def test_each_member_decides_for_itself(mapping):
+  rows = device_mappings.stack(device_mappings.N * K, {"x": (7,), "y": (2,)})
+  rows = jax.tree.map(lambda x: x.reshape(device_mappings.N, K, -1), rows)
+  rows["x"] += device_mappings.stack(1, {"x": (device_mappings.N, 1, 7)}, 1)["x"][0]
   rows["x"][1, 2] = np.nan
   stacked = {
     "plain": gaf_optax.gaf(TAU),
     "leaf": gaf_optax.gaf(TAU, groups="leaf"),
-    "anchor": gaf_optax.gaf(TAU, anchor_decay=0.9),  # Accepts all on the first step.
+    "anchor": gaf_optax.gaf(TAU, anchor_decay=0.9),  # The first step accepts all.
   }
 
   def loss(params, batch):
@@ -35,16 +35,17 @@ def test_each_member_decides_for_itself(how):
     results = {
       name: tx.update(mine, tx.init(params), params)[0] for name, tx in stacked.items()
     }
-    if how == (AxisType.Auto, True):  # So that gradients stay those of the member.
+    # Otherwise JAX sums the gradients over the devices.
+    if mapping == (AxisType.Auto, True):
       params = jax.lax.pcast(params, "data", to="varying")
     _, results["streamed"], _ = gaf_optax.value_and_grad(loss, K, TAU)(params, mine)
     return results
 
-  found = across.mapped(member, rows, how)
+  found = device_mappings.mapped(member, rows, mapping)
   agreed = set()
   for i, (x, y) in enumerate(zip(rows["x"], rows["y"])):
     want = oracle.gaf([x, y], TAU)
-    # What is not finite in one leaf is lost for all.
+    # A non-finite value in one leaf makes the whole row non-finite.
     both = [np.where(want.finite[:, None], z, np.nan) for z in (x, y)]
     alone = [oracle.gaf([z], TAU).gradient[0] for z in both]
     mean = [z[want.finite].mean(0) for z in (x, y)]

@@ -9,18 +9,18 @@ import numpy as np
 import optax
 import pytest
 
-import across
+import device_mappings
 import exchange
-import forms
 import gaf_optax
 import oracle
+import reference_forms
 from gaf_optax import rules
 
 K, DECAY = 8, 0.9
 
 
 def steps(seed, num_steps, k=K, dtype="float32", bad=True):
-  """Trees of two leaves; sources 0 to 4 agree a little. NaN, Inf and zero rows."""
+  """Trees with NaN, Inf, zero and tiny rows; sources 0 to 4 agree a little."""
   rng = np.random.default_rng(seed)
   common = rng.standard_normal(10)
   for t in range(num_steps):
@@ -67,7 +67,7 @@ def test_the_memory_is_the_oracles(dtype, decay):
   ],
 )
 def test_every_rule_decides_on_the_memory(name, arguments):
-  """And what is combined is this step's micro-gradients, the finite ones."""
+  """The result is the mean of this step's accepted finite micro-gradients."""
   trees = list(steps(1, 26))
   rule = getattr(rules, name)(**arguments)
   tx = gaf_optax.gaf(0.8, rule=rule, memory_decay=DECAY, num_microbatches=K)
@@ -81,14 +81,16 @@ def test_every_rule_decides_on_the_memory(name, arguments):
   values, basis = np.linalg.eigh(matrix)
   assert values.min() > -1e-6
   rows = basis * np.sqrt(np.maximum(values, 0))
-  # A sequence starts at the number of updates before, modulo K.
+  # The sequence starts at the number of previous updates, modulo K.
   start = {"start": (len(trees) - 1) % K} if name == "sequential" else {}
   weights, accepted, distances, margin, _ = oracle.decide(
     name, rows, finite, 0.8, **arguments, **start
   )
   assert margin > 1e-4 and 1 < accepted.sum() < K
   np.testing.assert_array_equal(state.accepted, accepted)
-  np.testing.assert_allclose(forms.compared(state.distances), distances, atol=1e-4)
+  np.testing.assert_allclose(
+    reference_forms.compared(state.distances), distances, atol=1e-4
+  )
   share = weights / weights.sum()
   np.testing.assert_allclose(state.weights, share, atol=1e-4)
   clean = np.where(finite[:, None], v, 0)
@@ -113,7 +115,7 @@ def test_a_rule_of_the_users_sees_the_matrix():
 
 
 def test_persisting_wrong_sources_are_found_where_one_step_shows_nothing():
-  """Five of eight share a small common part, three another one."""
+  """Five of eight sources share a small common part, three share another."""
   rng = np.random.default_rng(3)
   parts = rng.standard_normal((2, 200))
   of_source = np.repeat([0, 1], [5, 3])
@@ -140,7 +142,7 @@ def test_groups_have_memories_of_their_own():
   options = dict(memory_decay=DECAY, num_microbatches=K)
   _, state = run(gaf_optax.gaf(0.9, groups="leaf", **options), trees)
   for group, name in enumerate(trees[0]):
-    # A row whose other leaf is not finite is not valid anywhere.
+    # A row that is not finite in one leaf is invalid in every group.
     whole = [np.isfinite(flat(t)).all(axis=1) for t in trees]
     masked = [
       np.where(ok[:, None], flat({name: t[name]}), np.nan)
@@ -167,11 +169,13 @@ def assert_same(gradient, state, want, want_state):
   chex.assert_trees_all_close(state, want_state, rtol=1e-4, atol=2e-5)
 
 
-# The mappings are proved in test_across.py; here that the state is the same on all.
+# test_across.py tests the mappings; here the state must be the same in all of them.
 @pytest.mark.parametrize(
-  "how, k_local", [(across.ALL[2], 1), (across.ALL[-1], 3)], ids=["one", "stacked"]
+  "mapping, k_local",
+  [(device_mappings.ALL[2], 1), (device_mappings.ALL[-1], 3)],
+  ids=["one", "stacked"],
 )
-def test_across_devices_it_is_the_stacked_form(how, k_local):
+def test_across_devices_it_is_the_stacked_form(mapping, k_local):
   trees, options, want, want_state = on_one_device(K * k_local)
   stacked = k_local > 1
   tx = gaf_optax.gaf(0.9, axis_name="data", stacked=stacked, **options)
@@ -189,15 +193,15 @@ def test_across_devices_it_is_the_stacked_form(how, k_local):
     state, gradients = jax.lax.scan(one, tx.init(params), rows)
     return jax.tree.map(lambda x: x[-1], gradients), state
 
-  mapped = across.mapped(all_steps, stack, how)
+  mapped = device_mappings.mapped(all_steps, stack, mapping)
   gradient, state = jax.tree.map(lambda x: x[5], mapped)
   assert_same(gradient, state, want, want_state)
 
 
 def test_stacks_sharded_over_an_explicit_mesh():
-  """Under a plain jit; the state is carried through a scan."""
+  """Under plain jit, with the state carried through a scan."""
   trees, options, want, want_state = on_one_device(K)
-  grid = across.mesh(kind=jax.sharding.AxisType.Explicit)
+  grid = device_mappings.mesh(kind=jax.sharding.AxisType.Explicit)
   spec = jax.sharding.PartitionSpec
   put = lambda tree, *axes: jax.device_put(
     tree, jax.sharding.NamedSharding(grid, spec(*axes))
@@ -217,13 +221,13 @@ def test_stacks_sharded_over_an_explicit_mesh():
 
 @pytest.mark.usefixtures("compiled_as_users_do")
 def test_it_sends_nothing_more():
-  """Not a byte: the collectives of the compiled program, with and without."""
+  """The compiled program has the same collectives with and without the memory."""
 
   def sent(**options):
     tx = gaf_optax.gaf(axis_name="data", num_microbatches=K, **options)
     params = {"a": jnp.zeros((40, 50)), "b": jnp.zeros(7)}
     update = lambda grads, state: tx.update(grads, state, params)
-    mesh = across.mesh()
+    mesh = device_mappings.mesh()
     spec = jax.sharding.PartitionSpec
     local = jax.shard_map(
       update, mesh=mesh, in_specs=(spec("data"), spec()), out_specs=spec()
@@ -238,7 +242,7 @@ def test_it_sends_nothing_more():
 
 @pytest.mark.usefixtures("standard_promotion")
 def test_in_apply_if_agreed_and_a_scan():
-  """Steps without agreement are remembered too, and leave Adam as it was."""
+  """The memory is updated on steps without agreement, while Adam is unchanged."""
   tau = lambda number: jnp.where(number % 2 == 0, 0.9, 0.0)
   tx = gaf_optax.apply_if_agreed(
     optax.adam(0.1), tau, memory_decay=DECAY, num_microbatches=K
@@ -285,7 +289,7 @@ def test_streamed_forms_refuse_it():
 def test_other_groups_than_at_init_are_refused():
   tx = gaf_optax.gaf(groups="leaf", memory_decay=0.9, num_microbatches=2)
   state = tx.init({"a": jnp.zeros(2), "b": jnp.zeros(3)})
-  with pytest.raises(ValueError, match="groups made 1 groups"):
+  with pytest.raises(ValueError, match="groups formed 1 groups"):
     tx.update({"a": jnp.ones((2, 2))}, state)
 
 

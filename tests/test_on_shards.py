@@ -1,4 +1,4 @@
-"""On shards: every form on a mesh of Auto axes gives what it gives on one device."""
+"""`on_shards`: every form gives the same on a mesh of Auto axes as on one device."""
 
 import warnings
 
@@ -10,11 +10,11 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import across
+import device_mappings
 import gaf_optax
 
 with warnings.catch_warnings():
-  # The oldest Flax that is admitted reads a name that the oldest JAX has deprecated.
+  # The oldest supported Flax uses a name that the oldest supported JAX deprecates.
   warnings.simplefilter("ignore", DeprecationWarning)
   from flax import linen as nn
 
@@ -34,7 +34,7 @@ def tree(seed, *lead):
 
 
 def stacks():
-  """Two steps with a common direction and one micro-gradient against it."""
+  """Two steps with a common direction, and one micro-gradient against it."""
   common = tree(50)
   signs = np.array([1, 1, -1, 1], np.float32)
   side = lambda x: jnp.asarray(signs.reshape(-1, *[1] * x.ndim))
@@ -66,7 +66,7 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("specs", [SPECS, of_shapes], ids=["tree", "function"])
 def test_stacks(form, specs):
-  mesh, params = across.mesh(), tree(90)
+  mesh, params = device_mappings.mesh(), tree(90)
   plain = FORMS[form]()
   tx = gaf_optax.on_shards(FORMS[form](param_axes=SPECS), mesh, specs)
   place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
@@ -85,7 +85,7 @@ def test_stacks(form, specs):
 
 @pytest.mark.parametrize("boxed", [False, True], ids=["plain", "boxed"])
 def test_micro_gradients_over_one_axis_and_parameters_over_another(boxed):
-  """Tensor parallelism; Flax's boxes of `nn.with_partitioning` are part of the tree."""
+  """Tensor parallelism; the tree contains Flax's boxes of `nn.with_partitioning`."""
   mesh = jax.make_mesh(
     (K, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2
   )
@@ -122,7 +122,7 @@ def test_micro_gradients_over_one_axis_and_parameters_over_another(boxed):
 
 
 def test_one_at_a_time_and_a_prefix():
-  mesh = across.mesh()
+  mesh = device_mappings.mesh()
   params = {"w": jnp.zeros((8, 3)), "b": None}
   make = lambda **axes: gaf_optax.multi_steps(optax.sgd(1.0), 2, 0.9, **axes)
   tx = gaf_optax.on_shards(make(param_axes="data"), mesh, P("data"), lead=())
@@ -137,7 +137,7 @@ def test_one_at_a_time_and_a_prefix():
 
 
 def test_errors():
-  mesh, tx = across.mesh(), gaf_optax.gaf(0.9, param_axes="data")
+  mesh, tx = device_mappings.mesh(), gaf_optax.gaf(0.9, param_axes="data")
   params = tree(0)
   for bad, words in [
     ({"w": P("data")}, r"specs holds no PartitionSpec for leaf \['v'\]"),

@@ -1,4 +1,4 @@
-"""The optimizers after the filter: what they get, with agreement and without."""
+"""The input of the optimizers after the filter, with and without agreement."""
 
 import chex
 import jax
@@ -8,9 +8,9 @@ import optax
 import pytest
 
 import gaf_optax
-import steps
+import known_steps
 
-# Optimizers and schedules of Optax mix dtypes.
+# Optax's optimizers and schedules mix dtypes.
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 OPTIMIZERS = {
@@ -21,7 +21,7 @@ OPTIMIZERS = {
   "schedule_free_sgd": lambda: optax.contrib.schedule_free_sgd(0.1),
   "schedule": lambda: optax.sgd(optax.linear_schedule(1.0, 0.1, 5)),
 }
-# Branches with states of all kinds; the other two run their optimizer in one way.
+# apply_if_agreed with states of all kinds; the other two run all optimizers alike.
 PAIRS = [
   ("chain", "adam"),
   ("multi_steps", "adam"),
@@ -31,18 +31,18 @@ PAIRS = [
 
 @pytest.mark.parametrize("form, optimizer", PAIRS)
 def test_the_optimizer_gets_the_mean_of_the_accepted(form, optimizer):
-  """Over several steps: the updates and states of the optimizer on that mean."""
-  kind = steps.FORMS[form]
+  """Several steps, compared with the optimizer alone on that mean."""
+  kind = known_steps.FORMS[form]
   inner = OPTIMIZERS[optimizer]()
   tx = kind.make(inner)
-  params = steps.params()
+  params = known_steps.params()
   state, plain_state = tx.init(params), inner.init(params)
   feed = jax.jit(lambda *args: kind.feed(tx, *args))
-  for step in steps.sequence():
-    before = steps.inner_state(form, state)
+  for step in known_steps.sequence():
+    before = known_steps.inner_state(form, state)
     updates, state = feed(step.micro_grads, state, params)
-    after = steps.inner_state(form, state)
-    assert int(steps.gaf_state(state).num_accepted) == len(step.accepted)
+    after = known_steps.inner_state(form, state)
+    assert int(known_steps.gaf_state(state).num_accepted) == len(step.accepted)
     if step.accepted or not kind.skips:
       expected, plain_state = inner.update(step.mean, plain_state, params)
       chex.assert_trees_all_close(updates, expected, rtol=1e-5, atol=1e-6)
@@ -65,24 +65,24 @@ def test_the_optimizer_gets_the_mean_of_the_accepted(form, optimizer):
   ],
 )
 def test_half_precision_stays_half_precision(form, dtype):
-  kind = steps.FORMS[form]
+  kind = known_steps.FORMS[form]
   inner = optax.sgd(0.5, momentum=0.5)
   tx = kind.make(inner)
-  params = steps.params(dtype)
+  params = known_steps.params(dtype)
   state, plain_state = tx.init(params), inner.init(params)
-  before = steps.describe(state)
+  before = known_steps.describe(state)
   feed = jax.jit(lambda *args: kind.feed(tx, *args))
-  for step in steps.sequence(("all", "bad", "none"), dtype=dtype):
+  for step in known_steps.sequence(("all", "bad", "none"), dtype=dtype):
     updates, state = feed(step.micro_grads, state, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
     if step.accepted:
       expected, plain_state = inner.update(step.mean, plain_state)
       chex.assert_trees_all_close(updates, expected, rtol=1e-2)
-  assert steps.describe(state) == before
+  assert known_steps.describe(state) == before
 
 
 def run_two_steps(tx):
-  """Weights and state after a step that agrees and one that does not."""
+  """Weights and state after a step with agreement and one without."""
   params = jnp.array([1.0, -2.0])
   agreeing = jnp.array([[1.0, 1.0], [1.0, 3.0]])
   state = tx.init(params)
@@ -93,14 +93,14 @@ def run_two_steps(tx):
   return between, (optax.apply_updates(params, updates), state)
 
 
-# The table in the docstring of apply_if_agreed, its rows by hand.
+# The table in the docstring of apply_if_agreed, computed by hand.
 
 
 def test_without_agreement_momentum_coasts_in_a_chain_and_stays_otherwise():
   inner = optax.sgd(1.0, momentum=0.5)
   (weights, _), (after, state) = run_two_steps(optax.chain(gaf_optax.gaf(0.97), inner))
-  np.testing.assert_array_equal(weights, [0.0, -4.0])  # less the mean, [1, 2]
-  np.testing.assert_array_equal(after, [-0.5, -5.0])  # less half of it again
+  np.testing.assert_array_equal(weights, [0.0, -4.0])  # Minus the mean, [1, 2].
+  np.testing.assert_array_equal(after, [-0.5, -5.0])  # Minus half of it again.
   np.testing.assert_array_equal(optax.tree.get(state, "trace"), [0.5, 1.0])
 
   (weights, _), (after, state) = run_two_steps(gaf_optax.apply_if_agreed(inner, 0.97))

@@ -1,4 +1,4 @@
-"""The filter inside Optax's wrappers, and Optax's look-ups in its state."""
+"""The filter inside Optax's wrappers, and Optax's queries of its state."""
 
 import inspect
 
@@ -10,21 +10,23 @@ import optax
 import pytest
 
 import gaf_optax
-import steps
+import known_steps
 
-# Optimizers and schedules of Optax mix dtypes.
+# Optax's optimizers and schedules mix dtypes.
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
-FORMS = pytest.mark.parametrize("form", steps.FORMS)
+FORMS = pytest.mark.parametrize("form", known_steps.FORMS)
 
 
 def test_named_chain_is_the_chain():
-  params = steps.params()
+  params = known_steps.params()
   inner = optax.sgd(0.1, momentum=0.9)
-  named = optax.named_chain(("filter", gaf_optax.gaf(steps.TAU)), ("sgd", inner))
+  named = optax.named_chain(("filter", gaf_optax.gaf(known_steps.TAU)), ("sgd", inner))
   state, plain_state = named.init(params), inner.init(params)
-  for i, step in enumerate(steps.sequence(("all", "none", "half"))):
-    updates, state = named.update(steps.in_order(step.micro_grads, i), state, params)
+  for i, step in enumerate(known_steps.sequence(("all", "none", "half"))):
+    updates, state = named.update(
+      known_steps.in_order(step.micro_grads, i), state, params
+    )
     expected, plain_state = inner.update(step.mean, plain_state)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
     chex.assert_trees_all_close(updates, expected, rtol=1e-6)
@@ -35,7 +37,7 @@ def test_named_chain_is_the_chain():
 @FORMS
 def test_partition_decides_for_each_label(form):
   """'w' agrees where 'b' does not; 'nowhere' has no leaf."""
-  kind = steps.FORMS[form]
+  kind = known_steps.FORMS[form]
   tx = optax.partition(
     {
       "weights": kind.make(optax.sgd(1.0)),
@@ -44,10 +46,10 @@ def test_partition_decides_for_each_label(form):
     },
     {"w": "weights", "b": "biases"},
   )
-  params = steps.params()
+  params = known_steps.params()
   state = tx.init(params)
-  before = steps.describe(state)
-  agreeing, not_agreeing = steps.make("half", 1), steps.make("none", 2)
+  before = known_steps.describe(state)
+  agreeing, not_agreeing = known_steps.make("half", 1), known_steps.make("none", 2)
   micro_grads = {
     "w": agreeing.micro_grads["w"],
     "b": not_agreeing.micro_grads["b"],
@@ -56,7 +58,7 @@ def test_partition_decides_for_each_label(form):
   np.testing.assert_array_equal(updates["w"], -agreeing.mean["w"])
   np.testing.assert_array_equal(updates["b"], np.zeros(3))
   chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
-  assert steps.describe(state) == before
+  assert known_steps.describe(state) == before
   found = {label: gaf_optax.metrics(part) for label, part in state.inner_states.items()}
   assert float(found["weights"]["num_accepted"]) == 2
   assert bool(found["weights"]["agreed"])
@@ -66,7 +68,7 @@ def test_partition_decides_for_each_label(form):
 
 
 def two_at(distance):
-  """Two micro-gradients `[2, 2]` of unit length, so far apart."""
+  """Two unit micro-gradients `[2, 2]` at this distance."""
   cosine = 1 - distance
   return jnp.array([[1.0, 0.0], [cosine, np.sqrt(1 - cosine**2)]])
 
@@ -99,18 +101,18 @@ def test_an_injected_schedule_of_tau_moves():
 
 
 def test_bfloat16_parameters_and_an_injected_tau_of_its_own_dtype():
-  # At distance 1 - 1 / sqrt(1 + 32.5**2) = 0.96925: between 0.96875, which is what
-  # bfloat16 makes of 0.97, and 0.97.
+  # The distance is 1 - 1 / sqrt(1 + 32.5**2) = 0.96925, between 0.97 and its bfloat16
+  # value, 0.96875.
   micro_grads = jnp.array([[1.0, 0.0], [1.0, 32.5]], jnp.bfloat16)
   params = jnp.zeros(2, jnp.bfloat16)
   agreed = {}
   for dtype in (None, jnp.float32):
     tx = optax.inject_hyperparams(gaf_optax.gaf, hyperparam_dtype=dtype)(tau=0.97)
     state = tx.init(params)
-    before = steps.describe(state)
+    before = known_steps.describe(state)
     updates, state = tx.update(micro_grads, state, params)
     assert updates.dtype == jnp.bfloat16
-    assert steps.describe(state) == before
+    assert known_steps.describe(state) == before
     agreed[dtype] = bool(gaf_optax.metrics(state)["agreed"])
   assert agreed == {None: False, jnp.float32: True}
 
@@ -121,22 +123,22 @@ def test_injected_options_that_are_no_hyperparameters_go_through_static_args():
   )
   tx = inject(
     tau=0.9,
-    num_microbatches=steps.K,
+    num_microbatches=known_steps.K,
     rule=gaf_optax.rules.most_neighbors(),
     embed=jnp.sign,
     groups=lambda path, leaf: "all",
   )
-  params = steps.params()
-  step = steps.make("half", 3)
+  params = known_steps.params()
+  step = known_steps.make("half", 3)
   mean, state = tx.update(step.micro_grads, tx.init(params), params)
   chex.assert_trees_all_equal(mean, jax.tree.map(jnp.asarray, step.mean))
-  assert steps.gaf_state(state).accepted.tolist() == [True, False, True, False]
+  assert known_steps.gaf_state(state).accepted.tolist() == [True, False, True, False]
 
 
 def test_an_injected_number_of_microbatches_says_to_use_static_args():
   tx = optax.inject_hyperparams(gaf_optax.gaf)(tau=0.9, num_microbatches=4)
   with pytest.raises(ValueError, match="num_microbatches.*static_args"):
-    tx.init(steps.params())
+    tx.init(known_steps.params())
 
 
 def test_an_injected_anchor_decay_is_used():
@@ -144,8 +146,8 @@ def test_an_injected_anchor_decay_is_used():
   state = tx.init(jnp.zeros(2))
   for _ in range(2):
     _, state = tx.update(jnp.array([[4.0, 8.0]]), state)
-  # From zero: a quarter of the way, and a quarter of the rest.
-  np.testing.assert_array_equal(steps.gaf_state(state).anchor, [1.75, 3.5])
+  # From zero: a quarter of the way, twice.
+  np.testing.assert_array_equal(known_steps.gaf_state(state).anchor, [1.75, 3.5])
 
 
 @pytest.mark.parametrize("factory", ["apply_if_agreed", "multi_steps"])
@@ -158,7 +160,7 @@ def test_the_wrapping_forms_take_an_injected_tau(factory):
   seen = []
   for tau in (0.5, 0.875):
     state.hyperparams["tau"] = jnp.float32(tau)
-    _, state = steps.FORMS[factory].feed(tx, two_at(0.75), state, params)
+    _, state = known_steps.FORMS[factory].feed(tx, two_at(0.75), state, params)
     seen.append(bool(gaf_optax.metrics(state)["agreed"]))
   assert seen == [False, True]
 
@@ -169,13 +171,13 @@ def test_process_skips_its_postprocessor_without_agreement():
   )
   inner = optax.adam(0.1)
   tx = experimental.aggregating.process(
-    optax.identity(), gaf_optax.gaf(steps.TAU), inner
+    optax.identity(), gaf_optax.gaf(known_steps.TAU), inner
   )
-  params = steps.params()
+  params = known_steps.params()
   state, plain_state = tx.init(params), inner.init(params)
-  for i, step in enumerate(steps.sequence(("all", "none", "lost", "half"))):
+  for i, step in enumerate(known_steps.sequence(("all", "none", "lost", "half"))):
     before = state
-    updates, state = tx.update(steps.in_order(step.micro_grads, i), state, params)
+    updates, state = tx.update(known_steps.in_order(step.micro_grads, i), state, params)
     if step.accepted:
       expected, plain_state = inner.update(step.mean, plain_state)
       chex.assert_trees_all_close(updates, expected, rtol=1e-5)
@@ -191,23 +193,22 @@ def test_process_skips_its_postprocessor_within_a_cycle():
   )
   tx = experimental.aggregating.process(
     optax.identity(),
-    gaf_optax.multi_steps(optax.identity(), steps.K, steps.TAU),
+    gaf_optax.multi_steps(optax.identity(), known_steps.K, known_steps.TAU),
     optax.adam(0.1),
   )
-  params = steps.params()
+  params = known_steps.params()
   state = tx.init(params)
-  for step in steps.sequence(("all", "none", "half")):
-    _, state = steps.FORMS["multi_steps"].feed(tx, step.micro_grads, state, params)
+  for step in known_steps.sequence(("all", "none", "half")):
+    _, state = known_steps.FORMS["multi_steps"].feed(
+      tx, step.micro_grads, state, params
+    )
   assert int(optax.tree.get(state, "count")) == 2
-
-
-# Extra arguments.
 
 
 @FORMS
 def test_unknown_extra_args_are_ignored(form):
-  kind = steps.FORMS[form]
-  params, step = steps.params(), steps.make("half", 1)
+  kind = known_steps.FORMS[form]
+  params, step = known_steps.params(), known_steps.make("half", 1)
   tx = kind.make(optax.sgd(1.0))
   updates, _ = kind.feed(
     tx, step.micro_grads, tx.init(params), params, nobody_knows=1, loss=None
@@ -216,8 +217,8 @@ def test_unknown_extra_args_are_ignored(form):
 
 
 def test_gaf_alone_takes_unknown_extra_args():
-  tx = gaf_optax.gaf(steps.TAU)
-  params, step = steps.params(), steps.make("half", 1)
+  tx = gaf_optax.gaf(known_steps.TAU)
+  params, step = known_steps.params(), known_steps.make("half", 1)
   mean, _ = tx.update(
     step.micro_grads, tx.init(params), params, value=1.0, nobody_knows=print
   )
@@ -226,7 +227,7 @@ def test_gaf_alone_takes_unknown_extra_args():
 
 @FORMS
 def test_extra_args_reach_the_inner_optimizer(form):
-  kind = steps.FORMS[form]
+  kind = known_steps.FORMS[form]
   tx = kind.make(
     optax.chain(
       optax.sgd(1.0),
@@ -235,10 +236,10 @@ def test_extra_args_reach_the_inner_optimizer(form):
       ),
     )
   )
-  params = steps.params()
+  params = known_steps.params()
   state = tx.init(params)
   feed = jax.jit(lambda *args, value: kind.feed(tx, *args, value=value))
-  for step in steps.sequence(("all",) * 4):  # The loss does not fall.
+  for step in known_steps.sequence(("all",) * 4):  # The loss stays constant.
     updates, state = feed(step.micro_grads, state, params, value=jnp.float32(1.0))
   scale = float(optax.tree.get(state, "scale"))
   assert scale < 1
@@ -253,32 +254,29 @@ def test_a_function_as_extra_arg_reaches_the_inner_optimizer(form):
     del params, extra_args
     return jax.tree.map(rescale, updates), state
 
-  kind = steps.FORMS[form]
+  kind = known_steps.FORMS[form]
   tx = kind.make(
     optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
   )
-  params, step = steps.params(), steps.make("half", 1)
+  params, step = known_steps.params(), known_steps.make("half", 1)
   updates, _ = jax.jit(lambda g, s, p: kind.feed(tx, g, s, p, rescale=lambda x: 4 * x))(
     step.micro_grads, tx.init(params), params
   )
   chex.assert_trees_all_equal(updates, jax.tree.map(lambda x: 4 * x, step.mean))
 
 
-# Names in the state.
-
-
 @FORMS
 def test_look_ups_by_name_find_one(form):
-  kind = steps.FORMS[form]
-  tx = kind.make(optax.adam(0.1), anchor_decay=0.9, num_microbatches=steps.K)
-  params = steps.params()
+  kind = known_steps.FORMS[form]
+  tx = kind.make(optax.adam(0.1), anchor_decay=0.9, num_microbatches=known_steps.K)
+  params = known_steps.params()
   state = tx.init(params)
-  step = steps.make("half", 1)
+  step = known_steps.make("half", 1)
   for _ in range(2):
     _, state = kind.feed(tx, step.micro_grads, state, params)
   assert int(optax.tree.get(state, "count")) == 2
   assert bool(optax.tree.get(state, "ready"))
-  gaf_state = steps.gaf_state(state)
+  gaf_state = known_steps.gaf_state(state)
   for name in gaf_optax.GafState._fields:
     value = getattr(gaf_state, name)
     if value is not None:
@@ -302,9 +300,9 @@ def test_no_field_has_the_name_of_an_argument_or_of_a_counter(state):
 
 @FORMS
 def test_tree_map_params_finds_the_parts_like_the_parameters(form):
-  kind = steps.FORMS[form]
+  kind = known_steps.FORMS[form]
   tx = kind.make(optax.adam(0.1), anchor_decay=0.9)
-  params = steps.params()
+  params = known_steps.params()
   state = tx.init(params)
   labels = {"w": "sharded", "b": "whole"}
   marked = optax.tree_map_params(
@@ -314,24 +312,21 @@ def test_tree_map_params_finds_the_parts_like_the_parameters(form):
     labels,
     transform_non_params=lambda _: "scalar",
   )
-  assert steps.gaf_state(marked).anchor == labels
-  assert steps.gaf_state(marked).num_updates == "scalar"
+  assert known_steps.gaf_state(marked).anchor == labels
+  assert known_steps.gaf_state(marked).num_updates == "scalar"
   assert optax.tree.get(marked, "mu") == labels
-
-
-# What cannot wrap a chain that starts with gaf.
 
 
 def test_flatten_around_the_chain_says_to_put_it_inside():
   tx = optax.flatten(optax.chain(gaf_optax.gaf(), optax.sgd(1.0)))
-  params, step = steps.params(), steps.make("all", 1)
+  params, step = known_steps.params(), known_steps.make("all", 1)
   with pytest.raises(ValueError, match="optax.flatten around gaf"):
     tx.update(step.micro_grads, tx.init(params), params)
 
 
 def test_flatten_inside_the_chain_works():
   tx = optax.chain(gaf_optax.gaf(), optax.flatten(optax.sgd(1.0)))
-  params, step = steps.params(), steps.make("half", 1)
+  params, step = known_steps.params(), known_steps.make("half", 1)
   updates, _ = tx.update(step.micro_grads, tx.init(params), params)
   chex.assert_trees_all_equal(updates, jax.tree.map(lambda x: -x, step.mean))
 
@@ -340,8 +335,8 @@ def test_apply_if_finite_around_the_chain_raises():
   tx = optax.apply_if_finite(
     optax.chain(gaf_optax.gaf(), optax.sgd(1.0)), max_consecutive_errors=2
   )
-  params, step = steps.params(), steps.make("all", 1)
-  # Its zero update is shaped like what came in: a stack.
+  params, step = known_steps.params(), known_steps.make("all", 1)
+  # Its zero update has the shape of its input, a stack.
   with pytest.raises(TypeError, match="cond"):
     tx.update(step.micro_grads, tx.init(params), params)
 
@@ -350,7 +345,7 @@ def test_apply_if_finite_inside_the_chain_works():
   tx = optax.chain(
     gaf_optax.gaf(), optax.apply_if_finite(optax.sgd(1.0), max_consecutive_errors=2)
   )
-  params, step = steps.params(), steps.make("bad", 1)
+  params, step = known_steps.params(), known_steps.make("bad", 1)
   updates, state = tx.update(step.micro_grads, tx.init(params), params)
   chex.assert_trees_all_equal(updates, jax.tree.map(lambda x: -x, step.mean))
   assert int(gaf_optax.metrics(state)["nonfinite"]) == 1
@@ -360,6 +355,6 @@ def test_optax_multi_steps_around_the_chain_raises():
   tx = optax.MultiSteps(
     optax.chain(gaf_optax.gaf(), optax.sgd(1.0)), every_k_schedule=2
   ).gradient_transformation()
-  params, step = steps.params(), steps.make("all", 1)
+  params, step = known_steps.params(), known_steps.make("all", 1)
   with pytest.raises((TypeError, ValueError)):
     tx.update(step.micro_grads, tx.init(params), params)

@@ -1,4 +1,4 @@
-"""Every form of the filter against one NumPy float64 oracle, over drawn inputs."""
+"""Every form of the filter against one NumPy float64 oracle, on drawn inputs."""
 
 from typing import NamedTuple
 
@@ -8,8 +8,8 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-import forms
 import oracle
+import reference_forms
 from gaf_optax import rules
 
 SHAPES = {
@@ -17,13 +17,13 @@ SHAPES = {
   "net": [(4, 5), (5,), ()],
   "odd": [(1,), (7, 3, 2), (0, 2), (17,)],
 }
-# Relative rounding of a stored value, and of a distance computed from such values.
+# Relative rounding error of stored values and of distances computed from them.
 EPS = {"float32": 3e-6, "bfloat16": 1e-2, "float16": 2e-3, "complex64": 3e-6}
 SPAN = {"float32": 13, "bfloat16": 13, "float16": 2, "complex64": 13}
 
 
 class Layout(NamedTuple):
-  """What decides the compiled program, besides the rule."""
+  """The static inputs of the compiled program, except the rule."""
 
   k: int
   shapes: str
@@ -44,10 +44,10 @@ LAYOUTS = [
 
 @st.composite
 def stacks(draw, layout, number=1):
-  """So many trees of leaves `[k, *shape]`, after one another.
+  """`number` trees of leaves `[k, *shape]`.
 
-  They have structure: a common direction, copies, opposites, bad rows, and scales
-  that are the same for all rows or each row's own.
+  They contain a common direction, copies, opposites, bad rows, and a scale for all rows
+  or for each row.
   """
   k, shapes, dtype = layout
   return [draw(stack(k, SHAPES[shapes], dtype)) for _ in range(number)]
@@ -55,7 +55,7 @@ def stacks(draw, layout, number=1):
 
 @st.composite
 def microbatch_weights(draw, k):
-  """Of any scale, some of them 0."""
+  """Weights of any scale, some of them 0."""
   scale = draw(st.sampled_from([1e-6, 1.0, 1e6]))
   some = st.one_of(st.just(0.0), st.integers(1, 50).map(float))
   return scale * np.array(draw(st.lists(some, min_size=k, max_size=k)))
@@ -98,11 +98,11 @@ taus = st.one_of(st.floats(0, 2), st.sampled_from([0.0, 0.92, 0.97, 1.0, 2.0]))
 
 
 def check(filtered, expected, leaves, nonfinite=None):
-  """Compares all there is; False where either decision is right."""
+  """Compares all fields; False if rounding may decide."""
   dtype = str(leaves[0].dtype)
   error = 1e-5 / max(expected.condition, 1e-12)
   if expected.margin < error:
-    return False  # Nearer to tau than rounding.
+    return False
   assert filtered.agreed == expected.agreed
   assert filtered.accepted == expected.accepted.sum()
   if nonfinite is not None:
@@ -117,7 +117,7 @@ def check(filtered, expected, leaves, nonfinite=None):
   for got, want, leaf in zip(filtered.gradient, expected.gradient, leaves):
     assert got.shape == want.shape
     assert str(got.dtype) == dtype
-    # Terms that cancel leave rounding of the size of the largest of them.
+    # If terms cancel, the rounding error is relative to the largest of them.
     largest = np.abs(oracle.wide(leaf)[kept]).max(initial=0)
     np.testing.assert_allclose(
       oracle.wide(got), want, rtol=0, atol=EPS[dtype] * largest + 1e-37
@@ -143,7 +143,7 @@ PAIRWISE = (
   ids=str,
 )
 def test_stacked_form_is_the_oracles(which, layout):
-  """Over several updates, each of which starts one place further on."""
+  """Several updates; each starts the sequence one place further on."""
   k = layout.k
 
   @settings(max_examples=12)
@@ -160,7 +160,7 @@ def test_stacked_form_is_the_oracles(which, layout):
       own = {"microbatch_weights": weights, "max_norm_ratio": ratio}
       num_present = weights > 0
     nonfinite = 0
-    results = forms.stacked_steps(drawn, tau, **options, **own)
+    results = reference_forms.stacked_steps(drawn, tau, **options, **own)
     for step, (leaves, result) in enumerate(zip(drawn, results)):
       start = {} if which == "pairwise" else {"start": step % k}
       expected = oracle.gaf(leaves, tau, **of_oracle, **own, **start)
@@ -172,7 +172,7 @@ def test_stacked_form_is_the_oracles(which, layout):
 
 @pytest.mark.parametrize("options", [{}, {"anchor_decay": 0.5}], ids=str)
 def test_leaves_of_all_sizes(options):
-  """Small leaves are joined, up to a size; large ones and other dtypes are not."""
+  """Small leaves are joined up to a size; large ones and other dtypes are not."""
   k = 3
   sizes = [5000, 4096, 1, 4096, 4096, 0, 17, 4096, 4096, 70_000, 3]
   rng = np.random.default_rng(0)
@@ -186,7 +186,7 @@ def test_leaves_of_all_sizes(options):
     accepted, want = k, [oracle.wide(leaf).mean(0) for leaf in leaves]
   else:
     accepted, want = k - 1, oracle.gaf(leaves, 0.97).gradient
-  result = forms.stacked(leaves, 0.97, **options)
+  result = reference_forms.stacked(leaves, 0.97, **options)
   assert result.accepted == accepted
   for got, expected, leaf in zip(result.gradient, want, leaves):
     assert got.dtype == leaf.dtype and got.shape == leaf.shape[1:]
@@ -198,7 +198,7 @@ def test_leaves_of_all_sizes(options):
   [(True, LAYOUTS[1]), (True, LAYOUTS[2]), (False, LAYOUTS[0])],
   ids=str,
 )
-@pytest.mark.parametrize("form", [forms.streamed, forms.scanned])
+@pytest.mark.parametrize("form", [reference_forms.streamed, reference_forms.scanned])
 def test_streamed_forms_are_the_oracles(layout, weighted, form):
   @settings(max_examples=15)
   @given(stacks(layout), taus, microbatch_weights(layout.k))
@@ -214,7 +214,7 @@ def test_streamed_forms_are_the_oracles(layout, weighted, form):
 
 
 def test_streamed_rules_are_the_oracles():
-  """The other sequential rule, distance and a soft threshold; on one layout."""
+  """Other sequential rule, distance and softness; in one layout."""
   layout, drawn = LAYOUTS[1], []
 
   @settings(max_examples=10)
@@ -229,7 +229,7 @@ def test_streamed_rules_are_the_oracles():
   ]:
     soft = {"softness": softness} if softness else {}
     rule = getattr(rules, name)(kind, **soft)
-    for form in (forms.streamed, forms.scanned):
+    for form in (reference_forms.streamed, reference_forms.scanned):
       decided = 0
       for i, stack in enumerate(drawn):
         tau = (0.3, 0.97, 1.4)[i % 3]
@@ -243,12 +243,12 @@ def test_streamed_rules_are_the_oracles():
 def test_embedding_enters_the_distances_alone(drawn, tau):
   for leaves in drawn:
     expected = oracle.gaf(leaves, tau, embed=np.sign)
-    check(forms.stacked(leaves, tau, embed=jnp.sign), expected, leaves)
+    check(reference_forms.stacked(leaves, tau, embed=jnp.sign), expected, leaves)
 
 
-@pytest.mark.parametrize("form", sorted(forms.ALL))
+@pytest.mark.parametrize("form", sorted(reference_forms.ALL))
 def test_a_sum_that_cancels_is_zero_in_every_form(form):
-  """Down to rounding of its terms: what is left has no direction to agree with."""
+  """Up to rounding of its terms; the remainder has no meaningful direction."""
   first, rest = np.random.default_rng(0).standard_normal((2, 50))
   for name, kind in [("sequential", "cosine"), ("running_average", "euclidean")]:
     for scale, distance in [(1e-4, 1.0), (1e-2, 0.0)]:
@@ -256,5 +256,5 @@ def test_a_sum_that_cancels_is_zero_in_every_form(form):
       rows = [first, -first + left, left if kind == "cosine" else left / 2]
       rows = jnp.asarray(np.stack(rows), jnp.float32)
       rule = getattr(rules, name)(kind)
-      result = forms.ALL[form]([rows], 2.0, rule=rule)
+      result = reference_forms.ALL[form]([rows], 2.0, rule=rule)
       assert result.distances[2] == pytest.approx(distance, abs=1e-2)

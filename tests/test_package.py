@@ -1,4 +1,4 @@
-"""The package: the README that PyPI shows, the sdist, and the project's addresses."""
+"""The package: its PyPI page, its sdist, and the project's addresses."""
 
 import pathlib
 import re
@@ -8,7 +8,7 @@ import pytest
 import gaf_optax
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-# Where the text of a link is an image, as a badge is, the image comes first.
+# In a link around an image, such as a badge, the image comes first.
 LINK = re.compile(r"(!?)(?:\[[^\[\]]*|(?<=\)))\]\(([^)\s]+)\)")
 NOTEBOOK = "examples/cifar100_resnet18/gaf_colab.ipynb"
 
@@ -18,7 +18,7 @@ def sdist(monkeypatch):
   reason = "what builds the package is not installed; it is in the extra 'dev'"
   pytest.importorskip("hatch_fancy_pypi_readme", reason=reason)
   builders = pytest.importorskip("hatchling.builders.sdist", reason=reason)
-  monkeypatch.chdir(ROOT)  # As a build.
+  monkeypatch.chdir(ROOT)  # Builds run in this directory.
   return builders.SdistBuilder(str(ROOT))
 
 
@@ -27,7 +27,7 @@ def read(name):
 
 
 def repository(name="pyproject.toml"):
-  """Owner and name, the same in every address that the file has, Colab's too."""
+  """Owner and name, which must be the same in all addresses of the file."""
   hosts = r"github\.com|githubusercontent\.com|colab\.research\.google\.com/github"
   (found,) = set(re.findall(rf"(?:{hosts})/([\w.-]+/[\w.-]+)", read(name)))
   return found

@@ -1,4 +1,4 @@
-"""Parameters that are sharded too: the decision is that of the whole ones."""
+"""Sharded parameters: the decision must be the same as for whole ones."""
 
 import functools
 
@@ -10,14 +10,14 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import across
+import device_mappings
 import exchange
-import forms
 import gaf_optax
 import oracle
+import reference_forms
 
 TAU = 0.8
-# As in_specs of shard_map; 'whole' and 'scalar' are replicated over 'model'.
+# in_specs of shard_map; 'whole' and 'scalar' are replicated over 'model'.
 SPECS = {"columns": P(None, "model"), "rows": P("model"), "scalar": P(), "whole": P()}
 
 
@@ -27,17 +27,19 @@ SHAPES = {"columns": (3, 8), "rows": (16,), "scalar": (), "whole": (11,)}
 def assert_is_oracle(gradient, distances, tree, tau=TAU, **options):
   want = oracle.gaf(list(tree.values()), tau, **options)
   assert want.margin > 1e-3
-  np.testing.assert_allclose(forms.compared(distances), want.distances, atol=1e-5)
+  np.testing.assert_allclose(
+    reference_forms.compared(distances), want.distances, atol=1e-5
+  )
   for name, y in zip(tree, want.gradient):
     np.testing.assert_allclose(gradient[name], y, atol=2e-6)
 
 
 def mapped(member, tree, shape, check, specs=SPECS, names=("data", "model"), out=None):
-  """`member` of each row along 'data' of a tree whose leaves are sharded.
+  """Maps `member` over the rows along 'data' of a tree with sharded leaves.
 
-  `out` are the specs of the result; a gradient and what is the same everywhere.
+  `out` defaults to the specs of a gradient and replicated values.
   """
-  grid = across.mesh(shape, names)
+  grid = device_mappings.mesh(shape, names)
   in_specs = jax.tree.map(lambda s: P("data", *s), specs)
   tree = jax.tree.map(
     lambda x, s: jax.device_put(x, NamedSharding(grid, s)), tree, in_specs
@@ -63,17 +65,17 @@ def update(tx):
 
 @pytest.mark.parametrize("check", [True, False])
 def test_the_decision_of_the_unsharded_case(check):
-  """Over two axes, and with what reads the leaves in other ways."""
+  """Over two axes, and with options that read the leaves in other ways."""
   specs = {
     "columns": P(None, ("fsdp", "model")),
     "rows": P("model"),
     "scalar": P(),
     "whole": P(),
   }
-  trees = [across.stack(2, SHAPES, seed) for seed in (2, 3)]
-  bad = across.stack(2, SHAPES, 4)
+  trees = [device_mappings.stack(2, SHAPES, seed) for seed in (2, 3)]
+  bad = device_mappings.stack(2, SHAPES, 4)
   bad["rows"][1, 9] = np.nan  # In one shard only.
-  # Without the check types say nothing of replication: the specs do.
+  # Without the check, types do not show replication, but the specs do.
   axes = ("fsdp", "model") if check else specs
   make = functools.partial(
     gaf_optax.gaf, TAU, axis_name="data", param_axes=axes, num_microbatches=2
@@ -113,7 +115,7 @@ def test_the_decision_of_the_unsharded_case(check):
 
 def test_counting_a_replicated_leaf_twice_would_be_another_decision():
   """So that the tests above can fail."""
-  tree = across.stack(2, SHAPES, 2)
+  tree = device_mappings.stack(2, SHAPES, 2)
   twice = [*tree.values(), tree["whole"], tree["scalar"]]
   distances = [oracle.gaf(x, TAU).distances[1] for x in (list(tree.values()), twice)]
   assert abs(distances[0] - distances[1]) > 1e-3
@@ -122,11 +124,11 @@ def test_counting_a_replicated_leaf_twice_would_be_another_decision():
 def test_names_alone_need_the_check():
   tx = gaf_optax.gaf(TAU, axis_name="data", param_axes="model")
   with pytest.raises(ValueError, match="cannot see which leaves are replicated"):
-    mapped(update(tx), across.stack(2, SHAPES), (2, 4), check=False)
+    mapped(update(tx), device_mappings.stack(2, SHAPES), (2, 4), check=False)
 
 
 def test_specs_are_a_prefix_of_the_tree():
-  tree = across.stack(2, {"rows": (16,), "columns": (8, 3)})
+  tree = device_mappings.stack(2, {"rows": (16,), "columns": (8, 3)})
   specs = {"rows": P("model"), "columns": P("model")}
   tx = gaf_optax.gaf(TAU, axis_name="data", param_axes=P("model"), num_microbatches=2)
   gradient, state = mapped(update(tx), tree, (2, 4), False, specs)
@@ -138,15 +140,15 @@ def test_specs_are_a_prefix_of_the_tree():
 
 @pytest.mark.parametrize("check", [True, False])
 def test_micro_gradients_that_are_all_on_each_device(check):
-  """The forms without axis_name sum over the parameters' axes, too."""
+  """The forms without axis_name also sum over the parameters' axes."""
   k = 3
-  tree = across.stack(k, SHAPES, 3)
+  tree = device_mappings.stack(k, SHAPES, 3)
   axes = "model" if check else SPECS
   options = dict(param_axes=axes, num_microbatches=k)
   stack_specs = jax.tree.map(lambda s: P(None, *s), SPECS)
 
   def run(rows):
-    params = across.params_of(rows)
+    params = device_mappings.params_of(rows)
     tx = gaf_optax.gaf(TAU, **options)
     stacked, state = tx.update(rows, tx.init(params), params)
     multi = gaf_optax.multi_steps(optax.identity(), k, TAU, **options)
@@ -156,7 +158,7 @@ def test_micro_gradients_that_are_all_on_each_device(check):
       streamed, multi_state = multi.update(one, multi_state, params)
     return (stacked, streamed), (state.distances, multi_state.gaf_state.distances)
 
-  grid = across.mesh((8,), ("model",))
+  grid = device_mappings.mesh((8,), ("model",))
   found = jax.jit(
     jax.shard_map(
       run,
@@ -171,21 +173,21 @@ def test_micro_gradients_that_are_all_on_each_device(check):
 
 
 def test_an_inner_optimizer_with_sharded_state():
-  """Branches that run it and leave it have results of one replication type."""
+  """The branches that run and skip it return results of the same replication type."""
   tx = gaf_optax.apply_if_agreed(
     optax.sgd(1.0, momentum=0.9), 1.2, axis_name="data", param_axes="model"
   )
 
   def member(mine):
     params = jax.tree.map(jnp.zeros_like, mine)
-    # A state that does not vary, as one made from constants.
+    # A replicated state, such as one made of constants.
     state = tx.init(jax.tree.map(lambda x: jnp.zeros(x.shape), params))
     return tx.update(mine, state, params)[0]
 
-  tree = across.stack(4, SHAPES, 4)
+  tree = device_mappings.stack(4, SHAPES, 4)
   for x in tree.values():  # The second pair does not agree.
     x[3] = -x[2]
-  grid = across.mesh((2, 4), ("data", "model"))
+  grid = device_mappings.mesh((2, 4), ("data", "model"))
   in_specs = jax.tree.map(lambda s: P("data", *s), SPECS)
   run = jax.jit(
     jax.shard_map(
@@ -205,14 +207,14 @@ def test_an_inner_optimizer_with_sharded_state():
 
 
 def test_multi_steps_of_each_member():
-  """Each filters its own; the state varies, and so do both branches' results."""
+  """Each device filters its own; the state and both branches' results then vary."""
   k = 3
-  tree = across.stack(2 * k, SHAPES, 5)
+  tree = device_mappings.stack(2 * k, SHAPES, 5)
   tx = gaf_optax.multi_steps(optax.sgd(1.0, momentum=0.9), k, TAU)
-  grid = across.mesh((2,), ("data",))
+  grid = device_mappings.mesh((2,), ("data",))
 
   def member(rows):
-    params = across.params_of(rows)
+    params = device_mappings.params_of(rows)
     state = tx.init(params)
     for i in range(k):
       updates, state = tx.update(jax.tree.map(lambda x: x[i], rows), state, params)
@@ -228,9 +230,9 @@ def test_multi_steps_of_each_member():
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_a_map_over_some_axes_of_a_mesh(kind):
-  """What is sharded over the others is the compiler's business, or refused."""
-  plain = across.stack(4, SHAPES)
-  grid = across.mesh((4, 2), ("data", "model"), kind)
+  """The compiler handles sharding over the other axes; Explicit ones are refused."""
+  plain = device_mappings.stack(4, SHAPES)
+  grid = device_mappings.mesh((4, 2), ("data", "model"), kind)
   tree = {
     name: jax.device_put(x, NamedSharding(grid, P("data", *SPECS[name])))
     for name, x in plain.items()
@@ -254,7 +256,7 @@ def test_a_map_over_some_axes_of_a_mesh(kind):
 
 
 class TestExplicitMesh:
-  """Stacks whose types say that they are sharded, under a plain `jit`."""
+  """Stacks with sharded types, under plain `jit`."""
 
   LARGE = {"columns": (3, 16_384), "rows": (32_768,), "scalar": (), "whole": (20_001,)}
   CASES = {
@@ -272,7 +274,7 @@ class TestExplicitMesh:
   }
 
   def sharded(self, tree, specs):
-    grid = across.mesh((4, 2), ("data", "model"), AxisType.Explicit)
+    grid = device_mappings.mesh((4, 2), ("data", "model"), AxisType.Explicit)
     put = lambda x, s: jax.device_put(x, NamedSharding(grid, s))
     tree = {name: put(x, s) for (name, x), s in zip(tree.items(), specs)}
     params = {
@@ -287,13 +289,13 @@ class TestExplicitMesh:
     specs, members = self.CASES[name]
     options = dict(self.OPTIONS.get(name, {}), num_microbatches=8)
     tx = gaf_optax.apply_if_agreed(optax.sgd(1.0), TAU, **options)
-    plain = [across.stack(8, self.LARGE, seed) for seed in (6, 7)]
+    plain = [device_mappings.stack(8, self.LARGE, seed) for seed in (6, 7)]
     trees, params = zip(*(self.sharded(tree, specs) for tree in plain))
     state = tx.init(params[0])
     compiled = jax.jit(tx.update).lower(trees[0], state, params[0]).compile()
     updates, new_state = compiled(trees[0], state, params[0])
     distances = new_state.gaf_state.distances
-    if "anchor_decay" in options:  # A step more, so that there is something in it.
+    if "anchor_decay" in options:  # One more step, so that the anchor is not empty.
       updates, new_state = compiled(trees[1], new_state, params[0])
       first, second = (oracle.vectors(list(tree.values())) for tree in plain)
       expected = [oracle.distance(first.mean(0), row) for row in second]
@@ -309,7 +311,7 @@ class TestExplicitMesh:
       ndim = updates[leaf].ndim
       entries = [*spec[1:], *[None] * ndim][:ndim]
       assert [*jax.typeof(updates[leaf]).sharding.spec] == entries
-    # Nothing of the state changes its sharding, so that it can be carried.
+    # The state keeps its sharding, so a scan can carry it.
     for before, after in zip(jax.tree.leaves(state), jax.tree.leaves(new_state)):
       old, new = (jax.typeof(x).sharding.spec for x in (before, after))
       assert (any(old) or any(new)) is False or old == new
@@ -319,8 +321,8 @@ class TestExplicitMesh:
       for operation, size, *_ in exchange.collectives(compiled.as_text(), 8)
       if operation == "all-gather"
     ]
-    # One gradient (two with an anchor), of eight in the stack, and padding of what
-    # leaves sharded in one way are exchanged in.
+    # One gradient (two with an anchor) of the eight in the stack, and the padding of
+    # the exchange for each sharding.
     whole = 4 * sum(x.size for x in plain[0].values())
     times = 2 if "anchor_decay" in options else 1
     padding = 4 * 8 * (1024 * len(set(specs)) + 128 * len(specs))
@@ -330,19 +332,23 @@ class TestExplicitMesh:
 
   def test_eager(self):
     specs, _ = self.CASES["like_the_parameters"]
-    plain = across.stack(8, SHAPES, 7)
+    plain = device_mappings.stack(8, SHAPES, 7)
     tree, params = self.sharded(plain, specs)
     tx = gaf_optax.gaf(TAU, num_microbatches=8)
-    with jax.set_mesh(across.mesh((4, 2), ("data", "model"), AxisType.Explicit)):
+    with jax.set_mesh(
+      device_mappings.mesh((4, 2), ("data", "model"), AxisType.Explicit)
+    ):
       updates, state = tx.update(tree, tx.init(params), params)
     assert_is_oracle(updates, state.distances, plain)
 
   def test_streamed_and_cosine_distance(self):
     specs, _ = self.CASES["parameters_alone"]
-    plain = across.stack(4, SHAPES, 8)
+    plain = device_mappings.stack(4, SHAPES, 8)
     tree, params = self.sharded(plain, specs)
     tx = gaf_optax.multi_steps(optax.identity(), 4, TAU, num_microbatches=4)
-    with jax.set_mesh(across.mesh((4, 2), ("data", "model"), AxisType.Explicit)):
+    with jax.set_mesh(
+      device_mappings.mesh((4, 2), ("data", "model"), AxisType.Explicit)
+    ):
       rows = [jax.tree.map(lambda x: x[i], tree) for i in range(4)]
       state = tx.init(params)
       update = jax.jit(tx.update)
@@ -355,7 +361,7 @@ class TestExplicitMesh:
 
   def test_errors(self):
     tx = gaf_optax.gaf(TAU)
-    plain = across.stack(8, SHAPES)
+    plain = device_mappings.stack(8, SHAPES)
     tree, params = self.sharded(plain, (P("data"), P("model"), P(), P()))
     with pytest.raises(ValueError, match="same mesh axes in every leaf"):
       tx.update(tree, tx.init(params))

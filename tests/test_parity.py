@@ -1,8 +1,8 @@
-"""Parity with PyTorch packages, on cases recorded by running them.
+"""Parity with PyTorch packages, on recorded results.
 
-`parity/make_cases.py` made `parity/cases.json` with the two implementations of GAF, and
-`parity/make_aggregator_cases.py` made `parity/aggregators.json` with two packages that
-have Krum and the geometric median. They say with which versions.
+`parity/make_cases.py` records two implementations of GAF in `parity/cases.json`.
+`parity/make_aggregator_cases.py` records two packages with Krum and the geometric
+median in `parity/aggregators.json`. The scripts give the versions.
 """
 
 import functools
@@ -20,7 +20,7 @@ import gaf_optax
 import oracle
 from gaf_optax import rules
 
-# Optimizers and schedules of Optax mix dtypes.
+# Optax's optimizers and schedules mix dtypes.
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
@@ -31,10 +31,10 @@ def recorded(name):
 
 
 CASES, AGGREGATORS = recorded("cases.json"), recorded("aggregators.json")
-# What parity/make_cases.py builds from torch.optim under the same names.
+# Counterparts of the torch.optim optimizers in parity/make_cases.py.
 OPTIMIZERS = {
   "sgd": optax.sgd(0.1),
-  # torch adds the decay to the gradient, before the momentum.
+  # torch adds the decay to the gradient before the momentum.
   "momentum_decay": optax.chain(
     optax.add_decayed_weights(0.05), optax.sgd(0.1, momentum=0.9)
   ),
@@ -49,7 +49,7 @@ STRATEGIES = {
 
 
 def as_tree(flat):
-  """The last axis of an array as the parameters of the recorded model."""
+  """The last axis of an array as parameters of the recorded model."""
   flat = np.asarray(flat, np.float32)
   sizes = np.cumsum([np.prod(shape) for shape in CASES["shapes"].values()])
   pieces = np.split(flat, sizes[:-1], axis=-1)
@@ -67,7 +67,7 @@ def assert_weights(params, recorded, atol=2e-6):
 
 @functools.cache
 def step_of(optimizer):
-  """One step of running averages, compiled once for all thresholds of a number."""
+  """One step with `running_average`, compiled once for all thresholds."""
 
   @jax.jit
   def step(tau, params, state, micro_grads):
@@ -87,7 +87,7 @@ decide = jax.jit(
 
 
 def of_rows(rule, rows, tau=0.97, scale=1.0):
-  """The mean that a rule makes of recorded rows, and which it accepts."""
+  """The mean of recorded rows under a rule, and which rows it accepts."""
   rows = np.array(rows)
   gram = jnp.asarray(scale**2 * (rows @ rows.T), jnp.float32)
   weights, accepted, _ = decide(gram, tau, rule)
@@ -112,12 +112,12 @@ def test_running_average_gives_the_weights_of_step_gaf(case):
   steps = zip(case["micro_grads"], case["agreed_count"], case["weights"])
   for number, (rows, agreed, weights) in enumerate(steps):
     before, inner_before = params, state.inner_state
-    # The sequence starts one place further on with every update.
+    # Each update starts the sequence one place further on.
     rows = np.roll(rows, number, axis=0)
     params, state = step(tau, params, state, as_tree(rows))
     assert_weights(params, weights)
     found = gaf_optax.metrics(state)
-    # Theirs counts the micro-gradients that joined the first.
+    # The package counts the micro-gradients that joined the first.
     assert float(found["num_accepted"]) == (agreed + 1 if agreed else 0)
     if not agreed:
       chex.assert_trees_all_equal(params, before)
@@ -164,7 +164,7 @@ def test_a_distance_equal_to_tau_is_accepted_as_by_step_gaf(case):
 
 
 def test_four_accepted_weigh_an_eighth_an_eighth_a_quarter_and_a_half():
-  # The package's own pairwise average of the four unit vectors.
+  # From the package's pairwise average of the four unit vectors.
   assert CASES["authors_shares"] == [1 / 8, 1 / 8, 1 / 4, 1 / 2]
   tx = gaf_optax.gaf(2.0, rule=rules.running_average())
   mean, _ = tx.update(jnp.eye(4), tx.init(jnp.zeros(4)))
@@ -176,15 +176,15 @@ def test_neighbour_rules_accept_what_the_per_sample_package_accepts(case):
   rule = STRATEGIES[case["strategy"]](case["fraction"])
   mean, accepted = of_rows(rule, case["micro_grads"], case["threshold"])
   assert accepted == case["accepted"]
-  # Theirs stretches what it keeps by batch / accepted, so that the mean over the
-  # batch, which is recorded, is the mean of those accepted.
+  # The package scales the accepted rows by batch / accepted, so the recorded mean over
+  # the batch is the mean of the accepted rows.
   longest = np.max(np.linalg.norm(case["micro_grads"], axis=1))
   np.testing.assert_allclose(mean, case["mean"], rtol=1e-5, atol=1e-6 * longest)
 
 
 def test_equality_is_accepted_where_the_per_sample_package_compares_with_less():
   case = CASES["samples_equality"]
-  # The first two are at distance 1, which is the threshold, from all others.
+  # The first two are at distance 1, the threshold, from all others.
   assert case["accepted"] == [False, False, True, True]
   rule = rules.most_neighbors()
   mean, accepted = of_rows(rule, case["micro_grads"], case["threshold"])
@@ -198,7 +198,7 @@ def kind_and_number(case):
 
 @pytest.mark.parametrize("case", AGGREGATORS["krum"], ids=kind_and_number)
 def test_multi_krum_gives_what_byzfl_gives_with_one_more_wrong(case):
-  """Theirs adds up n - f - 1 distances, where the paper says n - f - 2."""
+  """byzfl sums n - f - 1 distances; the paper has n - f - 2."""
   k, num_wrong = len(case["rows"]), case["num_wrong"]
   largest = np.abs(case["rows"]).max()
   for name, num_kept in [("byzfl_krum", 1), ("byzfl_multi_krum", k - num_wrong)]:
@@ -209,7 +209,7 @@ def test_multi_krum_gives_what_byzfl_gives_with_one_more_wrong(case):
 
 @pytest.mark.parametrize("case", AGGREGATORS["krum"], ids=kind_and_number)
 def test_multi_krum_keeps_what_torchjd_keeps(case):
-  """Where the distances, which theirs adds up, and their squares decide the same."""
+  """torchjd sums distances; in these cases, squared distances give the same result."""
   num_wrong = case["num_wrong"]
   for num_kept, name in [(1, "torchjd_krum"), (None, "torchjd_multi_krum")]:
     rule = rules.multi_krum(num_wrong, num_kept)
@@ -227,7 +227,7 @@ def test_multi_krum_is_the_papers_where_the_packages_are_not():
   assert accepted == sorted(np.argsort(oracle.krum_scores(rows, num_wrong))[:num_kept])
   assert accepted != case["torchjd_multi_krum"]
   assert np.abs(result - case["byzfl_multi_krum"]).max() > 0.01
-  # What each of them does instead.
+  # The definitions of the two packages.
   apart = np.sort(np.linalg.norm(rows[:, None] - rows[None], axis=2), axis=1)[:, 1:]
   distances = apart[:, : num_kept - 2].sum(1)
   assert case["torchjd_multi_krum"] == sorted(np.argsort(distances)[:num_kept])
@@ -238,11 +238,11 @@ def test_multi_krum_is_the_papers_where_the_packages_are_not():
 
 @pytest.mark.parametrize("case", AGGREGATORS["geometric_median"], ids=kind_and_number)
 def test_geometric_median_is_byzfls(case):
-  """After as many iterations from the mean on, and converged."""
+  """After as many iterations from the mean, and at convergence."""
   rows = np.array(case["rows"])
   apart = np.median(np.linalg.norm(rows - np.array(case["converged"]), axis=1))
   for num_iterations, name in [(8, "after_8"), (30, "converged")]:
     if name == "converged" and kind_and_number(case) == "lengths-8":
-      continue  # Which takes a hundred.
+      continue  # It takes a hundred iterations.
     result, _ = of_rows(rules.geometric_median(num_iterations), rows)
     assert np.linalg.norm(result - case[name]) < 1e-5 * apart

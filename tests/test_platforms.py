@@ -1,4 +1,4 @@
-"""What a TPU and a GPU run, run here: their branches, against the oracle."""
+"""The branches for TPU and GPU, run on the CPU against the oracle."""
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-import across
-import forms
+import device_mappings
 import gaf_optax
 import oracle
+import reference_forms
 from gaf_optax import _exchange
 
 TAU = 0.8
@@ -22,13 +22,13 @@ def platform(request, monkeypatch):
     return by_platform.get(request.param, default)(*args)
 
   monkeypatch.setattr(jax.lax, "platform_dependent", branch)
-  jax.clear_caches()  # Functions that have been traced for the CPU.
+  jax.clear_caches()  # Drops functions that were traced for the CPU.
   yield request.param
   jax.clear_caches()
 
 
 def bad_stack(k, shapes, seed=0):
-  tree = across.stack(k, shapes, seed)
+  tree = device_mappings.stack(k, shapes, seed)
   with np.errstate(over="ignore", invalid="ignore"):
     for x in tree.values():
       for i, factor in BAD.items():
@@ -41,7 +41,7 @@ def assert_is_oracle(found, tree, **options):
   want = oracle.gaf(list(tree.values()), TAU, **options)
   assert want.margin > 1e-5 and want.agreed
   np.testing.assert_array_equal(state.accepted, want.accepted)
-  found = forms.compared(state.distances)
+  found = reference_forms.compared(state.distances)
   np.testing.assert_allclose(found, want.distances, atol=1e-5)
   for name, y in zip(tree, want.gradient):
     x = gradient[name]
@@ -52,9 +52,9 @@ def assert_is_oracle(found, tree, **options):
 
 
 def test_stacks(platform):
-  """Leaves of whole tiles, of half tiles and of neither; short and empty ones.
+  """Leaves of whole tiles, half tiles and neither; short and empty leaves.
 
-  Once with an elementwise function that hides infinities.
+  The second filter has an elementwise function that hides infinities.
   """
   shapes = {
     "tiles": (2, 16, 128),
@@ -73,7 +73,7 @@ def test_stacks(platform):
   def run(tree):
     plain = gaf_optax.gaf(TAU, num_microbatches=k)
     signs = gaf_optax.gaf(TAU, num_microbatches=k, embed=jnp.sign)
-    params = across.params_of(tree)
+    params = device_mappings.params_of(tree)
     real = {name: x for name, x in tree.items() if name != "complex"}
     return plain.update(tree, plain.init(params)), signs.update(
       real, signs.init({name: params[name] for name in real})
@@ -85,12 +85,12 @@ def test_stacks(platform):
 
 
 def test_an_anchor(platform):
-  """Two steps, so that there is something in it."""
+  """Two steps, so that the anchor is not empty."""
   k = 6
   shapes = {"long": (130, 131), "short": (5, 7)}
-  trees = [across.stack(k, shapes), bad_stack(k, shapes)]
+  trees = [device_mappings.stack(k, shapes), bad_stack(k, shapes)]
   tx = gaf_optax.gaf(TAU, anchor_decay=0.5, num_microbatches=k)
-  state = tx.init(across.params_of(trees[0]))
+  state = tx.init(device_mappings.params_of(trees[0]))
   update = jax.jit(tx.update)
   for tree in trees:
     gradient, state = update(tree, state)
@@ -100,13 +100,13 @@ def test_an_anchor(platform):
   with np.errstate(invalid="ignore"):
     distances = [oracle.distance(v, row) for row in rows]
   expected = np.where(np.isfinite(rows).all(1), distances, -1)
-  assert 0 <= np.min(expected[2:]) < 0.5  # Random vectors would all be at about 1.
+  assert 0 <= np.min(expected[2:]) < 0.5  # Random vectors would be near 1.
   np.testing.assert_allclose(state.distances, expected, atol=1e-5)
   assert np.isfinite(gradient["long"]).all()
 
 
 def test_across_devices(platform, monkeypatch):
-  """In the order of tiles on TPU, in several parts."""
+  """Several exchanges, on TPU in the order of its tiles."""
   monkeypatch.setattr(_exchange, "_BUCKET", 80_000)
   shapes = {
     "tiles": (16, 256),
@@ -117,5 +117,5 @@ def test_across_devices(platform, monkeypatch):
   tree = bad_stack(8, shapes, seed=3)
   tx = gaf_optax.gaf(TAU, axis_name="data", num_microbatches=8)
   run = lambda mine: tx.update(mine, tx.init(jax.tree.map(jnp.zeros_like, mine)))
-  found = across.mapped(run, tree, (AxisType.Auto, True))
+  found = device_mappings.mapped(run, tree, (AxisType.Auto, True))
   assert_is_oracle(jax.tree.map(lambda x: x[0], found), tree)

@@ -1,4 +1,4 @@
-"""Several processes give the result of one, and outlive none of them in silence."""
+"""Several processes give the result of one, and stop when one of them dies."""
 
 import contextlib
 import fcntl
@@ -20,21 +20,21 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-import forms
 import gaf_optax
 import oracle
+import reference_forms
 
 WORKER = pathlib.Path(__file__).parent / "processes" / "worker.py"
-# What the worker trains with; steps 2 and 6 find no agreement, one member errs in all
-# others, three behind the one that the filter starts with.
+# The worker's settings. In each step, one device has a wrong gradient. In steps 2 and
+# 6 the filter starts with this device and finds no agreement.
 TAU, LEARNING_RATE, MOMENTUM = 0.9, 0.02, 0.8
 MEMBERS, STEPS, SAVE_EVERY, SKIPPED = 8, 10, 4, (2, 6)
-# Seconds, where a process is to die. Others keep JAX's 100: on a busy machine jax
-# 0.8.2 was seen to find processes dead after 10 that were alive.
+# Seconds, in tests that kill a process. Otherwise JAX's default of 100: with 10, jax
+# 0.8.2 declared living processes dead on a busy machine.
 HEARTBEAT = 15
-# A busy machine may take this much longer to end a process.
+# Extra seconds for a process to end on a busy machine.
 MARGIN = 20
-# Then whatever still runs is killed.
+# Seconds before running processes are killed.
 LIMIT = 180
 
 PORT_TAKEN = re.compile(
@@ -62,8 +62,8 @@ assert found.tolist() == [1, 1], found
 
 
 class Ended(NamedTuple):
-  code: int  # as subprocess gives it, minus the signal's number if killed by one
-  when: float  # seconds on the monotonic clock
+  code: int  # exit code; if killed, minus the signal's number
+  when: float  # time.monotonic()
   stdout: str
   stderr: str
 
@@ -75,7 +75,7 @@ def free_port():
 
 
 def environment():
-  """This process's, without what would set up JAX or lead loopback elsewhere."""
+  """This process's environment, without JAX's settings and proxies."""
   kept = {
     name: value
     for name, value in os.environ.items()
@@ -92,7 +92,7 @@ def kill(process):
 
 
 def run_once(commands, directory, limit):
-  """Runs the commands at the same time until all have ended or the limit is over."""
+  """Runs the commands simultaneously until all have ended, or until the limit."""
   directory.mkdir(parents=True, exist_ok=True)
   outputs = [
     (directory / f"stdout-{i}", directory / f"stderr-{i}") for i in range(len(commands))
@@ -109,7 +109,7 @@ def run_once(commands, directory, limit):
             stdout=out,
             stderr=err,
             env=environment(),
-            # A group of its own, to be killed with all that it started.
+            # A process group, so that its children are also killed.
             start_new_session=True,
           )
         )
@@ -143,7 +143,7 @@ def taken(stderr):
 
 
 def run(commands_for, directory, limit=LIMIT):
-  """Runs `commands_for(coordinator)`; once more where its port has been taken."""
+  """Runs `commands_for(coordinator)`, and retries once if the port was taken."""
   for _ in range(2):
     ended = run_once(commands_for(f"127.0.0.1:{free_port()}"), directory, limit)
     print(report(ended))
@@ -153,7 +153,7 @@ def run(commands_for, directory, limit=LIMIT):
 
 
 def report(ended):
-  """What the processes wrote, for the reader of a failed test."""
+  """The output of the processes, for debugging."""
   parts = []
   for i, e in enumerate(ended):
     stdout = re.sub(r"^\[Gloo\] Rank .*\n", "", e.stdout, flags=re.M)
@@ -164,7 +164,7 @@ def report(ended):
 
 
 def train(directory, processes, *, extra=(), victim=None, dies=()):
-  """One run of the worker on all members."""
+  """Runs the worker on all devices."""
 
   def commands(coordinator):
     return [
@@ -185,7 +185,7 @@ def train(directory, processes, *, extra=(), victim=None, dies=()):
 
 
 def results(directory, processes):
-  """What each process found, as arrays by name."""
+  """The arrays of each process, by name."""
   found = []
   for i in range(processes):
     with np.load(directory / f"result-{i}.npz") as file:
@@ -194,7 +194,7 @@ def results(directory, processes):
 
 
 def micro_grads(found):
-  """Those of all members, `[steps, members, ...]` by name."""
+  """Micro-gradients of all devices, `[steps, devices, ...]` by name."""
   return {
     name: np.concatenate([result[name] for result in found], axis=1)[:, :, 0]
     for name in found[0]
@@ -212,7 +212,7 @@ def part(result, prefix):
 
 @pytest.fixture(scope="module")
 def once(tmp_path_factory):
-  """Gives a folder that the first of pytest's workers to ask for has filled."""
+  """Returns a folder, which the first pytest worker that asks for it has filled."""
   root = tmp_path_factory.getbasetemp()
   if "PYTEST_XDIST_WORKER" in os.environ:
     root = root.parent
@@ -232,7 +232,7 @@ def once(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def network(once):
-  """Skips where two processes cannot talk to each other on this machine."""
+  """Skips if two processes on this machine cannot connect."""
 
   def probe(folder):
     ended = run(
@@ -243,7 +243,7 @@ def network(once):
     reason = ""
     if any(e.code for e in ended):
       reason = "\n".join(e.stderr for e in ended)
-      # Anything else is a broken test and not a missing network.
+      # Any other reason is a broken test, not a missing network.
       assert NO_NETWORK.search(reason), report(ended)
     (folder / "reason").write_text(reason)
 
@@ -258,7 +258,7 @@ def network(once):
 
 @pytest.fixture(scope="module")
 def uneven():
-  """Micro-gradients of leaves that 8 devices cannot share out evenly."""
+  """Micro-gradients with leaf sizes that 8 devices do not divide."""
   rng = np.random.default_rng(7)
   shapes = {"w17": (17,), "w3000": (3, 1000), "scalar": (), "bf16": (5, 9), "one": (1,)}
   stack = {}
@@ -273,7 +273,7 @@ def uneven():
 
 @pytest.fixture(scope="module")
 def uninterrupted(once, network, uneven):
-  """Gives, for a number of processes, the results of a run that nothing disturbs."""
+  """Returns the results of an undisturbed run, by number of processes."""
 
   def get(processes):
 
@@ -301,7 +301,7 @@ def test_training_is_that_of_one_process(uninterrupted, processes):
         continue
       if name.startswith(("params/", "initial/", "filtered/gradient/")):
         axis = 1 if name.startswith("params/") else 0
-        # Every device of every process holds the same.
+        # All devices of all processes hold the same.
         first = several[0][name].take([0], axis)
         np.testing.assert_array_equal(x, np.broadcast_to(first, x.shape), name)
         x, y = x.take(0, axis), y.take(0, axis)
@@ -324,7 +324,7 @@ def test_training_is_that_of_the_oracle(uninterrupted, processes):
     assert expected.margin > 0.05  # Far more than rounding.
     assert expected.agreed == (step not in SKIPPED)
     np.testing.assert_array_equal(found["accepted"][step], expected.accepted)
-    distances = forms.compared(found["distances"][step])
+    distances = reference_forms.compared(found["distances"][step])
     np.testing.assert_allclose(distances, expected.distances, atol=1e-5)
     if expected.agreed:
       wrong = (start + 3) % MEMBERS
@@ -348,7 +348,7 @@ def test_leaves_of_uneven_sizes(uninterrupted, uneven, processes):
   for found in uninterrupted(processes):
     found = part(found, "filtered/")
     np.testing.assert_array_equal(found["accepted"], expected.accepted)
-    distances = forms.compared(found["distances"])
+    distances = reference_forms.compared(found["distances"])
     np.testing.assert_allclose(distances, expected.distances, atol=1e-5)
     assert found["nonfinite"] == 1
     for name, gradient in zip(uneven, expected.gradient):
@@ -362,7 +362,7 @@ def test_leaves_of_uneven_sizes(uninterrupted, uneven, processes):
 
 
 def restored(directory):
-  """Step and parameters of the newest checkpoint, by one process alone."""
+  """Step and parameters of the newest checkpoint, read by a single process."""
   options = ocp.CheckpointManagerOptions(read_only=True)
   handler = ocp.StandardCheckpointHandler()
   with ocp.CheckpointManager(
@@ -398,7 +398,7 @@ def test_a_dead_process_ends_the_others_and_a_restart_goes_on(
       victim=victim,
       dies=dies,
     )
-    # Else a heartbeat was late, before the victim got to where it dies.
+    # Otherwise a late heartbeat stopped the run before the victim died.
     if ended[victim].code == -signal.SIGKILL:
       break
   assert ended[victim].code == -signal.SIGKILL, report(ended)
@@ -417,7 +417,7 @@ def test_a_dead_process_ends_the_others_and_a_restart_goes_on(
     name = "/".join(key.key for key in path)
     np.testing.assert_array_equal(x, whole[f"params/{name}"][newest - 1, 0], name)
 
-  # On as many processes or on those that are left, with the devices of all.
+  # Resumes with the same or a smaller number of processes, with all devices.
   ended = train(directory, left)
   assert [e.code for e in ended] == [0] * left, report(ended)
   for i, again in enumerate(results(directory, left)):
@@ -437,7 +437,7 @@ def test_a_dead_process_ends_the_others_and_a_restart_goes_on(
 
 @pytest.mark.long
 def test_the_recipe_finds_the_process_that_computes_wrong_gradients(network, tmp_path):
-  """It is right at first, reversed from step 60 on; see docs/devices.md."""
+  """Its gradients are reversed from step 60 on; see docs/devices.md."""
   script = WORKER.with_name("faulty.py")
   ended = run(lambda at: [[str(script), at, str(i)] for i in range(4)], tmp_path)
   assert [e.code for e in ended] == [0] * 4, report(ended)

@@ -1,4 +1,4 @@
-"""The Python of each page runs as one program; README's commands are what CI runs."""
+"""The Python of each page runs as one program, and CI runs README's commands."""
 
 import doctest
 import pathlib
@@ -15,14 +15,14 @@ import pytest
 import gaf_optax
 
 with warnings.catch_warnings():
-  # The oldest Flax that is admitted reads a name that the oldest JAX has deprecated.
+  # The oldest supported Flax uses a name that the oldest supported JAX deprecates.
   warnings.simplefilter("ignore", DeprecationWarning)
   from flax import linen, nnx  # noqa: F401
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = ["README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
 
-# How many blocks of Python a page has at least; the other pages have none.
+# Minimum number of Python blocks of each page; other pages have none.
 LEAST = {
   "docs/choosing.md": 1,
   "docs/comparison.md": 3,
@@ -42,7 +42,7 @@ def blocks(language, page="README.md"):
 
 
 def programs(page):
-  """Blocks of Python, each with the block of output that follows it, or None."""
+  """Python blocks, each with the output block that follows it, or None."""
   text = (ROOT / page).read_text(encoding="utf-8")
   pattern = r"```python\n(.*?)```(?:\s*```text\n(.*?)```)?"
   return [match.groups() for match in re.finditer(pattern, text, re.DOTALL)]
@@ -73,7 +73,7 @@ def sides(diff):
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("number, mapped", [(0, False), (1, True)])
 def test_the_diffs_of_the_readme(number, mapped):
-  """At tau = 2 both sides take the same steps; without agreement GAF takes none."""
+  """Both take the same steps with tau = 2; GAF skips steps without agreement."""
   before, after = sides(blocks("diff")[number])
   n = jax.device_count()
   rng = np.random.default_rng(0)
@@ -109,7 +109,7 @@ def test_every_public_name_is_in_the_api_reference_once():
   documented = re.findall(r"auto(?:function|class|module):: (\S+)", text)
   rules = gaf_optax.rules
   public = {f"gaf_optax.rules.{name}" for name in rules.__all__}
-  public |= {  # What both modules export is documented with the rules.
+  public |= {  # Exports of both modules are documented with the rules.
     f"gaf_optax.{name}" for name in gaf_optax.__all__ if name not in rules.__all__
   }
   assert sorted(documented) == sorted(public)

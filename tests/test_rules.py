@@ -1,4 +1,4 @@
-"""Rules alone, on Gram matrices."""
+"""Rules, on Gram matrices."""
 
 import functools
 import math
@@ -12,11 +12,11 @@ import optax
 import pytest
 
 import gaf_optax
+import known_steps
 import oracle
-import steps
 from gaf_optax import _decide, _tau, rules
 
-# Rules that a threshold goes into, and what the oracle is told of each.
+# Rules with a threshold, and their options for the oracle.
 OF_TAU = {
   "sequential": {},
   "running_average": {},
@@ -28,14 +28,14 @@ OF_TAU = {
 }
 SOFT = ("sequential", "leave_one_out", "most_neighbors", "nearest_neighbors")
 
-# Compiled once for each rule and number of micro-gradients.
+# Compiled once per rule and number of micro-gradients.
 run = jax.jit(lambda gram, valid, tau, rule: rule(gram, valid, tau), static_argnums=3)
 
 
-@functools.partial(jax.jit, static_argnames=("rule", "tau"))
-def decide(rule, gram, valid, inputs, tau=_tau.Tau()):
-  """As within `gaf`, with what a bare rule is not told."""
-  return _decide.decide(rule, tau, gram, valid, inputs)
+@functools.partial(jax.jit, static_argnames="rule")
+def decide(rule, gram, valid, inputs):
+  """Decides as `gaf` does, with inputs that rules do not receive."""
+  return _decide.decide(rule, gram, valid, inputs)
 
 
 def gram_of(vectors):
@@ -50,7 +50,7 @@ def of_vectors(rule, vectors, tau, valid=None):
 
 
 def makes(name):
-  """A rule in all its kinds, with the oracle's options."""
+  """All variants of a rule, with the oracle's options."""
   for distance in ("cosine", "euclidean"):
     for softness in (0.0, 0.1) if name in SOFT else (0.0,):
       options = {"softness": softness} if name in SOFT else {}
@@ -59,9 +59,9 @@ def makes(name):
 
 
 def cases():
-  """Vectors `[6, 8]` of one scale, or each of its own, and which of them are valid."""
+  """Vectors `[6, 8]` of equal or different scales, and which of them are valid."""
   for seed in range(8):
-    v = steps.draw(seed, 6, 8)
+    v = known_steps.draw(seed, 6, 8)
     v *= np.random.default_rng(seed).uniform(0.3, 3, (6, 1))
     v[3] *= -1
     if seed % 4 == 1:
@@ -73,7 +73,7 @@ def cases():
 
 
 def as_oracle(decision, expected, error=1e-5):
-  """Compares weights (of any sum), accepted and distances; False where it is a tie."""
+  """Compares weights (of any sum), accepted and distances; False for a tie."""
   weights, accepted, distances, margin, condition = expected
   error /= condition
   if margin < error or error > 0.01:
@@ -88,7 +88,7 @@ def as_oracle(decision, expected, error=1e-5):
 
 @pytest.mark.parametrize("name", OF_TAU)
 def test_a_rule_of_a_plain_gram_matrix_is_the_oracles(name):
-  # All kinds of it are in the next test.
+  # The next test has all variants.
   for rule, options in list(makes(name))[:1]:
     decided = num_accepted = 0
     for v, valid in cases():
@@ -96,7 +96,7 @@ def test_a_rule_of_a_plain_gram_matrix_is_the_oracles(name):
         expected = oracle.decide(name, v, valid, tau, **options)
         decided += as_oracle(of_vectors(rule, v, tau, valid), expected)
         num_accepted += expected[1].sum()
-    # Distances of exactly 1, from zeros, are ties at a tau of 1.
+    # With tau 1, the distances of exactly 1 from zeros are ties.
     assert decided >= 25 and 40 < num_accepted < 180
 
 
@@ -117,7 +117,7 @@ def test_microbatch_weights_norm_ratio_and_start_are_the_oracles(name):
         agreed, share = accepted.sum() > 1, weights * counts
         share = share / share.sum() if agreed else 0 * share
         inputs = _decide.Inputs(
-          jnp.float32(tau), jnp.asarray(counts), jnp.int32(start), ratio
+          _tau.Tau(value=jnp.float32(tau)), jnp.asarray(counts), start, ratio
         )
         matrix = gram_of(np.where(valid[:, None], v, 0))[None]
         got = decide(rule, matrix, jnp.asarray(valid), inputs)
@@ -139,7 +139,7 @@ def test_running_average_weights():
 
 
 def test_sequential_compares_with_the_sum_so_far():
-  # The third is within reach of the sum of the first two, but of neither alone.
+  # The third is within tau of the sum of the first two, but of neither of them.
   v = [[1, 1, 0], [1, 0, 1], [1, 0.2, 0.2]]
   decision = of_vectors(rules.sequential(), v, 0.5)
   s = np.add(v[0], v[1])
@@ -152,7 +152,7 @@ def test_independent_of_order():
   order = np.random.default_rng(5).permutation(6)
   for name in ("leave_one_out", "min_neighbors", "majority", "nearest_neighbors"):
     for (rule, _), seed in zip(makes(name), range(2)):
-      v = steps.draw(seed, 6, 8)
+      v = known_steps.draw(seed, 6, 8)
       v[3] *= -1
       plain, permuted = of_vectors(rule, v, 0.5), of_vectors(rule, v[order], 0.5)
       assert 0 < plain.accepted.sum() < 6
@@ -169,7 +169,7 @@ def test_most_neighbors_survives_a_bad_first_one():
 
 
 def test_min_neighbors_counts_itself():
-  # Three that agree and two others that agree: 3 of 5 is a share of 0.6.
+  # Two clusters, of three and two: 3 of 5 is a share of 0.6.
   v = np.array([[1, 0], [1, 0.1], [1, -0.1], [0, 1], [0.1, 1]])
   for rule, accepted in [
     (rules.min_neighbors(0.0), 5),
@@ -185,7 +185,7 @@ def test_min_neighbors_counts_itself():
 
 
 def test_majority_is_more_than_half():
-  """Where of an even number half is not enough."""
+  """Half of an even number is not enough."""
   v = np.repeat(np.eye(2), 2, axis=0)
   assert of_vectors(rules.min_neighbors(0.5), v, 0.5).accepted.all()
   assert not of_vectors(rules.majority(), v, 0.5).accepted.any()
@@ -195,7 +195,7 @@ def test_majority_is_more_than_half():
 
 
 def test_min_neighbors_of_one_alone_is_no_agreement():
-  # On a star the centre has all others near it, and they have it alone.
+  # A star: the center is near all others, and they are near the center only.
   v = np.concatenate([np.ones((1, 4)), 2 * np.eye(4)])
   assert of_vectors(rules.min_neighbors(0.4), v, 0.6).accepted.all()
   assert not of_vectors(rules.min_neighbors(0.6), v, 0.6).accepted.any()
@@ -210,7 +210,7 @@ def test_euclidean_rejects_on_length():
 
 
 def test_distances_are_equal_for_equal_norms():
-  v = steps.draw(2, 2, 9)
+  v = known_steps.draw(2, 2, 9)
   v /= np.linalg.norm(v, axis=1, keepdims=True)
   for distance in ("cosine", "euclidean"):
     decision = of_vectors(rules.sequential(distance), v, 2.0)
@@ -232,7 +232,7 @@ def test_bad_arguments():
 
 
 class TestOwnRule:
-  """A user's rule, as the contract calls it."""
+  """A user's rule, with the contract's signature."""
 
   def test_sees_a_scaled_gram_matrix_and_validity(self):
     seen = {}
@@ -252,7 +252,7 @@ class TestOwnRule:
     np.testing.assert_allclose(seen["gram"], clean @ clean.T, rtol=1e-5)
     np.testing.assert_array_equal(seen["valid"], [True, False, True, True])
     assert seen["tau"] == pytest.approx(0.4)
-    # What it weighs and accepts of an invalid one does not leak.
+    # The rule's weight and acceptance of an invalid one have no effect.
     np.testing.assert_allclose(gradient, np.mean(v[[0, 2, 3]], axis=0), rtol=1e-6)
     assert float(gaf_optax.metrics(state)["num_accepted"]) == 2
 
@@ -263,7 +263,7 @@ class TestOwnRule:
 
       def rule(gram, valid, tau):
         one = jnp.arange(3) == number
-        return one.astype(jnp.float32), one, jnp.zeros(3)  # a plain tuple will do
+        return one.astype(jnp.float32), one, jnp.zeros(3)  # A plain tuple is enough.
 
       return rule
 
@@ -303,7 +303,7 @@ class TestOwnRule:
 
 
 def draw(seed, k=9, n=20):
-  """Vectors of which two thirds have a common part."""
+  """Vectors, two thirds of them with a common part."""
   rng = np.random.default_rng(seed)
   common = (np.arange(k)[:, None] % 3 != 0) * rng.standard_normal(n)
   return rng.standard_normal((k, n)) * rng.uniform(0.5, 2, (k, 1)) + common
@@ -398,13 +398,14 @@ def test_tau_quantile_accepts_the_fraction():
     (lambda gram, valid, tau: rules.leave_one_out()(gram, valid, tau), 0.6),
   ]:
     tau = gaf_optax.tau_quantile(fraction)
-    got = decide(rule, matrix, jnp.asarray(valid), _decide.Inputs(jnp.float32(2)), tau)
+    inputs = _decide.Inputs(tau.at(None, 0))
+    got = decide(rule, matrix, jnp.asarray(valid), inputs)
     distances = np.asarray(got.decision.distances[0])
     last = np.sort(distances[valid])[int(np.ceil(fraction * 9 - 1e-9)) - 1]
     want = valid & (distances <= last)
     assert want.sum() < 9 or fraction == 1
     np.testing.assert_array_equal(got.decision.accepted[0], want & (want.sum() > 1))
-    assert float(got.tau) == pytest.approx(last, abs=1e-6)
+    assert float(got.tau.value) == pytest.approx(last, abs=1e-6)
 
 
 def test_tau_quantile_accepts_ties():
@@ -415,7 +416,7 @@ def test_tau_quantile_accepts_ties():
 
 
 def test_a_tau_of_each_group():
-  """Each group's own threshold; the state has their mean."""
+  """Each group has its own threshold; the state has their mean."""
   rows = {
     "a": jnp.asarray(draw(1), jnp.float32),
     "b": jnp.asarray(draw(2), jnp.float32),
@@ -469,8 +470,8 @@ def test_adaptive_tau_cuts_where_there_are_two_sorts_only():
 
 @jax.jit
 def adaptive(distances, valid):
-  tau = gaf_optax.adaptive_tau()
-  return tau.from_distances(jnp.float32(2), lambda tau: distances, valid)
+  tau = gaf_optax.adaptive_tau().at(None, 0)
+  return tau.from_distances(lambda tau: distances, valid).value
 
 
 @hypothesis.given(
@@ -478,7 +479,7 @@ def adaptive(distances, valid):
 )
 @hypothesis.settings(deadline=None, max_examples=60)
 def test_adaptive_tau_is_that_of_the_oracle(values):
-  distances = np.full(40, np.nan, np.float32)  # One program for all.
+  distances = np.full(40, np.nan, np.float32)  # So that all lengths share one program.
   distances[: len(values)] = values
   valid = np.isfinite(distances)
   tau = adaptive(jnp.asarray(distances), jnp.asarray(valid))
@@ -486,7 +487,7 @@ def test_adaptive_tau_is_that_of_the_oracle(values):
     assert tau == 2
     return
   want = oracle.adaptive_threshold(distances[valid].astype(np.float64))
-  # Where the mean similarity is 0, rounding decides which of the two it is.
+  # If the mean similarity is 0, rounding decides between 1 and 2.
   either = sorted([float(tau), want]) == pytest.approx([1, 2], abs=1e-5)
   assert float(tau) == pytest.approx(want, abs=1e-5) or either
 

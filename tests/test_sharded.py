@@ -1,4 +1,4 @@
-"""Sharded training: each form of docs/sharding.md decides as one device does."""
+"""Sharded training: each form of docs/devices.md decides as on one device."""
 
 import functools
 
@@ -10,11 +10,11 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import across
+import device_mappings
 import exchange
-import forms
 import gaf_optax
 import oracle
+import reference_forms
 
 TAU = 0.41
 N, WIDTH, HIDDEN = 8, 128, 256
@@ -22,7 +22,7 @@ SPECS = {"down": P(None, "data"), "scale": P(), "up": P("data"), "whole": P()}
 WHOLE = jax.tree.map(lambda _: P(), SPECS)
 STACK = jax.tree.map(lambda s: P(None, *s), SPECS)
 VALUES = 2 * WIDTH * HIDDEN + WIDTH + 1
-# Over the second of two mesh axes, and over both.
+# Sharded over the second of two mesh axes, and over both.
 HALVES = {"down": P(None, "fsdp"), "scale": P(), "up": P("fsdp"), "whole": P()}
 BOTH = ("replica", "fsdp")
 
@@ -41,7 +41,7 @@ def model():
     "up": normal(WIDTH, HIDDEN) / 16,
     "whole": jnp.zeros(WIDTH),
   }
-  x = normal(N, 4, WIDTH) + normal(1, 1, WIDTH)  # What is each row's, and all share.
+  x = normal(N, 4, WIDTH) + normal(1, 1, WIDTH)  # Noise plus a common part.
   y = normal(N, 4, WIDTH) + normal(1, 1, WIDTH)
   return params, x, y.at[5].multiply(-1)
 
@@ -52,7 +52,7 @@ def by_member(params, x, y):
 
 @functools.cache
 def wanted(k):
-  """What the filter makes of the micro-gradients of k members, by the oracle."""
+  """The oracle's result for the micro-gradients of k devices."""
   params, x, y = model()
   grads = jax.jit(by_member)(params, *(a.reshape(k, -1, WIDTH) for a in (x, y)))
   result = oracle.gaf(list(grads.values()), TAU)
@@ -71,12 +71,12 @@ def reshard(tree, mesh, specs):
 
 
 def run(step, tx, params, batch, specs):
-  """The compiled step, its result held against the oracle's."""
+  """Compiles and runs the step, and compares its result with the oracle."""
   x, y = batch
   compiled = jax.jit(step).lower(params, tx.init(params), x, y).compile()
   gradient, state = compiled(params, tx.init(params), x, y)
   want = wanted(x.shape[0])
-  found = forms.compared(state.distances)
+  found = reference_forms.compared(state.distances)
   np.testing.assert_allclose(found, want.distances, atol=1e-5)
   np.testing.assert_array_equal(state.accepted, want.accepted)
   for name, value in zip(sorted(gradient), want.gradient):
@@ -87,7 +87,7 @@ def run(step, tx, params, batch, specs):
 
 
 def sent(compiled):
-  """Bytes that a device sends, as shares of the gradient's."""
+  """Bytes sent per device and temporary memory, relative to the gradient."""
   found = exchange.collectives(compiled.as_text(), N)
   temporary = compiled.memory_analysis().temp_size_in_bytes
   total = sum(collective.sent for collective in found)
@@ -101,11 +101,11 @@ def test_some_members_are_dropped():
 
 @pytest.mark.usefixtures("compiled_as_users_do")
 class TestFSDP:
-  # The parameters' gather sends 7/8, and so does each half of an all-reduce.
+  # A gather of the parameters sends 7/8, as does each half of an all-reduce.
   SHARE = (N - 1) / N
-  # Both halves of an exchange, each slice of it padded to 1024 values.
+  # Both halves of an exchange, with each slice padded to 1024 values.
   PADDING = 2 * (N - 1) * 1024 / VALUES
-  # What is read of N rows at once, in proportion to a gradient.
+  # The blocks of N rows in the Gram product, relative to a gradient.
   BLOCK = N * 2048 / VALUES
 
   def batch(self, mesh):
@@ -114,7 +114,7 @@ class TestFSDP:
     return place(params, mesh, SPECS), batch
 
   def test_explicit_axes(self):
-    mesh = across.mesh(kind=AxisType.Explicit)
+    mesh = device_mappings.mesh(kind=AxisType.Explicit)
     tx = gaf_optax.gaf(TAU, num_microbatches=N)
     params, batch = self.batch(mesh)
 
@@ -124,12 +124,12 @@ class TestFSDP:
       return reshard(gradient, mesh, SPECS), state
 
     bytes, temporary = sent(run(step, tx, params, batch, SPECS))
-    # Moved, they cost what the plain step's reduce-scatter does.
+    # Moving them costs as much as the reduce-scatter of the plain step.
     assert bytes <= 1.03 * 2 * self.SHARE
     assert temporary <= 3 + self.BLOCK
 
   def test_auto_axes(self):
-    mesh = across.mesh()
+    mesh = device_mappings.mesh()
     tx = gaf_optax.gaf(TAU, param_axes="data", num_microbatches=N)
     tx = gaf_optax.on_shards(tx, mesh, SPECS)
     params, batch = self.batch(mesh)
@@ -143,7 +143,7 @@ class TestFSDP:
 
   @pytest.mark.parametrize("moved", [True, False])
   def test_shard_map(self, moved):
-    mesh = across.mesh()
+    mesh = device_mappings.mesh()
     params, batch = self.batch(mesh)
     across_devices = dict(axis_name="data") if not moved else dict(param_axes=SPECS)
     tx = gaf_optax.gaf(TAU, num_microbatches=N, **across_devices)
@@ -168,7 +168,7 @@ class TestFSDP:
       grads = jax.grad(loss)(jax.tree.map(gather, params, SPECS), x[0], y[0])
       return tx.update(jax.tree.map(move, grads, SPECS), state)
 
-    # Whole parameters in and a whole gradient out, or shards.
+    # Whole parameters and gradients, or shards.
     specs = SPECS if moved else WHOLE
     mapped = jax.shard_map(
       member,
@@ -190,7 +190,7 @@ class TestFSDP:
 
   @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
   def test_one_microbatch_after_the_other(self, kind):
-    mesh = across.mesh(kind=kind)
+    mesh = device_mappings.mesh(kind=kind)
     params, x, y = model()
     params = place(params, mesh, SPECS)
     options = dict(num_microbatches=N)
@@ -209,12 +209,12 @@ class TestFSDP:
 
     state = tx.init(params)
     for i in range(N):
-      # The rows of a microbatch, twice each, so that they spread over the devices.
+      # Each row of a microbatch twice, so that the rows spread over the devices.
       rows = (jnp.repeat(a[i], 2, axis=0) for a in (x, y))
       microbatch = place(tuple(rows), mesh, (P("data"), P("data")))
       updates, state = jax.block_until_ready(step(params, state, *microbatch))
     want = wanted(N)
-    found = forms.compared(state.gaf_state.distances)
+    found = reference_forms.compared(state.gaf_state.distances)
     np.testing.assert_allclose(found, want.distances, atol=1e-5)
     for name, value in zip(sorted(updates), want.gradient):
       np.testing.assert_allclose(updates[name], -value, atol=2e-6)
@@ -228,7 +228,7 @@ class TestReplicasOfShards:
 
   @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
   def test_each_replica_is_a_member(self, kind):
-    mesh = across.mesh((2, 4), BOTH, kind)
+    mesh = device_mappings.mesh((2, 4), BOTH, kind)
     params, batch = self.batch(mesh, 2, P(*BOTH))
     options = dict(num_microbatches=2)
     if kind == AxisType.Auto:
@@ -248,7 +248,7 @@ class TestReplicasOfShards:
     run(step, tx, params, batch, HALVES)
 
   def test_each_device_is_a_member(self):
-    mesh = across.mesh((2, 4), BOTH, AxisType.Explicit)
+    mesh = device_mappings.mesh((2, 4), BOTH, AxisType.Explicit)
     params, batch = self.batch(mesh, N, P(BOTH))
     tx = gaf_optax.gaf(TAU, num_microbatches=N)
     eighths = lambda spec: [BOTH if name == "fsdp" else name for name in spec]
@@ -269,13 +269,13 @@ def test_a_batch_on_an_explicit_mesh(k, compared, where):
   """`value_and_grad` of a batch sharded over its rows, as on one device."""
   params, x, y = model()
   x, y = (a.reshape(N * 4, WIDTH) for a in (x, y))
-  x = x.at[3].set(jnp.nan)  # One microbatch is lost.
+  x = x.at[3].set(jnp.nan)  # One microbatch is not finite.
   shape, names = ((2, 4), ("data", "model")) if where == "tensor" else ((N,), ("data",))
   specs = {
     "fsdp": SPECS,
     "tensor": jax.tree.map(lambda s: P(*("model" if n else n for n in s)), SPECS),
   }[where]
-  mesh = across.mesh(shape, names, AxisType.Explicit)
+  mesh = device_mappings.mesh(shape, names, AxisType.Explicit)
 
   def filtered(loss):
     options = dict(tau=TAU)
@@ -299,7 +299,7 @@ def test_a_batch_on_an_explicit_mesh(k, compared, where):
 
 def test_a_batch_that_devices_do_not_divide():
   params, x, y = model()
-  mesh = across.mesh(kind=AxisType.Explicit)
+  mesh = device_mappings.mesh(kind=AxisType.Explicit)
   batch = place((x.reshape(-1, WIDTH), y.reshape(-1, WIDTH)), mesh, (P("data"),) * 2)
   with pytest.raises(ValueError, match="8 devices .*16 microbatches of 2 rows"):
     gaf_optax.value_and_grad(loss, 16)(place(params, mesh, WHOLE), *batch)

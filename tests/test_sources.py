@@ -1,4 +1,4 @@
-"""`sources` and the share of steps in which each was accepted, against the oracle."""
+"""`sources` and accept rates against the oracle."""
 
 import chex
 import jax
@@ -8,8 +8,8 @@ import optax
 import pytest
 
 import gaf_optax
+import known_steps
 import oracle
-import steps
 from gaf_optax import rules
 
 DECAY, NUM_STEPS = 0.9, 15
@@ -17,7 +17,7 @@ OPTIONS = {"rule": rules.min_neighbors(0.6), "memory_decay": DECAY}
 
 
 def trees(k):
-  """Leaves `[NUM_STEPS, k, *shape]`; the last source is never finite, some at times."""
+  """Leaves `[NUM_STEPS, k, *shape]`; the last source is never finite."""
   rng = np.random.default_rng(k)
   rows = rng.standard_normal((NUM_STEPS, k, 10))
   rows[:, : k - 2] += rng.standard_normal(10)
@@ -32,13 +32,13 @@ def begin(tx, stack):
 
 
 def scanned(tx, stack, state=None):
-  """The state after all steps, and which were accepted in each, `[NUM_STEPS, k]`."""
+  """The final state, and which sources each step accepted, `[NUM_STEPS, k]`."""
 
   @jax.jit
   def run(state, stack):
     def one(state, tree):
       _, state = tx.update(tree, state)
-      return state, steps.gaf_state(state).accepted
+      return state, known_steps.gaf_state(state).accepted
 
     return jax.lax.scan(one, state, stack)
 
@@ -69,7 +69,7 @@ def test_the_table_is_the_oracles(k, groups):
     for part in parts
   ]
   agreement, num_steps = np.mean(found, axis=0)
-  never = k if k == 2 else 1  # Of two, the other one had nothing to compare with.
+  never = k if k == 2 else 1  # Of two sources, the other had nothing to compare with.
   assert np.isnan(agreement).sum() == never
   np.testing.assert_allclose(table["agreement"], agreement, atol=2e-5)
   np.testing.assert_allclose(table["num_steps"], num_steps, rtol=1e-5)
@@ -79,7 +79,7 @@ def test_the_table_is_the_oracles(k, groups):
 
 @pytest.mark.parametrize("k", [7, 8])
 def test_the_agreement_is_what_min_neighbors_decides_on(k):
-  """In the step itself, where all are finite and more than half are needed."""
+  """In a step with finite sources, where more than half must agree."""
   rows = jnp.asarray(np.random.default_rng(k).standard_normal((k, 3)), jnp.float32)
   tau = gaf_optax.adaptive_tau()
   options = dict(OPTIONS, rule=rules.min_neighbors((k // 2 + 1) / k))
@@ -87,7 +87,7 @@ def test_the_agreement_is_what_min_neighbors_decides_on(k):
   _, state = tx.update(rows, tx.init(jnp.zeros(3)))
   table = jax.jit(gaf_optax.sources)(state)
   np.testing.assert_allclose(table["agreement"], 1 - state.distances, atol=1e-6)
-  # And adaptive_tau, on them.
+  # adaptive_tau uses the same values.
   want = oracle.adaptive_threshold(1 - np.asarray(table["agreement"], np.float64))
   np.testing.assert_allclose(state.threshold, want, rtol=1e-6)
 
@@ -100,7 +100,7 @@ def test_before_the_first_step():
 
 
 def test_it_goes_on_after_a_checkpoint():
-  """What is saved as NumPy arrays is the same table, and so is the end of the run."""
+  """NumPy arrays restore the same table, and the same end of the run."""
   k = 5
   stack = trees(k)
   tx = gaf_optax.apply_if_agreed(optax.sgd(0.1), 0.8, num_microbatches=k, **OPTIONS)
@@ -111,36 +111,36 @@ def test_it_goes_on_after_a_checkpoint():
   restored = jax.tree.map(jnp.asarray, saved)
   resumed, _ = scanned(tx, jax.tree.map(lambda x: x[7:], stack), restored)
   chex.assert_trees_all_equal(resumed, end)
-  # Skipped steps, of which there is one at least, count.
+  # Skipped steps count, and there is at least one.
   assert 0 < int(end.gaf_state.skipped_steps) < NUM_STEPS
   assert int(end.gaf_state.num_updates) == NUM_STEPS
 
 
-@pytest.mark.parametrize("name", steps.FORMS)
+@pytest.mark.parametrize("name", known_steps.FORMS)
 def test_the_share_of_steps_in_which_each_was_accepted(name):
-  """In every form, whether it remembers or not; exactly 1 for one always accepted."""
+  """In every form, with and without a memory; exactly 1 if always accepted."""
   kinds = ("all", "half", "all", "none", "bad", "lost", "half")
-  sequence = steps.sequence(kinds)
-  form = steps.FORMS[name]
-  tx = form.make(optax.identity(), num_microbatches=steps.K)
-  state = tx.init(steps.params())
+  sequence = known_steps.sequence(kinds)
+  form = known_steps.FORMS[name]
+  tx = form.make(optax.identity(), num_microbatches=known_steps.K)
+  state = tx.init(known_steps.params())
   feed = jax.jit(lambda grads, state: form.feed(tx, grads, state))
-  accepted = np.zeros((len(kinds), steps.K))
+  accepted = np.zeros((len(kinds), known_steps.K))
   for t, step in enumerate(sequence):
-    before = steps.describe(state)
+    before = known_steps.describe(state)
     _, state = feed(step.micro_grads, state)
-    # `feed` turns a stack by one place with every update, which is seen in their order.
+    # `feed` rolls a stack by one more place in each update.
     places = 0 if name == "multi_steps" else t
-    assert steps.describe(state) == before
-    accepted[t, [(i + places) % steps.K for i in step.accepted]] = 1
-    rates = steps.gaf_state(state).accept_rates
+    assert known_steps.describe(state) == before
+    accepted[t, [(i + places) % known_steps.K for i in step.accepted]] = 1
+    rates = known_steps.gaf_state(state).accept_rates
     np.testing.assert_allclose(rates, accepted[: t + 1].mean(0), rtol=1e-6)
   assert len(set(rates.tolist())) > 1
-  always = steps.sequence(["all"] * 3)
-  state = tx.init(steps.params())
+  always = known_steps.sequence(["all"] * 3)
+  state = tx.init(known_steps.params())
   for step in always:
     _, state = feed(step.micro_grads, state)
-  np.testing.assert_array_equal(steps.gaf_state(state).accept_rates, 1)
+  np.testing.assert_array_equal(known_steps.gaf_state(state).accept_rates, 1)
 
 
 def test_without_a_memory_it_says_what_to_give():

@@ -1,4 +1,4 @@
-"""The state: no NaN in it, copies counted and warned of, states of others refused."""
+"""The state: no NaN, warnings of identical micro-gradients, errors for other states."""
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +8,10 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-import across
+import device_mappings
 import gaf_optax
+import known_steps
 import oracle
-import steps
 from gaf_optax import GafState, rules
 
 K = 4
@@ -19,7 +19,9 @@ PARAMS = {"w": jnp.zeros(3), "b": jnp.zeros(())}
 
 
 def stack(seed=0, k=K):
-  one = lambda i, x: jnp.asarray(1 + steps.draw([seed, i], k, *x.shape), jnp.float32)
+  one = lambda i, x: jnp.asarray(
+    1 + known_steps.draw([seed, i], k, *x.shape), jnp.float32
+  )
   return {name: one(i, x) for i, (name, x) in enumerate(PARAMS.items())}
 
 
@@ -45,9 +47,9 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_debug_nans_finds_none_of_ours(name, debug_nans):
-  """In `init`, in steps with zero, huge and too long ones, in what is read; not jitted.
+  """In `init`, in steps with zero, huge and too long rows, and when the state is read.
 
-  Which compiles all that a jitted step does, and checks what is between it, too.
+  Not jitted: this compiles the same operations and also checks the values between them.
   """
   tx = gaf_optax.apply_if_agreed(optax.sgd(0.1), **OPTIONS[name])
   state = tx.init(PARAMS)
@@ -75,7 +77,8 @@ def test_debug_nans_finds_none_in_streamed_forms(debug_nans):
   for i in range(K):
     _, state = tx.update(jax.tree.map(lambda x: x[i], stack()), state, PARAMS)
   assert gaf_optax.metrics(state)["noise_scale"] == -1
-  assert (state.gaf_state.distances == -1).sum() == 1  # The first has no other.
+  # The first has nothing to compare with.
+  assert (state.gaf_state.distances == -1).sum() == 1
 
   loss = lambda p, x: jnp.mean((x @ p["w"] + p["b"] - 1) ** 2)
   x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 3)), jnp.float32)
@@ -109,7 +112,7 @@ def test_what_was_not_compared_is_minus_1():
 
 @pytest.mark.parametrize("name", ["plain", "leaf", "anchor", "multi_steps"])
 def test_grad_norm_is_that_of_the_result(name):
-  """Of the leaves that are compared; 0 without agreement, -1 where it is not known."""
+  """The norm of the compared leaves; 0 without agreement, -1 if not known."""
   options = {**OPTIONS.get(name, {}), "tau": 0.6}
   if name == "leaf":
     options["groups"] = lambda path, leaf: None if path[0].key == "b" else 0
@@ -136,7 +139,7 @@ def test_grad_norm_is_that_of_the_result(name):
     np.testing.assert_allclose(found["grad_norm"], np.linalg.norm(flat), rtol=1e-4)
     agreed.append(bool(found["agreed"]))
   assert agreed.count(True) > 2
-  assert GafState._fields[-1] == "grad_norm"  # Others name fields by position.
+  assert GafState._fields[-1] == "grad_norm"  # Other code names fields by position.
 
 
 def test_grad_norm_is_unknown_with_an_embedding():
@@ -147,7 +150,7 @@ def test_grad_norm_is_unknown_with_an_embedding():
 
 @pytest.mark.parametrize("name", ["plain", "leaf", "anchor"])
 def test_noise_scale_is_the_definition(name):
-  """Of the finite ones; groups are added, an anchor takes no part."""
+  """Over the finite ones, summed over groups, and independent of an anchor."""
   options = {**OPTIONS[name], "tau": 2.0}
   options.pop("num_microbatches", None)
   tx = gaf_optax.gaf(**options)
@@ -180,7 +183,7 @@ def same(seed=0, k=K):
 
 @pytest.mark.parametrize("form", ["gaf", "anchor", "multi_steps", "pmap"])
 def test_copies_are_counted(form):
-  """Steps in a row; one step of others starts the count again."""
+  """In consecutive steps; different micro-gradients reset the counter."""
   k = K
   options = dict(anchor_decay=0.5) if form == "anchor" else {}
   updates = [same(0, k), same(1, k), stack(2, k), same(3, k)]
@@ -190,13 +193,13 @@ def test_copies_are_counted(form):
     def run(*mine):
       state, found = tx.init(PARAMS), []
       for i, grads in enumerate(mine):
-        if i != 2:  # A pmean left in.
+        if i != 2:  # As if averaged by pmean.
           grads = jax.lax.pmean(grads, "data")
         _, state = tx.update(grads, state, PARAMS)
         found.append(gaf_optax.metrics(state)["num_identical_steps"])
       return jnp.stack(found)
 
-    updates = [stack(i, across.N) for i in range(4)]
+    updates = [stack(i, device_mappings.N) for i in range(4)]
     found = jax.pmap(run, axis_name="data")(*updates)[0]
   else:
     found = []
@@ -323,7 +326,7 @@ def test_a_traced_tau_out_of_range_shows_in_metrics():
 
 
 def test_unreduced_gradients_are_refused():
-  mesh = across.mesh(kind=AxisType.Explicit)
+  mesh = device_mappings.mesh(kind=AxisType.Explicit)
   sharding = lambda spec: jax.NamedSharding(mesh, spec)
   x = jax.device_put(jnp.ones((16, 8)), sharding(P(None, "data")))
   y = jax.device_put(jnp.ones((8, 3)), sharding(P("data")))

@@ -1,4 +1,4 @@
-"""The streamed forms: cycles, memory, the batch's split, and what stays as it was."""
+"""The streamed forms: cycles, memory, splitting of batches, and skipped steps."""
 
 import functools
 
@@ -9,14 +9,14 @@ import numpy as np
 import optax
 import pytest
 
-import forms
 import gaf_optax
-import steps
+import known_steps
+import reference_forms
 from gaf_optax import rules
 
 
 def feed(update, state, micro_grads, params=None):
-  """Updates of a streamed transformation for one micro-gradient after another."""
+  """Feeds a streamed transformation; returns the updates and the final state."""
   emitted = []
   for g in micro_grads:
     updates, state = update(g, state, params)
@@ -27,7 +27,7 @@ def feed(update, state, micro_grads, params=None):
 @pytest.mark.usefixtures("standard_promotion")
 class TestMultiSteps:
   def test_is_apply_if_agreed_on_the_stack(self):
-    """Over cycles with and without agreement, weights and inner state are the same."""
+    """With and without agreement, the weights and the inner state are the same."""
     k, params = 3, jnp.ones(4)
     inner = optax.adamw(0.1)
     streamed = gaf_optax.multi_steps(inner, k, 0.6, num_microbatches=k)
@@ -36,9 +36,9 @@ class TestMultiSteps:
     agreed = []
     feed_one, update = jax.jit(streamed.update), jax.jit(stacked.update)
     for cycle in range(8):
-      stack = jnp.asarray(steps.draw(cycle, k, 4, common=0.5), jnp.float32)
+      stack = jnp.asarray(known_steps.draw(cycle, k, 4, common=0.5), jnp.float32)
       emitted, a = feed(feed_one, a, stack, params)
-      # The stack's sequence starts one place further on with every update.
+      # Each update starts the sequence of the stack one place further on.
       updates, b = update(jnp.roll(stack, cycle, axis=0), b, params)
       np.testing.assert_allclose(emitted[-1], updates, rtol=1e-5, atol=1e-7)
       assert not np.any(emitted[:-1])
@@ -47,11 +47,11 @@ class TestMultiSteps:
         a.inner_opt_state, b.inner_state, rtol=1e-5, atol=1e-7
       )
       chex.assert_trees_all_equal_shapes_and_dtypes(a.gaf_state, b.gaf_state)
-      # A stream knows no noise scale: it sees no pairs.
+      # Streamed forms compare no pairs, so they have no noise scale.
       assert a.gaf_state.noise_scale == -1 and b.gaf_state.noise_scale > 0
       known = b.gaf_state._replace(
         noise_scale=a.gaf_state.noise_scale,
-        accept_rates=a.gaf_state.accept_rates,  # Of other places.
+        accept_rates=a.gaf_state.accept_rates,  # In another order.
         **{
           name: jnp.roll(getattr(b.gaf_state, name), -cycle)
           for name in ("distances", "accepted", "weights")
@@ -158,7 +158,7 @@ class TestValueAndGrad:
     np.testing.assert_allclose(agreement.distances, state.distances, atol=1e-6)
 
   def test_arrays_by_keyword_and_keys_are_split_too(self):
-    """With and without `compare`; each microbatch has a key of its own."""
+    """With and without `compare`; each microbatch has a different key."""
     params, x, y = self.case()
     shift = jnp.arange(12.0)
 
@@ -262,7 +262,7 @@ class TestValueAndGrad:
 
 @pytest.mark.usefixtures("compiled_as_users_do")
 class TestMemory:
-  """Read from the compiled program: one running sum, whatever k is."""
+  """The compiled program has one running sum for any k."""
 
   def test_value_and_grad(self):
     params = {"a": jnp.zeros((256, 512)), "b": jnp.zeros((512, 256))}
@@ -282,7 +282,7 @@ class TestMemory:
       tx = gaf_optax.multi_steps(optax.sgd(0.1), k)
       state = tx.init(params)
       text = jax.jit(tx.update).lower(params, state, params).as_text()
-      return steps.describe(state), text.replace(
+      return known_steps.describe(state), text.replace(
         f"dense<{k}> : tensor<i32>", "dense<k>"
       )
 
@@ -290,7 +290,7 @@ class TestMemory:
 
 
 def test_bf16_running_mean_is_kept_in_float32():
-  """1, and 63 times the next number: in bfloat16 every one of them would be lost."""
+  """63 times the next number above 1, which a sum in bfloat16 would lose."""
   stack = jnp.full((64, 3), 1 + 2**-7).astype(jnp.bfloat16).at[0].set(1)
-  gradient = forms.streamed({"w": stack}, 0.97).gradient["w"]
+  gradient = reference_forms.streamed({"w": stack}, 0.97).gradient["w"]
   np.testing.assert_array_equal(np.asarray(gradient, np.float32), 1 + 2**-7)

@@ -1,6 +1,6 @@
 """Types: mypy and pyright find mistakes in a user's script, and nothing else.
 
-Each mistake in typing/mistakes.py is on a line that ends in `# error`.
+The lines with mistakes in typing/mistakes.py end in `# error`.
 """
 
 import importlib.util
@@ -19,13 +19,13 @@ CHECKERS = ["mypy", "basedpyright"]
 
 
 def found_by(checker):
-  """Pairs of the name of a script and the number of a line with an error."""
+  """Pairs of a script's name and the number of a line with an error."""
   if importlib.util.find_spec(checker) is None:
     pytest.skip(f"{checker} is not installed; it is in the extra 'dev'")
   if not (ROOT / "gaf_optax").exists():
     pytest.skip("the checkers read the library's source, which is not beside the tests")
   command = [sys.executable, "-m", checker]
-  if checker == "basedpyright":  # As pyright checks, without what it adds.
+  if checker == "basedpyright":  # Only the checks of pyright.
     command += ["--outputjson", "--pythonpath", sys.executable]
   done = subprocess.run(
     [*command, *SCRIPTS], cwd=ROOT, capture_output=True, text=True, timeout=300

@@ -1,4 +1,4 @@
-"""`microbatch_weights` and `max_norm_ratio`, in every form that takes them."""
+"""`microbatch_weights` and `max_norm_ratio`, in all forms that support them."""
 
 import chex
 import jax
@@ -7,21 +7,23 @@ import numpy as np
 import optax
 import pytest
 
-import across
-import forms
+import device_mappings
 import gaf_optax
+import known_steps
 import oracle
-import steps
+import reference_forms
 from gaf_optax import rules
 
-every_form = pytest.mark.parametrize("form", forms.ALL.values(), ids=forms.ALL)
+every_form = pytest.mark.parametrize(
+  "form", reference_forms.ALL.values(), ids=reference_forms.ALL
+)
 K = 5
 WEIGHTS = np.array([3.0, 1, 4, 1, 5])
 
 
 def tree(seed, k=K):
-  """Leaves `[k, *shape]`; the last but one is against the others."""
-  draw = lambda i, *shape: steps.draw([seed, i], k, *shape, common=1.5)
+  """Leaves `[k, *shape]`; the last but one opposes the others."""
+  draw = lambda i, *shape: known_steps.draw([seed, i], k, *shape, common=1.5)
   leaves = {"a": draw(0, 4, 2), "b": draw(1, 3)}
   for x in leaves.values():
     x[-2] *= -1
@@ -41,7 +43,7 @@ def assert_oracle(filtered, leaves, tau, **options):
 
 @every_form
 def test_a_weight_of_0_is_as_if_it_were_not_there(form):
-  """Whatever is in the micro-gradient; none of it is counted either."""
+  """For any micro-gradient; it also changes no counter."""
   leaves = tree(0)
   for place in (0, 2, 4):
     kept = np.arange(K) != place
@@ -76,7 +78,7 @@ def test_the_mean_has_the_weights_on_any_scale(form):
 
 @every_form
 def test_the_sum_that_is_compared_with_has_the_weights(form):
-  """One of a large weight pulls it to its side."""
+  """A large weight pulls the sum towards its micro-gradient."""
   rows = np.array([[1.0, 0, 0], [1, 1, 0], [-0.2, 1, 0], [9, 9, 9], [9, 9, 9]])
   leaves = {"a": jnp.zeros((K, 4, 2)), "b": jnp.asarray(rows, jnp.float32)}
   for weights, accepted in [([1, 1, 1], 2), ([1, 1e3, 1], 3), ([1e3, 1, 1], 2)]:
@@ -111,7 +113,7 @@ def test_leaves_without_a_label_have_the_weighted_mean_of_all(form):
 
 
 def test_a_rule_of_the_users_does_not_see_them():
-  """They multiply its weights; one of weight 0 is not valid there."""
+  """Its weights are multiplied by them; weight 0 makes a micro-gradient invalid."""
 
   def rule(gram, valid, tau):
     return rules.Decision(jnp.array([1.0, 2, 3]), jnp.ones(3, bool), jnp.diagonal(gram))
@@ -140,7 +142,7 @@ def test_an_anchor_moves_by_the_weighted_mean():
     np.testing.assert_allclose(state.anchor, want, rtol=1e-6)
     np.testing.assert_allclose(streamed.gaf_state.anchor, want, rtol=1e-6)
     np.testing.assert_allclose(emitted, gradient, rtol=1e-6)
-  # In the second step [1, 0] was too far from the anchor, at an angle of cosine 0.32.
+  # In the second step [1, 0] was too far from the anchor, with a cosine of 0.32.
   assert state.accepted.tolist() == [True, True, False]
 
 
@@ -157,12 +159,12 @@ def test_apply_if_agreed_passes_them_to_its_filter():
 
 @pytest.mark.parametrize("stacked", [False, True], ids=["one", "stacked"])
 def test_across_devices(stacked):
-  """A scalar of each device's own, or `[k_local]`."""
-  k = across.N * (2 if stacked else 1)
+  """A scalar on each device, or `[k_local]`."""
+  k = device_mappings.N * (2 if stacked else 1)
   leaves = tree(4, k)
   weights = np.random.default_rng(0).integers(0, 4, k).astype(np.float32)
-  weights[-2] = 2  # The one that is against the others.
-  local = lambda x: x.reshape(across.N, 2, *x.shape[1:]) if stacked else x
+  weights[-2] = 2  # The one that opposes the others.
+  local = lambda x: x.reshape(device_mappings.N, 2, *x.shape[1:]) if stacked else x
   tx = gaf_optax.gaf(
     0.8,
     axis_name="data",
@@ -172,14 +174,16 @@ def test_across_devices(stacked):
   )
 
   def step(inputs):
-    params = forms.like_params(leaves)
+    params = reference_forms.like_params(leaves)
     gradient, state = tx.update(
       inputs["leaves"], tx.init(params), params, microbatch_weights=inputs["weights"]
     )
     return gradient, state.accepted, state.weights
 
   inputs = {"leaves": jax.tree.map(local, leaves), "weights": local(weights)}
-  gradient, accepted, shares = across.mapped(step, inputs, across.ALL[2])
+  gradient, accepted, shares = device_mappings.mapped(
+    step, inputs, device_mappings.ALL[2]
+  )
   want = oracle.gaf(
     list(leaves.values()), 0.8, microbatch_weights=weights, max_norm_ratio=1.1
   )
@@ -192,7 +196,7 @@ def test_across_devices(stacked):
 
 
 class TestValueAndGrad:
-  """Losses per token: each microbatch's is a mean over its own valid ones."""
+  """Losses per token: each microbatch's loss is a mean over its valid tokens."""
 
   @staticmethod
   def loss(w, x, mask):
@@ -215,10 +219,10 @@ class TestValueAndGrad:
       np.testing.assert_allclose(grad, -7.5)
 
   def test_an_empty_microbatch_and_a_rejected_one(self):
-    """0 / 0 of an empty one is NaN, and is left out of value and gradient alike."""
+    """The empty one gives 0 / 0 = NaN, which is excluded from value and gradient."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((12, 3)) + 2
-    x[2::4] *= -1  # Of four microbatches the third.
+    x[2::4] *= -1  # The third of four microbatches.
     mask = rng.integers(0, 2, (12, 1)).astype(np.float64)
     mask[1::4] = 0
     mask[[0, 2, 3]] = 1
@@ -282,16 +286,16 @@ class TestErrors:
 
 class TestMaxNormRatio:
   def test_what_is_too_long_counts_as_scaled_down(self):
-    """To so many times the median of the nonzero, finite ones, in each group."""
+    """To this multiple of the median norm of nonzero finite ones, in each group."""
     leaves = tree(5)
     scales = jnp.array([1.0, 100.0, 1.0, 1.0, 0.0])
     leaves = jax.tree.map(lambda x: x * scales.reshape(-1, *[1] * (x.ndim - 1)), leaves)
     for ratio in (1.0, 1.5, 1e3):
       options = {"max_norm_ratio": ratio}
-      filtered = forms.stacked(leaves, 1.2, **options)
+      filtered = reference_forms.stacked(leaves, 1.2, **options)
       want = assert_oracle(filtered, leaves, 1.2, **options)
       assert want.accepted[1]
-      by_leaf = forms.stacked(leaves, 1.2, groups="leaf", **options)
+      by_leaf = reference_forms.stacked(leaves, 1.2, groups="leaf", **options)
       for name, x in leaves.items():
         part = oracle.gaf([x], 1.2, **options)
         np.testing.assert_allclose(
@@ -300,8 +304,8 @@ class TestMaxNormRatio:
 
   def test_of_an_even_number_the_median_is_between_the_two_in_the_middle(self):
     rows = jnp.array([[1.0, 0], [2, 0], [6, 0], [100, 0], [0, 0], [jnp.nan, 0]])
-    filtered = forms.stacked({"w": rows}, 0.5, max_norm_ratio=1.0)
-    # The median of 1, 2, 6, 100 is 4.
+    filtered = reference_forms.stacked({"w": rows}, 0.5, max_norm_ratio=1.0)
+    # The median of 1, 2, 6 and 100 is 4.
     np.testing.assert_allclose(filtered.gradient["w"], [(1 + 2 + 4 + 4) / 4, 0])
     np.testing.assert_allclose(filtered.weights, [0.25] * 4 + [0, 0])
 

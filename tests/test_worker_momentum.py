@@ -1,4 +1,4 @@
-"""`worker_momentum` against the recursion in NumPy float64, in every mapping."""
+"""`worker_momentum` against its recursion in NumPy float64, in every mapping."""
 
 import jax
 import jax.numpy as jnp
@@ -9,18 +9,18 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-import across
+import device_mappings
 import gaf_optax
 import oracle
 from gaf_optax import rules
 
-K, STEPS, DECAY, TAU = across.N, 6, 0.75, 0.9
+K, STEPS, DECAY, TAU = device_mappings.N, 6, 0.75, 0.9
 SHAPES = {"w": (3, 5), "s": (), "h": ((16,), jnp.bfloat16)}
 
 
 def trees():
   """Micro-gradients of each step: two are reversed, one is not finite in one leaf."""
-  found = [across.stack(K, SHAPES, seed) for seed in range(STEPS)]
+  found = [device_mappings.stack(K, SHAPES, seed) for seed in range(STEPS)]
   for tree in found:
     for x in tree.values():
       x[5:7] *= -1
@@ -30,9 +30,9 @@ def trees():
 
 
 def averages(trees):
-  """What each step passes on, leaves `[k, *shape]` in float64."""
+  """The output of each step, leaves `[k, *shape]` in float64."""
   wide = lambda tree: {name: np.asarray(x, np.float64) for name, x in tree.items()}
-  means = {name: 0 * x for name, x in wide(across.stack(K, SHAPES)).items()}
+  means = {name: 0 * x for name, x in wide(device_mappings.stack(K, SHAPES)).items()}
   passed = []
   for tree in map(wide, trees):
     finite = np.all(
@@ -56,7 +56,11 @@ def assert_same(found, want):
 
 def test_stacks():
   tx = gaf_optax.worker_momentum(DECAY, num_microbatches=K)
-  params = {**across.params_of(trees()[0]), "steps": jnp.int32(0), "none": None}
+  params = {
+    **device_mappings.params_of(trees()[0]),
+    "steps": jnp.int32(0),
+    "none": None,
+  }
   state = tx.init(params)
   assert state.averages["h"].dtype == jnp.float32
   for tree, want in zip(trees(), averages(trees())):
@@ -67,15 +71,15 @@ def test_stacks():
     assert_same(found, want)
 
 
-@pytest.mark.parametrize("how", across.ALL, ids=across.name)
-def test_on_devices(how):
-  """Each with its own state, through the steps."""
+@pytest.mark.parametrize("mapping", device_mappings.ALL, ids=device_mappings.name)
+def test_on_devices(mapping):
+  """Each device keeps its state over the steps."""
   tx = gaf_optax.worker_momentum(DECAY)
   want = averages(trees())
 
   def run(rows):
     state = tx.init(jax.tree.map(lambda x: x[0], rows))
-    if how in [(kind, True) for kind in AxisType]:
+    if mapping in [(kind, True) for kind in AxisType]:
       state = jax.lax.pcast(state, "data", to="varying")
 
     def step(state, row):
@@ -85,20 +89,20 @@ def test_on_devices(how):
     return jax.lax.scan(step, state, rows)[1]
 
   stack = {n: np.stack([t[n] for t in trees()], axis=1) for n in SHAPES}
-  found = across.mapped(run, stack, how)
+  found = device_mappings.mapped(run, stack, mapping)
   for i in range(STEPS):
     assert_same({n: x[:, i] for n, x in found.items()}, want[i])
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_a_state_for_k_is_sharded_over_k_devices(kind, tmp_path):
-  """Between calls it is an ordinary array, which a checkpoint can hold."""
-  mesh = across.mesh(kind=kind)
+  """Between calls it is a normal array, which a checkpoint can store."""
+  mesh = device_mappings.mesh(kind=kind)
   tx = optax.chain(
     gaf_optax.worker_momentum(DECAY, num_microbatches=K),
     gaf_optax.gaf(TAU, axis_name="data", rule=rules.majority(), num_microbatches=K),
   )
-  params = across.params_of(trees()[0])
+  params = device_mappings.params_of(trees()[0])
   state = tx.init(params)
   of_state = (
     gaf_optax.WorkerMomentumState(jax.tree.map(lambda _: P("data"), params)),
@@ -115,7 +119,7 @@ def test_a_state_for_k_is_sharded_over_k_devices(kind, tmp_path):
   )
   state = place(state, of_state)
   for i, (tree, want) in enumerate(zip(trees(), averages(trees()))):
-    if i == STEPS // 2:  # Interrupted, and restored where it was.
+    if i == STEPS // 2:  # Interrupted and restored.
       target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
       with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", state)
@@ -138,7 +142,7 @@ def test_errors():
   alone = gaf_optax.worker_momentum(DECAY)
   stacked = gaf_optax.worker_momentum(DECAY, num_microbatches=4)
   for tx, grads, words in [
-    (alone, jnp.ones((4, 3)), r"shape \(4, 3\).* give num_microbatches=k"),
+    (alone, jnp.ones((4, 3)), r"shape \(4, 3\).* pass num_microbatches=k"),
     (stacked, jnp.ones((2, 3)), r"shape \(2, 3\).* num_microbatches is 4"),
     (stacked, jnp.ones(3), r"shape \(3,\).*shape \(4, 3\)"),
     (stacked, {"w": jnp.ones((4, 3))}, r"leaf \['w'\].*shape None"),

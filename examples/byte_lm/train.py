@@ -134,7 +134,7 @@ _EBCDIC = np.frombuffer(bytes(range(256)).decode("latin-1").encode("cp037"), np.
 
 
 def draw_kinds(seed, num_wrong):
-  """Draws what is wrong with the targets of each source: a list of strings."""
+  """Draws the kind of error in each source's targets: a list of strings."""
   wrong = ["code page", "shifted", "code page"][:num_wrong]
   kinds = np.array(wrong + ["right"] * (NUM_SOURCES - num_wrong))
   return np.random.default_rng(seed).permutation(kinds).tolist()

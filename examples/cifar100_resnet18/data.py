@@ -1,4 +1,4 @@
-"""Digits, CIFAR-10 and CIFAR-100, checked; label noise, and files of noisy labels."""
+"""Datasets: digits, CIFAR-10 and CIFAR-100, with checks and label noise."""
 
 import dataclasses
 import hashlib
@@ -14,7 +14,7 @@ import numpy as np
 
 
 class UserError(Exception):
-  """A wrong option, file or directory; the message is what the user reads."""
+  """A wrong option, file or directory; users read the message."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ def load(name: str, data_dir: str | pathlib.Path, download: bool = False) -> Dat
   """Loads "digits", which scikit-learn includes, "cifar10" or "cifar100".
 
   `data_dir` holds the CIFAR archive or the folder in it; `download` fetches a missing
-  archive. Raises a `UserError` if the files are missing, damaged or something else.
+  archive. Raises a `UserError` if the files are missing, damaged or different.
   """
   if name == "digits":
     return _digits()
@@ -225,7 +225,7 @@ def _encode(text, encoding="latin1"):
   return text.encode("latin1")
 
 
-# Everything that a pickle may call: stand-ins that do no more than arrays need.
+# Everything that a pickle may call: stand-ins that only create arrays.
 _ALLOWED = {
   "numpy.core.multiarray._reconstruct": _reconstruct,
   "numpy._core.multiarray._reconstruct": _reconstruct,

@@ -1,4 +1,4 @@
-"""Results: the output directory, and table, sentences and pictures at the end."""
+"""Results: the output directory, and the final table, sentences and pictures."""
 
 import csv
 import pathlib
@@ -82,7 +82,7 @@ class Run:
       self._saved = time.monotonic()
 
   def restore(self, like):
-    """Arrays like those of `like`, from the newest checkpoint."""
+    """Restores arrays like those in `like` from the newest checkpoint."""
     like = jax.tree.map(np.asarray, like)
     return self._restore(ocp.args.StandardRestore(like), "arrays")
 
@@ -90,7 +90,7 @@ class Run:
     try:
       args = ocp.args.Composite(**{name: how})
       return self._checkpoints.restore(self.resumed_from, args=args)[name]
-    except Exception as error:  # Orbax raises nearly anything for a damaged one.
+    except Exception as error:  # For a damaged one, Orbax can raise nearly anything.
       raise UserError(f"the checkpoint in {self.path} is damaged.") from error
 
   def close(self) -> None:

@@ -144,13 +144,13 @@ def parse(argv) -> argparse.Namespace:
 
 
 def said(options) -> str:
-  """The options that a resumed run must share."""
+  """The options that must not change when a run is resumed, as text."""
   names = sorted({*EXPERIMENT, *SIZE, "quick"})
   return json.dumps({name: str(getattr(options, name)) for name in names}, indent=2)
 
 
 def parts(options) -> list[argparse.Namespace]:
-  """The settings of the comparison's parts, or of the experiment asked for."""
+  """The settings of the comparison's parts, or of the requested experiment."""
   given = {name: value for name, value in vars(options).items() if value is not None}
   dataset = given.get("dataset", "digits")
   column = 1 if dataset == "digits" else 2

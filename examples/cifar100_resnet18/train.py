@@ -2,7 +2,7 @@
 
 Without options of the experiment it compares GAF with simple rivals on scikit-learn's
 digits in about a minute: labels flipped, three of eight sources wrong, nothing wrong.
-With options it trains one setting, for instance that of the paper's Table 1:
+With options it trains one setting, such as the one in the paper's Table 1:
 
     python train.py --dataset cifar100 --model resnet18 --noise 0.4 --tau 0.97
 """
@@ -51,7 +51,7 @@ class Trainer:
   last_layer: bool = False  # Compare the last layer's gradients only
   smallest_loss: bool = False  # A rival: keep the microbatches with the smallest loss
   augment: bool = False
-  devices: int | None = None  # That share the microbatches, along the axis "data"
+  devices: int | None = None  # Number that share the microbatches, along "data"
 
   @property
   def tx(self) -> optax.GradientTransformationExtraArgs:
@@ -142,10 +142,10 @@ class Trainer:
     )
 
   def smallest_losses(self, state, images, labels, weights):
-    """Weights of the microbatches with the smallest losses, `sum(weights)` of them.
+    """Weights of the `sum(weights)` microbatches with the smallest losses.
 
-    Microbatches of one example are different ones each time; otherwise the i-th comes
-    from the i-th source, so the running mean of its losses decides.
+    Microbatches of one example change in each step. Otherwise the i-th comes from the
+    i-th source, so the running mean of its losses decides.
     """
     losses, _ = jax.vmap(self.loss_fn, (None, None, 0, 0))(
       state.params, state.batch_stats, images, labels
@@ -192,7 +192,7 @@ class Network:
   """A model for images of a dataset, and what all ways to train it share."""
 
   model: nn.Module
-  scaling: tuple  # What normalizes an image: scale, mean, std
+  scaling: tuple  # Scale, mean and std, which normalize an image
 
   def inputs(self, images):
     scale, mean, std = self.scaling
@@ -219,7 +219,7 @@ class Network:
 
 
 STEP_METRICS = ("loss", "num_accepted", "agreed", "mean_distance")
-# Steps with all microbatches before the smallest losses, at first random, decide.
+# Number of first steps with all microbatches, since losses are random at first.
 WARM_UP = 100
 
 
@@ -252,8 +252,8 @@ def make_trainer(part, method: str, dataset: data.Dataset) -> Trainer:
 def as_many_at_random(kept, seed, step, k):
   """Weights bool `[k]` that keep as many microbatches as GAF did in `kept` `[steps]`.
 
-  Of each 50 steps the numbers are used in random order, so that with two microbatches,
-  of which GAF keeps both or none, other steps are skipped.
+  The numbers of each 50 steps are used in random order. With two microbatches GAF keeps
+  both or none, so this skips other steps.
   """
   start, place = step - step % 50, step % 50
   numbers = np.random.default_rng((seed, 3, start)).permutation(
@@ -333,7 +333,7 @@ def run_all(options) -> None:
     clean, key = dataset.train_labels, first.noisy_labels_key
     labels = data.noisy_labels(file, key, clean, dataset.num_classes)
   lines = [(part, method) for part in parts for method in part.methods]
-  for part, method in lines:  # What is wrong is said before anything is written.
+  for part, method in lines:  # Report errors before anything is written.
     make_trainer(part, method, dataset)
     part.batches = [
       data.Batches(

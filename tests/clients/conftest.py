@@ -1,4 +1,4 @@
-"""Training scripts run under the settings of JAX that users have."""
+"""Training scripts run with JAX's default settings."""
 
 import jax
 import pytest

@@ -1,4 +1,4 @@
-"""In Equinox's way: a model is a pytree, and what is no array is None in gradients."""
+"""As in Equinox, a model is a pytree, and gradients of non-array leaves are None."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,11 +10,11 @@ import optax
 import pytest
 
 import gaf_optax
-from clients import task
+from clients import toy_task
 
 
 def module(*static):
-  """A dataclass that is a pytree, these fields apart."""
+  """A dataclass that is a pytree, with these static fields."""
 
   def register(cls):
     cls = dataclasses.dataclass(cls)
@@ -37,8 +37,8 @@ class Linear:
 class Network:
   hidden: Linear
   out: Linear
-  activation: Callable  # a leaf, as in eqx.nn.MLP
-  version: jax.Array  # integers, which are not trained
+  activation: Callable  # A leaf, as in eqx.nn.MLP.
+  version: jax.Array  # Integers, which are not trained.
 
   def __call__(self, x):
     hidden = self.activation(x @ self.hidden.kernel + self.hidden.bias)
@@ -46,7 +46,7 @@ class Network:
 
 
 def network():
-  params = task.params()
+  params = toy_task.params()
   return Network(
     Linear(**params["hidden"], name="hidden"),
     Linear(params["out"]["kernel"], None, "out"),
@@ -60,7 +60,7 @@ def is_inexact(leaf):
 
 
 def partition(tree):
-  """The trained leaves and the others, None in place of what is in the other."""
+  """The trained leaves and the others, each with None in place of the rest."""
   pick = lambda keep: jax.tree.map(lambda x: x if is_inexact(x) == keep else None, tree)
   return pick(True), pick(False)
 
@@ -77,9 +77,9 @@ def loss(model, x, y):
 
 def train(tau):
   model = network()
-  tx = task.ADAM if tau is None else optax.chain(gaf_optax.gaf(tau), task.ADAM)
+  tx = toy_task.ADAM if tau is None else optax.chain(gaf_optax.gaf(tau), toy_task.ADAM)
 
-  # What eqx.filter_jit, filter_vmap, filter_value_and_grad and apply_updates do.
+  # As eqx.filter_jit, filter_vmap, filter_value_and_grad and apply_updates do.
   params, static = partition(model)
 
   @jax.jit
@@ -95,8 +95,8 @@ def train(tau):
     return optax.apply_updates(params, updates), state, jnp.mean(value)
 
   state, losses, accepted = tx.init(params), [], []
-  for batch in task.batches():
-    batch = task.whole(batch) if tau is None else batch
+  for batch in toy_task.batches():
+    batch = toy_task.whole(batch) if tau is None else batch
     params, state, value = step(params, state, *batch)
     losses.append(value)
     if tau is not None:
@@ -104,20 +104,20 @@ def train(tau):
   trained = combine(params, static)
   assert trained.activation is jnp.tanh and trained.hidden.name == "hidden"
   np.testing.assert_array_equal(trained.version, jnp.arange(3))
-  return task.Run(losses, params, accepted)
+  return toy_task.Run(losses, params, accepted)
 
 
 def wanted():
-  """Without anything that is no array."""
+  """The stacked form on a list of the trained arrays."""
   params, static = partition(network())
   leaves, treedef = jax.tree.flatten(params)
   of_leaves = lambda p, x, y: loss(combine(treedef.unflatten(p), static), x, y)
-  run = task.stacked(of_leaves, leaves, task.ADAM)
+  run = toy_task.stacked(of_leaves, leaves, toy_task.ADAM)
   return run._replace(params=treedef.unflatten(run.params))
 
 
 def test_as_the_mean_and_as_stacked_on_one_device():
-  task.assert_trains(train, wanted())
+  toy_task.assert_trains(train, wanted())
 
 
 def test_equinox_itself():
@@ -125,9 +125,16 @@ def test_equinox_itself():
 
   def train(tau):
     model = eqx.nn.MLP(
-      task.FEATURES, 1, task.HIDDEN, 1, activation=jnp.tanh, key=jax.random.key(0)
+      toy_task.FEATURES,
+      1,
+      toy_task.HIDDEN,
+      1,
+      activation=jnp.tanh,
+      key=jax.random.key(0),
     )
-    tx = task.ADAM if tau is None else optax.chain(gaf_optax.gaf(tau), task.ADAM)
+    tx = (
+      toy_task.ADAM if tau is None else optax.chain(gaf_optax.gaf(tau), toy_task.ADAM)
+    )
     loss = lambda model, x, y: jnp.mean((jax.vmap(model)(x) - y) ** 2)
 
     @eqx.filter_jit
@@ -142,12 +149,12 @@ def test_equinox_itself():
       return eqx.apply_updates(model, updates), state, jnp.mean(value)
 
     state, losses, accepted = tx.init(eqx.filter(model, eqx.is_array)), [], []
-    for batch in task.batches():
-      batch = task.whole(batch) if tau is None else batch
+    for batch in toy_task.batches():
+      batch = toy_task.whole(batch) if tau is None else batch
       model, state, value = step(model, state, *batch)
       losses.append(value)
       if tau is not None:
         accepted.append(gaf_optax.metrics(state)["num_accepted"])
-    return task.Run(losses, eqx.filter(model, eqx.is_array), accepted)
+    return toy_task.Run(losses, eqx.filter(model, eqx.is_array), accepted)
 
-  task.assert_trains(train)
+  toy_task.assert_trains(train)

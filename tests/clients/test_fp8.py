@@ -1,4 +1,4 @@
-"""Flax's fp8 layers: their histories of maxima travel as gradients and are none."""
+"""Flax's fp8 layers, which pass histories of maxima as gradients."""
 
 import warnings
 
@@ -11,7 +11,7 @@ import gaf_optax
 import oracle
 
 with warnings.catch_warnings():
-  # The oldest Flax that is admitted reads a name that the oldest JAX has deprecated.
+  # The oldest supported Flax uses a name that the oldest supported JAX deprecates.
   warnings.simplefilter("ignore", DeprecationWarning)
   from flax import linen as nn
   from flax.training import train_state

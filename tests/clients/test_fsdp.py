@@ -1,4 +1,4 @@
-"""jit on a mesh of Auto axes, parameters sharded over the axis of the batch."""
+"""jit on a mesh of Auto axes, with parameters sharded over the batch axis."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gaf_optax
-from clients import task
+from clients import toy_task
 
 SPECS = {
   "hidden": {"kernel": P(None, "data"), "bias": P("data")},
@@ -16,11 +16,11 @@ SPECS = {
 
 
 def train(tau):
-  mesh = jax.make_mesh((task.K,), ("data",), axis_types=(AxisType.Auto,))
+  mesh = jax.make_mesh((toy_task.K,), ("data",), axis_types=(AxisType.Auto,))
   place = lambda tree, specs: jax.device_put(
     tree, jax.tree.map(lambda s: NamedSharding(mesh, s), specs)
   )
-  tx = task.ADAM
+  tx = toy_task.ADAM
   if tau is not None:
     gaf = gaf_optax.gaf(tau, param_axes="data")
     update = jax.shard_map(
@@ -30,33 +30,33 @@ def train(tau):
       out_specs=(SPECS, P()),
     )
     on_shards = optax.GradientTransformation(gaf.init, lambda g, s, p: update(g, s))
-    tx = optax.chain(on_shards, task.ADAM)
+    tx = optax.chain(on_shards, toy_task.ADAM)
 
   @jax.jit
   def step(params, state, x, y):
-    each = jax.vmap(jax.value_and_grad(task.loss), (None, 0, 0))
+    each = jax.vmap(jax.value_and_grad(toy_task.loss), (None, 0, 0))
     if tau is None:
-      mean_loss = lambda p: jnp.mean(jax.vmap(task.loss, (None, 0, 0))(p, x, y))
+      mean_loss = lambda p: jnp.mean(jax.vmap(toy_task.loss, (None, 0, 0))(p, x, y))
       value, grads = jax.value_and_grad(mean_loss)(params)
     else:
       value, grads = each(params, x, y)  # [k, *shape]
     updates, state = tx.update(grads, state, params)
     return optax.apply_updates(params, updates), state, jnp.mean(value)
 
-  params = place(task.params(), SPECS)
+  params = place(toy_task.params(), SPECS)
   state, losses, accepted = tx.init(params), [], []
-  for batch in task.batches():
+  for batch in toy_task.batches():
     batch = place(batch, (P("data"), P("data")))
     params, state, value = jax.block_until_ready(step(params, state, *batch))
     losses.append(value)
     if tau is not None:
       accepted.append(gaf_optax.metrics(state)["num_accepted"])
-  # An eighth of each matrix, and of Adam's moments, is on each device.
+  # Each device holds an eighth of each matrix and of Adam's moments.
   for tree in (params, optax.tree.get(state, "mu")):
     kernel = tree["hidden"]["kernel"]
-    assert kernel.addressable_shards[0].data.size == kernel.size // task.K
-  return task.Run(losses, params, accepted)
+    assert kernel.addressable_shards[0].data.size == kernel.size // toy_task.K
+  return toy_task.Run(losses, params, accepted)
 
 
 def test_as_the_mean_and_as_stacked_on_one_device():
-  task.assert_trains(train, task.wanted(task.ADAM))
+  toy_task.assert_trains(train, toy_task.wanted(toy_task.ADAM))

@@ -1,4 +1,4 @@
-"""A mesh of Explicit axes, 2 x 4: replicas of shards (HSDP), four members on each."""
+"""A 2 x 4 mesh of Explicit axes: replicas of shards (HSDP), four devices in each."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gaf_optax
-from clients import task
+from clients import toy_task
 
 SPECS = {
   "hidden": {"kernel": P(None, "fsdp"), "bias": P("fsdp")},
@@ -18,11 +18,11 @@ SPECS = {
 def train(tau):
   mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Explicit,) * 2)
   sharding = lambda spec: NamedSharding(mesh, spec)
-  tx = task.ADAM if tau is None else optax.chain(gaf_optax.gaf(tau), task.ADAM)
+  tx = toy_task.ADAM if tau is None else optax.chain(gaf_optax.gaf(tau), toy_task.ADAM)
 
   def loss(params, x, y):
     gather = lambda leaf: jax.sharding.reshard(leaf, sharding(P()))
-    return task.loss(jax.tree.map(gather, params), x, y)
+    return toy_task.loss(jax.tree.map(gather, params), x, y)
 
   @jax.jit
   def step(params, state, x, y):
@@ -35,9 +35,9 @@ def train(tau):
     updates, state = tx.update(grads, state, params)
     return optax.apply_updates(params, updates), state, jnp.mean(value)
 
-  params = jax.device_put(task.params(), jax.tree.map(sharding, SPECS))
+  params = jax.device_put(toy_task.params(), jax.tree.map(sharding, SPECS))
   state, losses, accepted = tx.init(params), [], []
-  for batch in task.batches():
+  for batch in toy_task.batches():
     batch = jax.device_put(batch, sharding(P("data", "fsdp")))
     params, state, value = jax.block_until_ready(step(params, state, *batch))
     losses.append(value)
@@ -45,8 +45,8 @@ def train(tau):
       accepted.append(gaf_optax.metrics(state)["num_accepted"])
   kernel = params["hidden"]["kernel"]
   assert kernel.addressable_shards[0].data.size == kernel.size // 4
-  return task.Run(losses, params, accepted)
+  return toy_task.Run(losses, params, accepted)
 
 
 def test_as_the_mean_and_as_stacked_on_one_device():
-  task.assert_trains(train, task.wanted(task.ADAM))
+  toy_task.assert_trains(train, toy_task.wanted(toy_task.ADAM))

@@ -1,4 +1,4 @@
-"""The stateless loop of Keras 3 on jax: lists of variables, a Keras optimizer."""
+"""The stateless loop of Keras 3 on JAX: lists of variables, and a Keras optimizer."""
 
 import functools
 import os
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import gaf_optax
-from clients import task
+from clients import toy_task
 
 os.environ["KERAS_BACKEND"] = "jax"
 keras = pytest.importorskip("keras")
@@ -20,8 +20,8 @@ NAMES = [(layer, kind) for layer in ("hidden", "out") for kind in ("kernel", "bi
 def network(*between):
   keras.utils.set_random_seed(0)
   layers = keras.layers
-  hidden = layers.Dense(task.HIDDEN, activation="tanh")
-  inputs = layers.Input((task.FEATURES,))
+  hidden = layers.Dense(toy_task.HIDDEN, activation="tanh")
+  inputs = layers.Input((toy_task.FEATURES,))
   return keras.Sequential([inputs, hidden, *between, layers.Dense(1)])
 
 
@@ -40,7 +40,7 @@ def values(variables):
 
 
 def combined(stack):
-  """The mean of statistics over the microbatches; the first of counters and seeds."""
+  """The mean of statistics over the microbatches, and the first counter and seed."""
   floating = jnp.issubdtype(stack.dtype, jnp.floating)
   return jnp.mean(stack, axis=0) if floating else stack[0]
 
@@ -48,7 +48,7 @@ def combined(stack):
 @functools.cache
 def trainer(filtered):
   model = network()
-  optimizer = keras.optimizers.SGD(0.02, momentum=0.9)  # As task.SGD.
+  optimizer = keras.optimizers.SGD(0.02, momentum=0.9)  # As toy_task.SGD.
   optimizer.build(model.trainable_variables)
   compute_loss = loss_of(model)
 
@@ -57,7 +57,7 @@ def trainer(filtered):
     trainable, non_trainable, variables = state
     if filtered:
       of_batch = gaf_optax.value_and_grad(
-        compute_loss, task.K, tau, has_aux=True, batch_argnums=(2, 3)
+        compute_loss, toy_task.K, tau, has_aux=True, batch_argnums=(2, 3)
       )
       (value, stacks), grads, agreement = of_batch(trainable, non_trainable, x, y)
       non_trainable = jax.tree.map(combined, stacks)
@@ -67,12 +67,12 @@ def trainer(filtered):
       (value, non_trainable), grads = of_batch(trainable, non_trainable, x, y)
       agreed, number = True, None
     new = optimizer.stateless_apply(variables, grads, trainable)
-    # Momentum would move the parameters on a step without agreement.
+    # Without agreement, momentum would still move the parameters.
     keep = lambda new, old: jnp.where(agreed, new, old)
     trainable, variables = jax.tree.map(keep, new, (trainable, variables))
     return (trainable, non_trainable, variables), value, number
 
-  start = task.params()
+  start = toy_task.params()
   trainable = [start[layer][kind] for layer, kind in NAMES]
   rest = values(model.non_trainable_variables), values(optimizer.variables)
   return step, (trainable, *rest)
@@ -81,35 +81,35 @@ def trainer(filtered):
 def train(tau):
   step, state = trainer(tau is not None)
   losses, accepted = [], []
-  for i, batch in enumerate(task.batches()):
+  for i, batch in enumerate(toy_task.batches()):
     now = 2.0 if tau is None else tau(i)
-    state, value, number = step(state, now, *task.interleaved(batch))
+    state, value, number = step(state, now, *toy_task.interleaved(batch))
     losses.append(value)
     accepted += [] if tau is None else [number]
   trained = {"hidden": {}, "out": {}}
   for (layer, kind), value in zip(NAMES, state[0]):
     trained[layer][kind] = value
-  return task.Run(losses, trained, accepted)
+  return toy_task.Run(losses, trained, accepted)
 
 
 def test_as_the_mean_and_as_stacked_on_one_device():
-  task.assert_trains(train, task.wanted(task.SGD))
+  toy_task.assert_trains(train, toy_task.wanted(toy_task.SGD))
 
 
 def test_a_step_without_agreement_leaves_everything_as_it_was():
   step, state = trainer(True)
-  x, y = task.batches()[0]
-  state, *_ = step(state, task.TAU, *task.interleaved((x, y)))
-  # All but the first want the opposite of what the first wants.
-  same, other = (np.stack([a[0]] * task.K) for a in (x, -y))
+  x, y = toy_task.batches()[0]
+  state, *_ = step(state, toy_task.TAU, *toy_task.interleaved((x, y)))
+  # All but the first have the negative targets of the first.
+  same, other = (np.stack([a[0]] * toy_task.K) for a in (x, -y))
   other[0] = y[0]
-  after, _, number = step(state, task.TAU, *task.interleaved((same, other)))
+  after, _, number = step(state, toy_task.TAU, *toy_task.interleaved((same, other)))
   assert int(number) == 0
   jax.tree.map(np.testing.assert_array_equal, after, state)
 
 
 def test_statistics_and_seeds():
-  """Auxiliary output is stacked; all microbatches share a seed in the state."""
+  """Auxiliary outputs are stacked; all microbatches share one seed in the state."""
   layers = keras.layers
   model = network(layers.BatchNormalization(momentum=0.9), layers.Dropout(0.5))
   compute_loss = loss_of(model)
@@ -123,16 +123,16 @@ def test_statistics_and_seeds():
     own = [seed if is_seed(value) else value for value in non_trainable]
     return compute_loss(trainable, own, x, y)
 
-  x, y = (np.stack([a[0]] * task.K) for a in task.batches()[0])
-  arguments = trainable, start, *task.interleaved((x, y))
+  x, y = (np.stack([a[0]] * toy_task.K) for a in toy_task.batches()[0])
+  arguments = trainable, start, *toy_task.interleaved((x, y))
   filtered = functools.partial(gaf_optax.value_and_grad, has_aux=True)
-  one_mask = jax.jit(filtered(compute_loss, task.K, 2.0, batch_argnums=(2, 3)))
+  one_mask = jax.jit(filtered(compute_loss, toy_task.K, 2.0, batch_argnums=(2, 3)))
   (_, stacks), _, agreement = one_mask(*arguments)
   np.testing.assert_allclose(agreement.distances[1:], 0, atol=1e-6)
   _, once = jax.jit(compute_loss)(trainable, start, x[0], y[0])
   for found, wanted in zip(map(combined, stacks), once):
     assert found.dtype == wanted.dtype
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
-  masks = jax.jit(filtered(with_key, task.K, 2.0, batch_argnums=(2, 3, 4)))
+  masks = jax.jit(filtered(with_key, toy_task.K, 2.0, batch_argnums=(2, 3, 4)))
   _, _, agreement = masks(*arguments, jax.random.key(0))
   assert np.min(agreement.distances[1:]) > 0.01

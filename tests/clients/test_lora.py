@@ -9,19 +9,21 @@ import optax
 import pytest
 
 import gaf_optax
-from clients import task
+from clients import toy_task
 
 with warnings.catch_warnings():
-  # The oldest Flax that is admitted reads a name that the oldest JAX has deprecated.
+  # The oldest supported Flax uses a name that the oldest supported JAX deprecates.
   warnings.simplefilter("ignore", DeprecationWarning)
   from flax import nnx
 
 
 class Network(nnx.Module):
   def __init__(self, rngs):
-    hidden = nnx.Linear(task.FEATURES, task.HIDDEN, rngs=rngs)
-    self.hidden = nnx.LoRA(task.FEATURES, 2, task.HIDDEN, base_module=hidden, rngs=rngs)
-    self.out = nnx.LoRALinear(task.HIDDEN, 1, lora_rank=1, rngs=rngs)
+    hidden = nnx.Linear(toy_task.FEATURES, toy_task.HIDDEN, rngs=rngs)
+    self.hidden = nnx.LoRA(
+      toy_task.FEATURES, 2, toy_task.HIDDEN, base_module=hidden, rngs=rngs
+    )
+    self.out = nnx.LoRALinear(toy_task.HIDDEN, 1, lora_rank=1, rngs=rngs)
 
   def __call__(self, x):
     return self.out(nnx.tanh(self.hidden(x)))
@@ -40,7 +42,7 @@ def functional(model):
 def train_lora(tau):
   model = Network(nnx.Rngs(4))
   before = jax.device_get(nnx.state(model, nnx.Not(nnx.LoRAParam)))
-  tx = task.SGD if tau is None else gaf_optax.apply_if_nonzero(task.SGD)
+  tx = toy_task.SGD if tau is None else gaf_optax.apply_if_nonzero(toy_task.SGD)
   optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
 
   @nnx.jit
@@ -51,25 +53,25 @@ def train_lora(tau):
       number = None
     else:
       loss, lora = functional(model)
-      filtered = gaf_optax.value_and_grad(loss, task.K, tau(optimizer.step[...]))
+      filtered = gaf_optax.value_and_grad(loss, toy_task.K, tau(optimizer.step[...]))
       value, grads, agreement = filtered(lora, x, y)
       number = agreement.num_accepted
     optimizer.update(model, grads)
     return value, number
 
   losses, accepted = [], []
-  for batch in task.batches():
-    value, number = train_step(model, optimizer, *task.interleaved(batch))
+  for batch in toy_task.batches():
+    value, number = train_step(model, optimizer, *toy_task.interleaved(batch))
     losses.append(value)
     accepted += [] if tau is None else [number]
   after = nnx.state(model, nnx.Not(nnx.LoRAParam))
   jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(after))
-  return task.Run(losses, nnx.state(model, nnx.LoRAParam), accepted)
+  return toy_task.Run(losses, nnx.state(model, nnx.LoRAParam), accepted)
 
 
 def test_lora_as_the_mean_and_as_stacked_on_one_device():
-  wanted = task.stacked(*functional(Network(nnx.Rngs(4))), task.SGD)
-  task.assert_trains(train_lora, wanted)
+  wanted = toy_task.stacked(*functional(Network(nnx.Rngs(4))), toy_task.SGD)
+  toy_task.assert_trains(train_lora, wanted)
 
 
 FREEZE = {
@@ -89,12 +91,12 @@ def head_alone(path, leaf):
 
 
 def domains():
-  """Microbatch i belongs to domain i and has input i alone: `[K, ROWS, K]`."""
+  """`[K, ROWS, K]`; microbatch i belongs to domain i and only has input i."""
   rng = np.random.default_rng(0)
-  size = 1 + 0.1 * rng.normal(size=(task.STEPS, task.K, task.ROWS, 1))
+  size = 1 + 0.1 * rng.normal(size=(toy_task.STEPS, toy_task.K, toy_task.ROWS, 1))
   y = 1 + 0.1 * rng.normal(size=size.shape)
-  y[task.ALL_STEPS :, task.WRONG] *= -5
-  x = size * np.eye(task.K)[:, None]
+  y[toy_task.ALL_STEPS :, toy_task.WRONG] *= -5
+  x = size * np.eye(toy_task.K)[:, None]
   return [*zip(x.astype(np.float32), y.astype(np.float32))]
 
 
@@ -104,15 +106,15 @@ def tuned_loss(params, x, y):
 
 
 def tune(freeze, groups=None, plain_without=None):
-  """Trains the head; `plain_without` are the microbatches that the plain form drops."""
+  """Trains the head; the plain form drops the microbatches `plain_without`."""
   rng = np.random.default_rng(1)
-  backbone = 0.1 + 0.01 * rng.normal(size=(task.K, task.HIDDEN))
-  # Large, so that the backbone's gradient is longer than that of the head.
-  head = 2 * np.sign(rng.normal(size=(task.HIDDEN, 1)))
+  backbone = 0.1 + 0.01 * rng.normal(size=(toy_task.K, toy_task.HIDDEN))
+  # Large, so that the backbone's gradient is longer than the head's.
+  head = 2 * np.sign(rng.normal(size=(toy_task.HIDDEN, 1)))
   params = start = {"backbone": np.float32(backbone), "head": np.float32(head)}
-  tx = FREEZE[freeze](task.SGD)
+  tx = FREEZE[freeze](toy_task.SGD)
   if plain_without is None:
-    tx = optax.chain(gaf_optax.gaf(task.TAU, groups=groups), tx)
+    tx = optax.chain(gaf_optax.gaf(toy_task.TAU, groups=groups), tx)
 
   @jax.jit
   def step(params, state, x, y):
@@ -124,22 +126,25 @@ def tune(freeze, groups=None, plain_without=None):
 
   state, accepted = tx.init(params), []
   for i, (x, y) in enumerate(domains()):
-    if i >= task.ALL_STEPS and plain_without:
+    if i >= toy_task.ALL_STEPS and plain_without:
       x, y = np.delete(x, plain_without, 0), np.delete(y, plain_without, 0)
     params, state = step(params, state, x, y)
     if plain_without is None:
       accepted.append(int(gaf_optax.metrics(state)["num_accepted"]))
   np.testing.assert_array_equal(params["backbone"], start["backbone"])
-  return task.Run([], params, accepted)
+  return toy_task.Run([], params, accepted)
 
 
 @pytest.mark.parametrize("freeze", FREEZE)
 def test_a_frozen_backbone_does_not_decide(freeze):
   run = tune(freeze, head_alone)
-  assert run.accepted == [task.K] * task.ALL_STEPS + [task.K - len(task.WRONG)] * 2
-  task.assert_same(run, tune(freeze, plain_without=task.WRONG))
+  assert (
+    run.accepted
+    == [toy_task.K] * toy_task.ALL_STEPS + [toy_task.K - len(toy_task.WRONG)] * 2
+  )
+  toy_task.assert_same(run, tune(freeze, plain_without=toy_task.WRONG))
 
 
 def test_without_groups_it_outvotes_the_head():
-  """The trap: the unused gradients of the backbone are also compared."""
-  assert tune("partition").accepted == [0] * task.STEPS
+  """The trap: the unused gradients of the backbone also enter the comparison."""
+  assert tune("partition").accepted == [0] * toy_task.STEPS

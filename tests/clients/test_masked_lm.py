@@ -1,6 +1,6 @@
 """A masked language model under jit on a mesh of Auto axes, FSDP by inferred specs.
 
-The loss is per token, and microbatches differ in their number of masked tokens.
+The loss is per token, and microbatches have different numbers of masked tokens.
 """
 
 import functools
@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gaf_optax
-from clients import task
+from clients import toy_task
 
 LENGTH, VOCABULARY, WIDTH = 12, 16, 16
 ADAMW = optax.adamw(0.5, eps=1.0)  # Large, so that the length of a gradient matters.
@@ -27,11 +27,11 @@ def batches():
   In microbatch i, each position is masked with probability (i + 1) / (K + 1).
   """
   rng = np.random.default_rng(0)
-  size = task.STEPS, task.ROWS, task.K, LENGTH
+  size = toy_task.STEPS, toy_task.ROWS, toy_task.K, LENGTH
   tokens = 1 + (rng.integers(7, size=(*size[:-1], 1)) + np.arange(LENGTH)) % 7
-  tokens[:, :, task.WRONG] += 8
-  mask = rng.random(size) < np.linspace(0, 1, task.K + 2)[1:-1, None]
-  flat = lambda x: x.reshape(task.STEPS, -1, LENGTH)
+  tokens[:, :, toy_task.WRONG] += 8
+  mask = rng.random(size) < np.linspace(0, 1, toy_task.K + 2)[1:-1, None]
+  flat = lambda x: x.reshape(toy_task.STEPS, -1, LENGTH)
   return [*zip(flat(tokens), flat(mask.astype(np.float32)))]
 
 
@@ -57,10 +57,10 @@ def loss(params, tokens, mask):
 
 
 def infer_sharding(shapes):
-  """Shards the largest dimension that the devices divide."""
+  """Shards the largest dimension that the number of devices divides."""
 
   def spec(leaf):
-    sizes = [size * (size % task.K == 0) for size in leaf.shape]
+    sizes = [size * (size % toy_task.K == 0) for size in leaf.shape]
     where = int(np.argmax(sizes)) if any(sizes) else None
     return P() if where is None else P(*[None] * where, "data")
 
@@ -69,32 +69,32 @@ def infer_sharding(shapes):
 
 def in_turn(x):
   """Splits a batch into `[K, rows, ...]`; microbatch i has the rows i, i + K, ..."""
-  return jnp.swapaxes(x.reshape(-1, task.K, *x.shape[1:]), 0, 1)
+  return jnp.swapaxes(x.reshape(-1, toy_task.K, *x.shape[1:]), 0, 1)
 
 
 def train(tau, form, without=frozenset()):
   """The plain form drops the microbatches `without` after the first steps."""
-  mesh = jax.make_mesh((task.K,), ("data",), axis_types=(AxisType.Auto,))
+  mesh = jax.make_mesh((toy_task.K,), ("data",), axis_types=(AxisType.Auto,))
   placed = functools.partial(jax.tree.map, lambda spec: NamedSharding(mesh, spec))
   tx = ADAMW
   if tau is not None and form == "value_and_grad":
     tx = gaf_optax.apply_if_nonzero(ADAMW)
   elif tau is not None:
-    gaf = gaf_optax.gaf(tau, param_axes="data", num_microbatches=task.K)
+    gaf = gaf_optax.gaf(tau, param_axes="data", num_microbatches=toy_task.K)
     tx = gaf_optax.on_shards(optax.chain(gaf, ADAMW), mesh, infer_sharding)
 
   @jax.jit
   def step(params, state, i, tokens, mask):
     weights, number = {}, None
     if tau is None:
-      dropped = jnp.isin(jnp.arange(len(mask)) % task.K, jnp.array([*without], int))
-      kept = jnp.where((i >= task.ALL_STEPS) & dropped[:, None], 0, mask)
+      dropped = jnp.isin(jnp.arange(len(mask)) % toy_task.K, jnp.array([*without], int))
+      kept = jnp.where((i >= toy_task.ALL_STEPS) & dropped[:, None], 0, mask)
       grads = jax.grad(loss)(params, tokens, kept)
       value = loss(params, tokens, mask)
     elif form == "value_and_grad":
       num_valid = lambda tokens, mask: jnp.sum(mask)
       filtered = gaf_optax.value_and_grad(
-        loss, task.K, tau(i), microbatch_weights=num_valid
+        loss, toy_task.K, tau(i), microbatch_weights=num_valid
       )
       value, grads, agreement = filtered(params, tokens, mask)
       number = agreement.num_accepted
@@ -118,21 +118,23 @@ def train(tau, form, without=frozenset()):
     if tau is not None and form == "stacked":
       number = gaf_optax.metrics(state)["num_accepted"]
     accepted += [] if tau is None else [number]
-  # An eighth of each matrix, and of Adam's moments, is on each device.
+  # Each device holds an eighth of each matrix and of Adam's moments.
   for tree in own, optax.tree.get(state, "mu"):
-    assert tree["layer"].addressable_shards[0].data.size == WIDTH * WIDTH // task.K
-  return task.Run(losses, jax.device_get(own), accepted)
+    assert tree["layer"].addressable_shards[0].data.size == WIDTH * WIDTH // toy_task.K
+  return toy_task.Run(losses, jax.device_get(own), accepted)
 
 
 @pytest.mark.parametrize("form", ["value_and_grad", "stacked"])
 def test_as_the_loss_per_token_and_as_without_the_wrong_tokens(form):
-  wanted = train(None, form, without=frozenset(task.WRONG))
-  task.assert_trains(functools.partial(train, form=form), wanted)
+  wanted = train(None, form, without=frozenset(toy_task.WRONG))
+  toy_task.assert_trains(functools.partial(train, form=form), wanted)
 
 
 def test_without_weights_it_is_another_step():
   """The trap: the mean of the microbatches' means is not the mean over the tokens."""
   batch = params(), *batches()[0]
-  unweighted = jax.jit(gaf_optax.value_and_grad(loss, task.K, 2.0))(*batch)[1]
+  unweighted = jax.jit(gaf_optax.value_and_grad(loss, toy_task.K, 2.0))(*batch)[1]
   whole = jax.jit(jax.grad(loss))(*batch)
-  assert task.relative_difference(unweighted, whole) == pytest.approx(0.636, abs=0.005)
+  assert toy_task.relative_difference(unweighted, whole) == pytest.approx(
+    0.636, abs=0.005
+  )

@@ -1,4 +1,4 @@
-"""Code that reads the state of optax.MultiSteps runs over multi_steps as it is."""
+"""Code that reads the state of optax.MultiSteps also works with multi_steps."""
 
 import jax
 import jax.numpy as jnp
@@ -7,29 +7,29 @@ import optax
 import pytest
 
 import gaf_optax
-from clients import task
+from clients import toy_task
 
 SCHEDULES = {
-  "int": task.K,
+  "int": toy_task.K,
   "function": lambda gradient_step: jnp.where(gradient_step < 4, 2, 4),
 }
 
 
 def log_of(make, every_k, transformation=False):
-  """Trains on one microbatch after the other, and what is read on the way."""
+  """Trains on one microbatch at a time; returns the values that such code reads."""
   tx = make(every_k)
   update = (tx.gradient_transformation() if transformation else tx).update
 
   @jax.jit
   def step(params, state, x, y):
-    grads = jax.grad(task.loss)(params, x, y)
+    grads = jax.grad(toy_task.loss)(params, x, y)
     updates, state = update(grads, state, params)
     return optax.apply_updates(params, updates), state
 
-  params = task.params()
+  params = toy_task.params()
   state = tx.init(params)
   log = []
-  for batch in task.batches()[:2]:
+  for batch in toy_task.batches()[:2]:
     for x, y in zip(*batch):
       params, state = step(params, state, x, y)
       read = {
@@ -43,7 +43,7 @@ def log_of(make, every_k, transformation=False):
 
 
 def plain(every_k):
-  return optax.MultiSteps(task.ADAM, every_k)
+  return optax.MultiSteps(toy_task.ADAM, every_k)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def plain(every_k):
 )
 def test_accepting_all_is_the_mean(schedule, transformation):
   every_k = SCHEDULES[schedule]
-  ours = lambda every_k: gaf_optax.multi_steps(task.ADAM, every_k, 2.0)
+  ours = lambda every_k: gaf_optax.multi_steps(toy_task.ADAM, every_k, 2.0)
   logs = [log_of(make, every_k, transformation) for make in (plain, ours)]
   for (read, arrays), (wanted_read, wanted) in zip(*reversed(logs)):
     assert read == wanted_read
@@ -67,19 +67,19 @@ def test_accepting_all_is_the_mean(schedule, transformation):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_as_stacked_on_one_device(schedule):
   every_k = SCHEDULES[schedule]
-  ours = lambda every_k: gaf_optax.multi_steps(task.ADAM, every_k, task.TAU)
+  ours = lambda every_k: gaf_optax.multi_steps(toy_task.ADAM, every_k, toy_task.TAU)
   log = log_of(ours, every_k)
-  # The same cycles, each a stack.
-  tx = gaf_optax.apply_if_agreed(task.ADAM, task.TAU)
-  params = task.params()
+  # The same cycles as stacks.
+  tx = gaf_optax.apply_if_agreed(toy_task.ADAM, toy_task.TAU)
+  params = toy_task.params()
   state = tx.init(params)
-  step = task.stacked_step(tx)
-  x, y = (np.concatenate(a) for a in zip(*task.batches()[:2]))
+  step = toy_task.stacked_step(tx)
+  x, y = (np.concatenate(a) for a in zip(*toy_task.batches()[:2]))
   start = cycle = 0
   shares = set()
   while start < len(log):
     k = every_k if schedule == "int" else int(every_k(cycle))
-    # In the order of arrival: a stack's sequence starts one further at each step.
+    # In order of arrival: each step starts the stack's sequence one place further on.
     rows = np.roll(np.arange(start, start + k), cycle)
     params, state, _ = step(params, state, x[rows], y[rows])
     start, cycle = start + k, cycle + 1
@@ -96,5 +96,5 @@ def test_as_stacked_on_one_device(schedule):
       (own_params, inner_state),
       (params, state.inner_state),
     )
-  # Some are rejected, and not all; in cycles of two, once none agree.
+  # Some are rejected, but not all; in cycles of two, sometimes none agree.
   assert any(0 < share < 1 for share in shares) and (0 in shares) == (schedule != "int")

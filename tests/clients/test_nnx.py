@@ -8,18 +8,18 @@ import jax.numpy as jnp
 import pytest
 
 import gaf_optax
-from clients import task
+from clients import toy_task
 
 with warnings.catch_warnings():
-  # The oldest Flax that is admitted reads a name that the oldest JAX has deprecated.
+  # The oldest supported Flax uses a name that the oldest supported JAX deprecates.
   warnings.simplefilter("ignore", DeprecationWarning)
   from flax import nnx
 
 
 class Network(nnx.Module):
   def __init__(self, rngs):
-    self.hidden = nnx.Linear(task.FEATURES, task.HIDDEN, rngs=rngs)
-    self.out = nnx.Linear(task.HIDDEN, 1, rngs=rngs)
+    self.hidden = nnx.Linear(toy_task.FEATURES, toy_task.HIDDEN, rngs=rngs)
+    self.out = nnx.Linear(toy_task.HIDDEN, 1, rngs=rngs)
 
   def __call__(self, x):
     return self.out(nnx.tanh(self.hidden(x)))
@@ -30,11 +30,11 @@ def loss_fn(model, x, y):
 
 
 def functional(model):
-  """The loss of the parameters of a model, and these."""
+  """The loss as a function of a model's parameters, and these parameters."""
   graph, params, rest = nnx.split(model, nnx.Param, ...)
 
   def loss(params, x, y):
-    # A copy: the model's own variables belong to the trace outside of vmap or scan.
+    # A copy, since the model's variables belong to the trace outside of vmap or scan.
     return loss_fn(nnx.merge(graph, params, rest, copy=True), x, y)
 
   return loss, params
@@ -42,11 +42,11 @@ def functional(model):
 
 def train(tau, form):
   model = Network(nnx.Rngs(0))
-  tx = task.ADAM
+  tx = toy_task.ADAM
   if tau is not None and form == "value_and_grad":
-    tx = gaf_optax.apply_if_nonzero(task.ADAM)
+    tx = gaf_optax.apply_if_nonzero(toy_task.ADAM)
   elif tau is not None:
-    tx = gaf_optax.apply_if_agreed(task.ADAM, tau)
+    tx = gaf_optax.apply_if_agreed(toy_task.ADAM, tau)
   optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
   @nnx.jit
@@ -57,7 +57,7 @@ def train(tau, form):
       number = None
     elif form == "value_and_grad":
       now = tau(optimizer.step[...])
-      filtered = gaf_optax.value_and_grad(loss, task.K, now)
+      filtered = gaf_optax.value_and_grad(loss, toy_task.K, now)
       value, grads, agreement = filtered(params, x, y)
       number = agreement.num_accepted
     else:
@@ -68,28 +68,30 @@ def train(tau, form):
     return jnp.mean(value), number
 
   losses, accepted = [], []
-  for batch in task.batches():
+  for batch in toy_task.batches():
     if tau is None or form == "value_and_grad":
-      batch = task.interleaved(batch)
+      batch = toy_task.interleaved(batch)
     value, number = train_step(model, optimizer, *batch)
     losses.append(value)
     if tau is not None and form == "stacked":
       number = gaf_optax.metrics(optimizer.opt_state)["num_accepted"]
     accepted += [] if tau is None else [number]
-  return task.Run(losses, nnx.state(model, nnx.Param), accepted)
+  return toy_task.Run(losses, nnx.state(model, nnx.Param), accepted)
 
 
 @pytest.mark.parametrize("form", ["value_and_grad", "stacked"])
 def test_as_the_mean_and_as_stacked_on_one_device(form):
-  wanted = task.stacked(*functional(Network(nnx.Rngs(0))), task.ADAM)
-  task.assert_trains(functools.partial(train, form=form), wanted)
+  wanted = toy_task.stacked(*functional(Network(nnx.Rngs(0))), toy_task.ADAM)
+  toy_task.assert_trains(functools.partial(train, form=form), wanted)
 
 
 def test_metrics_are_read_inside_jit():
-  """Where the leaves of the optimizer's state are variables that hold tracers."""
+  """Here the leaves of the optimizer's state are variables that hold tracers."""
   model = Network(nnx.Rngs(0))
-  optimizer = nnx.Optimizer(model, gaf_optax.apply_if_agreed(task.ADAM), wrt=nnx.Param)
-  x, y = task.batches()[0]
+  optimizer = nnx.Optimizer(
+    model, gaf_optax.apply_if_agreed(toy_task.ADAM), wrt=nnx.Param
+  )
+  x, y = toy_task.batches()[0]
 
   @nnx.jit
   def train_step(model, optimizer):
@@ -98,4 +100,4 @@ def test_metrics_are_read_inside_jit():
     optimizer.update(model, grads)
     return gaf_optax.metrics(optimizer.opt_state)["num_accepted"]
 
-  assert float(train_step(model, optimizer)) == task.K - len(task.WRONG)
+  assert float(train_step(model, optimizer)) == toy_task.K - len(toy_task.WRONG)

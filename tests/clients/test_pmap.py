@@ -12,10 +12,10 @@ import numpy as np
 import optax
 
 import gaf_optax
-from clients import task
+from clients import toy_task
 
 with warnings.catch_warnings():
-  # The oldest Flax that is admitted reads a name that the oldest JAX has deprecated.
+  # The oldest supported Flax uses a name that the oldest supported JAX deprecates.
   warnings.simplefilter("ignore", DeprecationWarning)
   from flax import linen as nn
   from flax.training import train_state
@@ -28,7 +28,7 @@ class TrainState(train_state.TrainState):
 class Network(nn.Module):
   @nn.compact
   def __call__(self, x):
-    x = nn.Dense(task.HIDDEN)(x)
+    x = nn.Dense(toy_task.HIDDEN)(x)
     x = nn.tanh(nn.BatchNorm(use_running_average=False, momentum=0.9)(x))
     return nn.Dense(1)(x)
 
@@ -37,7 +37,7 @@ network = Network()
 
 
 def variables():
-  return network.init(jax.random.key(0), jnp.zeros((1, task.FEATURES)))
+  return network.init(jax.random.key(0), jnp.zeros((1, toy_task.FEATURES)))
 
 
 def loss(params, batch_stats, x, y):
@@ -47,11 +47,11 @@ def loss(params, batch_stats, x, y):
 
 
 def train(tau):
-  tx = task.SGD
+  tx = toy_task.SGD
   if tau is not None:
-    tx = optax.chain(gaf_optax.gaf(tau, axis_name="data"), task.SGD)
+    tx = optax.chain(gaf_optax.gaf(tau, axis_name="data"), toy_task.SGD)
   state = TrainState.create(apply_fn=network.apply, tx=tx, **variables())
-  state = task.copies(state)
+  state = toy_task.copies(state)
 
   def train_step(state, x, y):
     of_params = jax.value_and_grad(loss, has_aux=True)
@@ -63,25 +63,27 @@ def train(tau):
 
   train_step = jax.pmap(train_step, axis_name="data")
   losses, accepted = [], []
-  for x, y in task.batches():
+  for x, y in toy_task.batches():
     state, value = train_step(state, x, y)
-    losses.append(task.first(value))
+    losses.append(toy_task.first(value))
     if tau is not None:
-      found = gaf_optax.metrics(task.first(state.opt_state))
+      found = gaf_optax.metrics(toy_task.first(state.opt_state))
       accepted.append(found["num_accepted"])
   mean_over_devices = jax.pmap(lambda s: jax.lax.pmean(s, "data"), axis_name="data")
   batch_stats = mean_over_devices(state.batch_stats)
   same = jax.device_get((state.params, state.opt_state, batch_stats))
-  jax.tree.map(np.testing.assert_array_equal, same, task.copies(task.first(same)))
-  return task.Run(losses, task.first((state.params, batch_stats)), accepted)
+  jax.tree.map(
+    np.testing.assert_array_equal, same, toy_task.copies(toy_task.first(same))
+  )
+  return toy_task.Run(losses, toy_task.first((state.params, batch_stats)), accepted)
 
 
 def stacked():
-  """The same on one device, the statistics of each microbatch kept for themselves."""
-  tx = optax.chain(gaf_optax.gaf(task.tau), task.SGD)
+  """The same on one device, with separate statistics for each microbatch."""
+  tx = optax.chain(gaf_optax.gaf(toy_task.tau), toy_task.SGD)
   start = variables()
   params, state = start["params"], tx.init(start["params"])
-  stats = task.copies(start["batch_stats"])
+  stats = toy_task.copies(start["batch_stats"])
 
   @jax.jit
   def step(params, stats, state, x, y):
@@ -91,13 +93,13 @@ def stacked():
     return optax.apply_updates(params, updates), stats, state, jnp.mean(values)
 
   losses, accepted = [], []
-  for batch in task.batches():
+  for batch in toy_task.batches():
     params, stats, state, value = step(params, stats, state, *batch)
     losses.append(value)
     accepted.append(gaf_optax.metrics(state)["num_accepted"])
   mean = jax.tree.map(lambda s: jnp.mean(s, axis=0), stats)
-  return task.Run(losses, (params, mean), accepted)
+  return toy_task.Run(losses, (params, mean), accepted)
 
 
 def test_as_the_mean_and_as_stacked_on_one_device():
-  task.assert_trains(train, stacked())
+  toy_task.assert_trains(train, stacked())

@@ -1,4 +1,4 @@
-"""PPO with epochs and minibatches in scans, vmapped over seeds, as PureJaxRL has it.
+"""PPO with epochs and minibatches in scans, vmapped over seeds, as in PureJaxRL.
 
 Advantages are normalised before value_and_grad splits a minibatch.
 """
@@ -13,7 +13,7 @@ import pytest
 
 import gaf_optax
 import oracle
-from clients import task
+from clients import toy_task
 
 UPDATES, EPOCHS, MINIBATCHES, ROWS, K = 2, 2, 2, 64, 8
 ACTIONS, HIDDEN, SEEDS = 4, 16, 2
@@ -22,7 +22,7 @@ ADAM = optax.adam(0.02)
 
 
 def init(key):
-  sizes = (task.FEATURES, HIDDEN), (HIDDEN, ACTIONS), (HIDDEN, 1)
+  sizes = (toy_task.FEATURES, HIDDEN), (HIDDEN, ACTIONS), (HIDDEN, 1)
   keys = jax.random.split(key, len(sizes))
   leaves = [jax.random.normal(key, size) / 2 for key, size in zip(keys, sizes)]
   return dict(zip(("hidden", "actor", "critic"), leaves))
@@ -38,10 +38,9 @@ def of_action(log_probs, action):
 
 
 def rollout(params, key):
-  """One step in each of many contextual bandits."""
   observations_key, action_key = jax.random.split(key)
   size = MINIBATCHES * ROWS
-  observations = jax.random.normal(observations_key, (size, task.FEATURES))
+  observations = jax.random.normal(observations_key, (size, toy_task.FEATURES))
   log_probs, value = network(params, observations)
   action = jax.random.categorical(action_key, log_probs)
   reward = jnp.where(action == 0, 1.0, 0.0) + observations[:, 0] / 2
@@ -101,7 +100,6 @@ def train(key, tau=None):
 
 
 def over_seeds(tau):
-  """The result of `train` and the initial parameters, `[SEEDS, ...]`."""
   keys = jax.random.split(jax.random.key(3), SEEDS)
   run = jax.jit(jax.vmap(functools.partial(train, tau=tau)))
   return *jax.device_get(run(keys)), jax.vmap(init)(keys)
@@ -110,8 +108,8 @@ def over_seeds(tau):
 def test_accepting_all_is_the_mean():
   plain, (_, plain_values, _), start = over_seeds(None)
   params, (_, values, accepted), _ = over_seeds(2.0)
-  task.assert_same(task.Run(values, params), task.Run(plain_values, plain))
-  assert np.all(accepted == K) and task.relative_difference(plain, start) > 0.1
+  toy_task.assert_same(toy_task.Run(values, params), toy_task.Run(plain_values, plain))
+  assert np.all(accepted == K) and toy_task.relative_difference(plain, start) > 0.1
 
 
 def test_as_stacked_on_one_device():
@@ -130,7 +128,7 @@ def test_as_stacked_on_one_device():
       mean = treedef.unflatten([jnp.float32(g) for g in wanted.gradient])
       updates, state = ADAM.update(mean, state)
       own = optax.apply_updates(own, updates)
-    task.assert_same(task.Run([], trained), task.Run([], own))
+    toy_task.assert_same(toy_task.Run([], trained), toy_task.Run([], own))
   assert 1 < np.min(accepted) < np.max(accepted) == K
 
 
@@ -143,6 +141,6 @@ def test_normalised_within_each_microbatch_it_is_another_loss():
   wanted = jax.jit(jax.grad(within))(params, data)
   _, before, _ = filtered(loss)(params, normalised(data))
   _, inside, _ = filtered(within)(params, data)
-  assert task.relative_difference(before, wanted) < 1e-5
-  found = task.relative_difference(inside["actor"], wanted["actor"])
+  assert toy_task.relative_difference(before, wanted) < 1e-5
+  found = toy_task.relative_difference(inside["actor"], wanted["actor"])
   assert found == pytest.approx(0.226, abs=0.001)

@@ -8,37 +8,37 @@ import optax
 import pytest
 
 import gaf_optax
-from clients import task
+from clients import toy_task
 
 lookahead = functools.partial(optax.lookahead, sync_period=2, slow_step_size=0.5)
 SCHEDULE_FREE = optax.contrib.schedule_free(optax.sgd(0.1), 0.1)
 LBFGS = optax.lbfgs(memory_size=3)
-EQUAL = np.full(task.K, np.float32(1 / task.K))
+EQUAL = np.full(toy_task.K, np.float32(1 / toy_task.K))
 
 
 def mean_loss(weights, x, y):
-  """The weighted mean of the microbatches' losses, a function of the parameters."""
-  return lambda params: weights @ jax.vmap(task.loss, (None, 0, 0))(params, x, y)
+  """The weighted mean loss of the microbatches, as a function of the parameters."""
+  return lambda params: weights @ jax.vmap(toy_task.loss, (None, 0, 0))(params, x, y)
 
 
 def with_lookahead(filtered):
-  """Lookahead wraps the chain; gradients are taken at the fast parameters."""
-  tx = lookahead(task.SGD)
+  """Lookahead wraps the chain; gradients are computed at the fast parameters."""
+  tx = lookahead(toy_task.SGD)
   if filtered:
-    tx = lookahead(optax.chain(gaf_optax.gaf(task.tau), task.SGD))
+    tx = lookahead(optax.chain(gaf_optax.gaf(toy_task.tau), toy_task.SGD))
 
   @jax.jit
   def step(params, state, i, weights, x, y):
     value = mean_loss(EQUAL, x, y)(params.fast)
     if filtered:
-      grads = jax.vmap(jax.grad(task.loss), (None, 0, 0))(params.fast, x, y)
+      grads = jax.vmap(jax.grad(toy_task.loss), (None, 0, 0))(params.fast, x, y)
     else:
       grads = jax.grad(mean_loss(weights, x, y))(params.fast)
     updates, state = tx.update(grads, state, params)
     number = gaf_optax.metrics(state)["num_accepted"] if filtered else None
     return optax.apply_updates(params, updates), state, value, number
 
-  return tx, optax.LookaheadParams.init_synced(task.params()), step
+  return tx, optax.LookaheadParams.init_synced(toy_task.params()), step
 
 
 def on_a_batch(inner, search_on, filtered):
@@ -47,7 +47,7 @@ def on_a_batch(inner, search_on, filtered):
   @jax.jit
   def step(params, state, i, weights, x, y):
     if filtered:
-      of_batch = gaf_optax.value_and_grad(task.loss, task.K, task.tau(i))
+      of_batch = gaf_optax.value_and_grad(toy_task.loss, toy_task.K, toy_task.tau(i))
       rows = [a.swapaxes(0, 1).reshape(-1, a.shape[-1]) for a in (x, y)]
       value, grads, agreement = of_batch(params, *rows)
       weights, number = agreement.weights, agreement.num_accepted
@@ -61,11 +61,11 @@ def on_a_batch(inner, search_on, filtered):
     updates, state = tx.update(grads, state, params, **searched)
     return optax.apply_updates(params, updates), state, value, number
 
-  return tx, task.params(), step
+  return tx, toy_task.params(), step
 
 
 step_size = lambda state, params: optax.tree.get(state, "learning_rate")
-# For each form the function that makes its step, and one more value to compare.
+# Maps each form to a function that makes its step, and one more value to compare.
 FORMS = {
   "lookahead": (with_lookahead, lambda state, params: params.slow),
   "lbfgs": (functools.partial(on_a_batch, LBFGS, "accepted"), step_size),
@@ -86,23 +86,23 @@ def run(form, tau=None, without=()):
   """The plain form drops the microbatches `without` after the first steps."""
   tx, params, step = made(form, tau is not None)
   state, losses, accepted, others = tx.init(params), [], [], []
-  for i, batch in enumerate(task.batches()):
-    dropped = np.isin(np.arange(task.K), without) & (i >= task.ALL_STEPS)
+  for i, batch in enumerate(toy_task.batches()):
+    dropped = np.isin(np.arange(toy_task.K), without) & (i >= toy_task.ALL_STEPS)
     weights = np.float32(~dropped / np.sum(~dropped))
     params, state, value, number = step(params, state, i, weights, *batch)
     losses.append(value)
     accepted += [] if tau is None else [number]
     others.append(FORMS[form][1](getattr(state, "inner_state", state), params))
-  return task.Run(losses, (params, others), accepted)
+  return toy_task.Run(losses, (params, others), accepted)
 
 
 @pytest.mark.parametrize("form", ["lookahead", "lbfgs", "schedule_free"])
 def test_as_the_mean_and_as_without_the_wrong(form):
   train = functools.partial(run, form)
-  task.assert_trains(train, train(without=task.WRONG))
+  toy_task.assert_trains(train, train(without=toy_task.WRONG))
 
 
 def test_a_search_on_the_whole_batch_finds_no_step():
-  """The trap: the direction lowers only the loss of the accepted microbatches."""
-  _, sizes = run("lbfgs_on_the_whole", task.tau).params
-  assert sizes[0] == 1 and sizes[task.ALL_STEPS] < 1e-3
+  """The trap: the direction only lowers the loss of the accepted microbatches."""
+  _, sizes = run("lbfgs_on_the_whole", toy_task.tau).params
+  assert sizes[0] == 1 and sizes[toy_task.ALL_STEPS] < 1e-3

@@ -1,4 +1,4 @@
-"""The example's modules, and its command in the test's process."""
+"""The modules of the example, and its command in the test's process."""
 
 import importlib.util
 import pathlib
@@ -15,14 +15,14 @@ IMAGES = ROOT / "examples" / "cifar100_resnet18"
 
 @pytest.fixture(scope="module", autouse=True)
 def strict_promotion():
-  """Not here: examples run with JAX's usual settings."""
+  """Off for the examples, which run with JAX's default settings."""
   with jax.numpy_rank_promotion("allow"):
     yield
 
 
 @pytest.fixture(scope="session")
 def images_train():
-  """`examples/cifar100_resnet18/train.py`; other examples have a train.py too."""
+  """`examples/cifar100_resnet18/train.py`; other examples also have a train.py."""
   sys.path.insert(0, str(IMAGES))
   spec = importlib.util.spec_from_file_location("images_train", IMAGES / "train.py")
   module = importlib.util.module_from_spec(spec)
@@ -39,7 +39,7 @@ def images_data(images_train):
 
 @pytest.fixture
 def refused(images_train, capsys):
-  """A function that runs the command and returns its one sentence of refusal."""
+  """A function that runs a failing command and returns its one-sentence error."""
 
   def run(*argv):
     try:
@@ -58,7 +58,7 @@ def refused(images_train, capsys):
 
 @pytest.fixture(scope="session")
 def write_batch():
-  """A function that writes a pickle as CIFAR has it, and returns what is in it."""
+  """A function that writes a pickle in CIFAR's format and returns its contents."""
 
   def write(path, rows, num_classes, key, seed=0, balanced=False):
     rng = np.random.default_rng(seed)

@@ -1,8 +1,8 @@
-"""Runs the notebook at full size and writes its outputs into it, without noise.
+"""Runs the notebook at full size and stores its outputs, without noise.
 
 `python tests/examples/run_notebook.py`, after changes to the notebook or the library.
-Look at the pictures and at the numbers in the text before committing. It runs in an
-empty folder, as on Colab, with the gaf_optax that is installed.
+Check the pictures and the numbers in the text before committing. The notebook runs in
+an empty folder with the installed gaf_optax, as on Colab.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ def main():
 
 
 def digest(notebook):
-  """Of the code: stored with the outputs, it says which code they are of."""
+  """A hash of the code, stored with the outputs to show which code they belong to."""
   code = [[c.id, c.source] for c in notebook.cells if c.cell_type == "code"]
   return hashlib.sha256(repr(code).encode()).hexdigest()
 

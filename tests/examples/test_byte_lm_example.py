@@ -1,4 +1,4 @@
-"""The byte language model: its gradient, its sources, resuming, and its options."""
+"""The byte language model: gradient, sources, resuming, and options."""
 
 import csv
 import importlib.util
@@ -57,7 +57,7 @@ def test_tau_2_is_the_token_mean_of_the_whole_batch():
   kinds = train.draw_kinds(0, 3)
   (batch,) = train.batches(text, kinds, 0, 5, 6)
   num_tokens = batch.mask.sum((1, 2))
-  assert len(set(num_tokens.tolist())) > 4  # Else a plain mean would do.
+  assert len(set(num_tokens.tolist())) > 4  # Otherwise a plain mean would be enough.
   without = np.arange(8) >= 2
   tx = train.make_optimizer(2.0, _STEPS)
   params, state = train.init(tx, 0)

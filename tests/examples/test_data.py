@@ -1,4 +1,4 @@
-"""Data files: official archives are read, damaged and hostile ones refused."""
+"""Data files: official archives are read; damaged and hostile ones are refused."""
 
 import dataclasses
 import hashlib
@@ -65,7 +65,7 @@ def test_cifar10_batches_in_order(images_data, write_batch, tmp_path):
 
 
 def test_archive(images_data, write_cifar100, tmp_path, monkeypatch, refused):
-  """It is read in place, downloaded whole or not at all, and checked by its md5."""
+  """Read in place, downloaded completely or not at all, and checked by its md5."""
   write_cifar100(tmp_path / "plain")
   archive = images_data.ARCHIVES["cifar100"]
   packed = tmp_path / archive.file
@@ -185,7 +185,7 @@ def test_label_files(images_data, tmp_path, suffix):
     with pytest.raises(images_data.UserError, match="not a readable .npy"):
       read(path)
     return
-  # More rows than images: with clean labels only.
+  # More rows than images, allowed only with clean labels.
   path = label_file(path, arrays)
   np.testing.assert_array_equal(read(path, clean=clean[:5]), noisy[:5])
   with pytest.raises(images_data.UserError, match="another order"):
@@ -202,7 +202,7 @@ def test_label_files(images_data, tmp_path, suffix):
 
 
 def test_flipped_labels(images_data):
-  """Exactly the share changes, to all other classes alike."""
+  """Exactly this share changes, uniformly to the other classes."""
   for share in (0.0, 0.1, 0.4, 1.0):
     for num_classes in (2, 10, 100):
       clean = np.arange(1197, dtype=np.int32) % num_classes
@@ -218,7 +218,7 @@ def test_flipped_labels(images_data):
 
 
 def test_confused_labels(images_data):
-  """The pairs of classes of arXiv 1609.03683, and no others."""
+  """Only the pairs of classes of arXiv 1609.03683."""
   pairs = {
     # truck to automobile, bird to airplane, deer to horse, cat to dog and back
     "cifar10": {9: 1, 2: 0, 4: 7, 3: 5, 5: 3},
@@ -236,7 +236,7 @@ def test_confused_labels(images_data):
 
 
 def test_batches(images_data):
-  """A pure function of the step; every image once in each epoch; sources persist."""
+  """A pure function of the step; each epoch has every image once; sources persist."""
   digits, n = images_data.load("digits", ""), 1197
   make = lambda **how: images_data.Batches(
     digits,

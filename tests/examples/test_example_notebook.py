@@ -1,4 +1,4 @@
-"""The notebook runs without the repository, and holds the outputs of a whole run."""
+"""The notebook runs without the repository, and contains the outputs of a full run."""
 
 import importlib.util
 import pathlib
@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 NOTEBOOK = ROOT / "examples" / "cifar100_resnet18" / "gaf_colab.ipynb"
 SILENT = {"install", "plain", "gaf"}  # Cells without outputs
 PICTURES = {"problem", "plot"}
-# Folders that paths of machines begin with.
+# Absolute paths of machines begin with these folders.
 MACHINE = r"(?<![\w.:/])(/(work|tmp|home|root|usr|opt|var|mnt|content|Users)/|[A-Z]:\\)"
 
 
@@ -36,7 +36,7 @@ def code_cells(notebook):
 
 
 def texts(notebook):
-  """What each code cell printed, by its id."""
+  """The printed output of each code cell, by its id."""
   return {
     cell.id: "\n".join(output.get("text", "") for output in cell.outputs)
     for cell in code_cells(notebook)
@@ -68,7 +68,7 @@ def test_runs_without_the_repository(notebook, tmp_path, monkeypatch):
   monkeypatch.delenv("MPLBACKEND", raising=False)
   monkeypatch.setenv("JAX_PLATFORMS", "cpu")
   monkeypatch.setenv("GAF_NOTEBOOK_QUICK", "1")
-  # The package alone, as pip installs it.
+  # Only the package, as pip installs it.
   site, empty = tmp_path / "site", tmp_path / "empty"
   shutil.copytree(pathlib.Path(gaf_optax.__file__).parent, site / "gaf_optax")
   empty.mkdir()
@@ -117,7 +117,7 @@ def test_imports_only_what_colab_has_and_the_package(notebook):
 
 
 def test_committed_outputs(notebook):
-  """Those of this code at full size, below 150 kB, without paths of a machine."""
+  """From this code at full size, below 150 kB, without paths of a machine."""
   nbformat.validate(notebook)
   assert NOTEBOOK.stat().st_size < 150_000
   assert_ran(notebook)

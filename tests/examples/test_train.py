@@ -1,4 +1,4 @@
-"""Training: steps against independent computations, exact resume, refusals, reports."""
+"""Training: steps against independent computations, exact resuming, errors, reports."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ TINY = ("--steps", 6, "--eval-every", 2, "--seeds", 2, "--width", 8)
 
 @pytest.fixture
 def run(images_train, capsys):
-  """A function that runs the command; returns its output."""
+  """A function that runs the command and returns its output."""
 
   def run(*argv, code=0):
     assert images_train.main([str(a) for a in argv]) == code, capsys.readouterr().err
@@ -69,7 +69,7 @@ def start(images_train, **options):
 
 
 def assert_moved_by(images_train, trainer, state, images, labels, weights, expected):
-  """The step is Nesterov's first one, 1.9 times the gradient, at learning rate 0.1."""
+  """Nesterov's first step: 1.9 times the gradient, at learning rate 0.1."""
   step = trainer.last_layer_step if trainer.last_layer else trainer.train_step
   args = [jnp.asarray(x, jnp.float32) for x in (images, weights)]
   new, found = jax.jit(step)(state, args[0], labels, args[1])
@@ -93,7 +93,7 @@ def test_tau_2_is_the_plain_mean(images_train, last_layer):
 
 @pytest.mark.parametrize("last_layer", [False, True])
 def test_step_averages_what_agrees(images_train, last_layer):
-  """The sequential rule in NumPy; by the last layer alone, with single examples."""
+  """The sequential rule in NumPy, and the last layer with single examples."""
   for tau in (0.5, 0.9, 1.1):
     trainer, *seen, grads = start(images_train, tau=tau, last_layer=last_layer)
     compared = [grad["head"] if last_layer else grad for grad in grads]
@@ -164,7 +164,7 @@ def test_augmented(images_train):
 
 
 def test_devices(run, tmp_path):
-  """Eight devices do what one does, to rounding."""
+  """Eight devices give the same as one, up to rounding."""
   argv = ("--tau", "adaptive", "--rule", "majority", "--memory-decay", 0.9, *TINY)
   for name, devices in (("one", ()), ("eight", ("--devices", 8))):
     run(*argv, *devices, "--out", tmp_path / name)
@@ -174,7 +174,7 @@ def test_devices(run, tmp_path):
 
 
 def test_resumed_run_is_the_same(images_train, run, tmp_path, monkeypatch):
-  """Interrupted in each of the four methods; with TensorBoard, which starts anew."""
+  """Interrupted in each of the four methods, with TensorBoard, which starts anew."""
   pytest.importorskip("tensorboardX", reason="needs gaf_optax[tensorboard]")
   argv = ("--rivals", "--wrong-sources", 3, *TINY, "--tensorboard")
   argv += ("--checkpoint-seconds", 0, "--out")
@@ -183,7 +183,7 @@ def test_resumed_run_is_the_same(images_train, run, tmp_path, monkeypatch):
 
   def interrupted(*args):
     calls[0] += 1
-    if calls[0] == 7:  # Of 24; what follows a checkpoint is done again.
+    if calls[0] == 7:  # Of 24; the steps after the last checkpoint are repeated.
       raise KeyboardInterrupt
     return step(*args)
 
@@ -239,7 +239,7 @@ def test_refusals(run, refused, tmp_path):
 
 
 def test_report(images_train, tmp_path):
-  """Three seeds: differences and interval by hand; a tie is called a tie."""
+  """Three seeds: differences and intervals by hand, and a tie."""
   final = {
     "plain mean": (0.5, 0.6, 0.7),
     "chance, as many as GAF": (0.8, 0.4, 0.9),
@@ -270,7 +270,7 @@ def test_report(images_train, tmp_path):
 def command(*argv):
   path = os.path.join(os.path.dirname(__file__), "../../examples/cifar100_resnet18")
   argv = [sys.executable, os.path.join(path, "train.py"), *map(str, argv)]
-  # A job in the background ignores interrupts, and so would its children.
+  # Background jobs and their children ignore interrupts.
   signal.signal(signal.SIGINT, signal.default_int_handler)
   quiet = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
   return subprocess.Popen(argv, **quiet)
@@ -278,7 +278,7 @@ def command(*argv):
 
 @pytest.mark.long
 def test_killed_run_is_resumed(tmp_path):
-  """Terminated, interrupted and killed in turn, it ends as without that."""
+  """Terminated, interrupted and killed in turn; the result is the same."""
   argv = ("--rivals", "--seeds", 1, "--width", 8, "--checkpoint-seconds", 0)
   argv += ("--steps", 200, "--eval-every", 10, "--out")
   whole = command(*argv, tmp_path / "whole")
@@ -321,7 +321,7 @@ def test_main_command(tmp_path):
 
 @pytest.mark.long
 def test_the_papers_setting_at_tiny_size(run, write_batch, tmp_path):
-  """Class-balanced, augmented, BatchNorm averaged; on two devices as on one."""
+  """Class-balanced, augmented, with averaged BatchNorm; the same on two devices."""
   for name, rows in (("train", 400), ("test", 50)):
     batch = tmp_path / "cifar-100-python" / name
     write_batch(batch, rows, 100, "fine_labels", balanced=name == "train")

@@ -1,4 +1,4 @@
-"""Prints what the two PyTorch implementations do at the edges of the README's table.
+"""Prints results of the two PyTorch implementations at the edges of README's table.
 
 Run by hand, in the environment that `make_cases.py` describes:
 
@@ -52,7 +52,7 @@ def authors_step(rows):
 
 
 def samples_kept(rows):
-  """Distance of the first two rows, and which rows are kept."""
+  """Distance of the first two rows, and the kept rows."""
   kept = samples.filter_gradients_by_agreement(rows.clone(), TAU)
   text = f"kept {(kept != 0).any(dim=1).tolist()}"
   if len(rows) > 1:

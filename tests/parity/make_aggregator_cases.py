@@ -1,16 +1,16 @@
-"""Runs Krum and the geometric median of two PyTorch packages and records what they do.
+"""Records Krum and the geometric median of two PyTorch packages.
 
-The packages are `byzfl` 0.0.11 and `torchjd` 0.18.0. `test_parity.py` holds
-`rules.multi_krum` and `rules.geometric_median` to the record, `aggregators.json`. Run
-by hand, in an environment of its own, and never in CI:
+The packages are `byzfl` 0.0.11 and `torchjd` 0.18.0. `test_parity.py` compares
+`rules.multi_krum` and `rules.geometric_median` with the record, `aggregators.json`. Run
+by hand, in a separate environment, and never in CI:
 
     python -m venv /tmp/aggregators
     /tmp/aggregators/bin/pip install byzfl==0.0.11 torchjd==0.18.0
     /tmp/aggregators/bin/python tests/parity/make_aggregator_cases.py
 
-Rows are recorded with three decimals, and multiplied by a power of two before anyone
-sees them. Where a number of rows is kept, the scores of the last one that is and of the
-first that is not differ by more than 1e-3 of them, so that rounding decides nothing.
+Recorded rows have three decimals, and are multiplied by a power of two before use. The
+scores of the last kept and the first dropped row differ by more than 1e-3, relatively,
+so that rounding does not matter.
 """
 
 import importlib.metadata
@@ -33,7 +33,7 @@ def make(rng, kind, k, num_wrong):
     rows = rng.normal(size=(k, SIZE))
   elif kind == "opposed":
     rows[:num_wrong] *= -3
-  elif kind == "outliers":  # Each far away, in a direction of its own.
+  elif kind == "outliers":  # Far away, in different directions.
     rows[:num_wrong] = 1000 * rng.normal(size=(num_wrong, SIZE))
   elif kind == "together":  # Far away, and near each other.
     rows[:num_wrong] = 20 * rng.normal(size=SIZE) + 0.01 * rows[:num_wrong]
@@ -43,7 +43,7 @@ def make(rng, kind, k, num_wrong):
 
 
 def scores(rows, num_near, power):
-  """The sums, over the nearest others, of a power of the distances."""
+  """Sums of a power of the distances to the nearest others."""
   apart = np.linalg.norm(rows[:, None] - rows[None], axis=2) ** power
   return np.sort(apart, axis=1)[:, 1 : num_near + 1].sum(1)
 
@@ -62,7 +62,7 @@ def short(vector):
 
 
 def krum_case(rng, kind, k, num_wrong, scale, differs=False):
-  """What both keep; `differs` asks for rows on which all three definitions differ."""
+  """A case; with `differs`, the paper keeps other rows than both packages."""
   while True:
     rows = make(rng, kind, k, num_wrong)
     number = k - num_wrong
@@ -94,12 +94,12 @@ def krum_case(rng, kind, k, num_wrong, scale, differs=False):
 
 
 def median_case(rng, kind, k, num_wrong):
-  """From the mean of the rows on; byzfl starts at zero."""
+  """Starts at the mean of the rows; byzfl starts at zero."""
   rows = make(rng, kind, k, num_wrong)
   center = rows.mean(0)
   median = lambda number: byzfl.GeometricMedian(nu=1e-9, T=number)(rows - center)
   result = median(5000)
-  # It has stopped moving.
+  # It has converged.
   assert np.linalg.norm(result - median(4000)) < 1e-12 * np.linalg.norm(rows)
   return {
     "kind": kind,

@@ -1,8 +1,8 @@
-"""Runs the two PyTorch implementations of GAF and records what they do.
+"""Records the two PyTorch implementations of GAF.
 
 The packages are `gradient-agreement-filtering` 0.1.3, by the authors of the paper, and
-`GAF-microbatch-pytorch` 0.0.5. `test_parity.py` holds `gaf_optax` to the record,
-`cases.json`. Run by hand, in an environment of its own, and never in CI:
+`GAF-microbatch-pytorch` 0.0.5. `test_parity.py` compares `gaf_optax` with the record,
+`cases.json`. Run by hand, in a separate environment, and never in CI:
 
     python -m venv /tmp/parity
     /tmp/parity/bin/pip install numpy
@@ -11,8 +11,8 @@ The packages are `gradient-agreement-filtering` 0.1.3, by the authors of the pap
     /tmp/parity/bin/pip install GAF-microbatch-pytorch==0.0.5
     /tmp/parity/bin/python tests/parity/make_cases.py
 
-Every input is float32. Outside the cases that are about equality no distance is nearer
-to tau than 1e-4, so that rounding decides nothing.
+All inputs are float32. Except in the equality cases, all distances differ from tau by
+at least 1e-4, so that rounding does not matter.
 """
 
 import importlib.metadata
@@ -36,7 +36,7 @@ OPTIMIZERS = {
     p, lr=0.1, momentum=0.9, weight_decay=0.05
   ),
   "nesterov": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
-  # An epsilon that is large against the gradients shows where it is added.
+  # An epsilon that is large relative to the gradients shows where it is added.
   "adam": lambda p: torch.optim.Adam(p, lr=0.1, betas=(0.8, 0.95), eps=0.1),
   "adamw": lambda p: torch.optim.AdamW(
     p, lr=0.1, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.05
@@ -82,13 +82,13 @@ def micro_gradients(rng, kind, k):
     rows = noise
   elif kind == "agree":
     rows = rng.normal(size=SIZE) + 0.7 * noise
-  elif kind == "opposed":  # No two agree: the sum points away from each next one.
+  elif kind == "opposed":  # No two agree: each sum points away from the next one.
     direction = rng.normal(size=SIZE)
     rows = [direction] + [-direction + 0.1 * row for row in noise[1:]]
-  elif kind == "outlier":  # The last but one points the other way.
+  elif kind == "outlier":  # The last but one points in the opposite direction.
     rows = rng.normal(size=SIZE) + 0.5 * noise
     rows[-2] *= -3
-  elif kind == "lengths":  # One direction, lengths over six orders of magnitude.
+  elif kind == "lengths":  # One direction, and lengths over six orders of magnitude.
     scale = 10.0 ** rng.integers(-3, 4, size=(k, 1))
     rows = scale * (rng.normal(size=SIZE) + 0.3 * noise)
   else:
@@ -120,7 +120,7 @@ def run_authors(optimizer, tau, steps, weights):
 
 
 def margin_of_running_average(rows, tau):
-  """How near any comparison of the running average comes to tau."""
+  """Smallest difference from tau in the comparisons of the running average."""
   rows = np.asarray(rows, np.float64)
   current, nearest = rows[0], np.inf
   for row in rows[1:]:
@@ -171,7 +171,7 @@ def authors_cases():
 
 
 def authors_equality_cases():
-  """Two micro-gradients whose distance is tau itself, in exact arithmetic too."""
+  """Two micro-gradients at a distance of exactly tau."""
   cases = []
   for tau, first, second in [
     (0.0, [2, 0, 0, 0], [1, 0, 0, 0]),
@@ -197,7 +197,7 @@ def authors_equality_cases():
 
 
 def authors_shares():
-  """What four accepted micro-gradients weigh, by their own pairwise function."""
+  """Weights of four accepted micro-gradients, by the package's pairwise function."""
   rows = torch.eye(4)
   current = [rows[0]]
   for row in rows[1:]:
@@ -206,9 +206,9 @@ def authors_shares():
 
 
 def run_samples(rows, threshold, strategy, fraction):
-  """Which rows the second package keeps, and the mean over its batch."""
+  """The rows that the second package keeps, and the mean over its batch."""
   kept = sample_gaf.filter_gradients_by_agreement(
-    torch.tensor(rows).clone(),  # It writes into what it is given.
+    torch.tensor(rows).clone(),  # The package modifies its input.
     threshold,
     strategy,
     fraction,
@@ -267,7 +267,7 @@ def sample_cases():
 
 
 def sample_equality_case():
-  """Orthogonal pairs at threshold 1: the comparison with `<` leaves them out."""
+  """Orthogonal pairs at threshold 1, which the comparison with `<` excludes."""
   rows = np.eye(4, SIZE, dtype=np.float32)
   rows[3] = rows[2]
   accepted, mean = run_samples(rows, 1.0, "accept_max_neighbors", 0.2)

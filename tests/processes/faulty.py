@@ -1,7 +1,7 @@
-"""One of four processes, one of which starts to compute wrong gradients.
+"""One of four processes; one of them starts to compute wrong gradients.
 
-Follows "Find the bad device" of docs/devices.md. Process 0 prints which device is
-accused, and when.
+Follows "Find the bad device" of docs/devices.md. Process 0 prints the accused device
+and the step.
 """
 
 import sys

@@ -1,8 +1,8 @@
 """One process of a training run over the devices of several processes.
 
-Data-parallel training as a user would write it: every device is a member with a
-batch of its own, `apply_if_agreed` filters across them, orbax saves every few steps,
-and a run that starts in a directory with checkpoints goes on from the newest.
+Data-parallel training as in user code: each device has its own batch, `apply_if_agreed`
+filters across devices, and orbax saves every few steps. A run that starts in a
+directory with checkpoints resumes from the newest.
 """
 
 import argparse
@@ -31,10 +31,10 @@ def corrupted(step):
 
 
 def batch(step, member):
-  """A member's rows of a regression; corrupted ones have targets of another sign.
+  """A device's rows of a regression; the corrupted device has targets of opposite sign.
 
-  One member is corrupted at each step. At some it is the one that the filter starts
-  with: nobody agrees with it, and the step is skipped.
+  Each step corrupts one device. If the filter starts with it, no other agrees, and the
+  step is skipped.
   """
   rng = np.random.default_rng([step, member])
   x = rng.normal(size=(ROWS, FEATURES))
@@ -63,10 +63,10 @@ def loss(params, rows):
 
 
 def train_step(mesh, tx):
-  """The step; it also returns the micro-gradients, for the test to look at."""
+  """The step; it also returns the micro-gradients, for the test."""
 
   def local(params, state, rows):
-    # Else the gradient would be the sum over all members.
+    # Otherwise the gradient would be the sum over all devices.
     varying = jax.lax.pcast(params, "data", to="varying")
     value, grads = jax.value_and_grad(loss)(varying, rows)
     updates, state = tx.update(grads, state, params)
@@ -85,7 +85,7 @@ def train_step(mesh, tx):
 
 
 def checkpoints(directory):
-  # Saved before the next step begins, so that a test knows what has been saved.
+  # Saves before the next step begins, so that a test knows the saved step.
   return ocp.CheckpointManager(
     pathlib.Path(directory).absolute() / "checkpoints",
     options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
@@ -93,7 +93,7 @@ def checkpoints(directory):
 
 
 def train(mesh, options):
-  """Runs the steps that are left; returns what happened, as NumPy arrays by name."""
+  """Runs the remaining steps; returns NumPy arrays by name."""
   tx = gaf_optax.apply_if_agreed(
     optax.sgd(LEARNING_RATE, MOMENTUM),
     TAU,
@@ -163,9 +163,9 @@ def train(mesh, options):
 
 
 def filter_stack(mesh, path):
-  """One filtering of stored micro-gradients `[k, ...]`, member i having the i-th."""
+  """Filters stored micro-gradients `[k, ...]` once, the i-th on device i."""
   stack = dict(np.load(path))
-  # NumPy's files know no bfloat16; its values were stored as float32.
+  # NumPy's files do not support bfloat16, so its values are stored as float32.
   dtypes = {
     name: jnp.bfloat16 if "bf16" in name else x.dtype for name, x in stack.items()
   }
@@ -203,7 +203,7 @@ def filter_stack(mesh, path):
 
 
 def copies(tree):
-  """Each leaf as `[devices of this process, ...]`: what each of them holds of it."""
+  """Each leaf as `[devices of this process, ...]`: the copy of each device."""
   return jax.tree.map(
     lambda x: np.stack([np.asarray(s.data) for s in x.addressable_shards]), tree
   )
@@ -215,7 +215,7 @@ def by_path(tree):
 
 
 def die_while_saving(step):
-  """Kills this process when it has begun to write the checkpoint of this step."""
+  """Kills this process once it has begun to write the checkpoint of this step."""
   folder = re.compile(rf"/checkpoints/{step}\b")
   files = set()
 
@@ -224,7 +224,7 @@ def die_while_saving(step):
       path = str(arguments[0])
       if folder.search(path):
         files.add(path)
-        # The first is there by now, this one is not yet.
+        # The first checkpoint is complete, this one is not.
         if len(files) == 2:
           die()
 

@@ -1,4 +1,4 @@
-"""What users write, and no type checker complains about."""
+"""User code without mistakes, which must pass type checkers."""
 
 import functools
 from collections.abc import Hashable
@@ -31,7 +31,7 @@ def by_layer(path: Any, leaf: jax.ShapeDtypeStruct) -> Hashable:
   return jax.tree_util.keystr(path[:1])
 
 
-# Tau, in every form.
+# Every kind of tau.
 gaf()
 gaf(1)
 gaf(0.97)
@@ -56,7 +56,7 @@ apply_if_agreed(optax.sgd(0.1), 0.9, axis_name="data", stacked=False, groups="le
 multi_steps(optax.sgd(0.1), 4, anchor_decay=0.9, num_microbatches=4)
 multi_steps(optax.sgd(0.1), lambda step: 4 + step // 100, rule=rules.running_average())
 
-# Options that are put together first.
+# Options in a dict.
 options: dict[str, Any] = {"rule": rules.most_neighbors(), "num_microbatches": 4}
 gaf(0.9, **options)
 apply_if_agreed(optax.sgd(0.1), 0.9, **options)

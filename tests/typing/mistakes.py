@@ -1,4 +1,4 @@
-"""Mistakes that a type checker finds, and no others: each on a line of its own."""
+"""Mistakes that a type checker must find, one per line."""
 
 import jax.numpy as jnp
 import optax

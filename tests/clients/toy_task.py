@@ -1,7 +1,7 @@
-"""What every trainer here trains: a small task, its model, and what should come out.
+"""A small task for all trainers here, with its model and the expected results.
 
-A script is a function `train(tau)` that returns a `Run`; tau is a schedule. With None
-it is the plain form, which averages gradients.
+A script is a function `train(tau)` that returns a `Run`. `tau` is a schedule, or None
+for the plain form, which averages gradients.
 """
 
 import functools
@@ -15,23 +15,23 @@ import optax
 import gaf_optax
 
 K, ROWS, FEATURES, HIDDEN, STEPS = 8, 8, 8, 16, 4
-TAU = 0.97  # Rejects the wrong ones and no others, as `stacked` asserts.
+TAU = 0.97  # Rejects only the wrong ones, as `stacked` asserts.
 ALL_STEPS = 2  # accept everything
 SGD = optax.sgd(0.02, momentum=0.9)
 ADAM = optax.adam(0.03, eps=1.0)  # Large, so that the length of a gradient matters.
-# Microbatches whose targets have the other sign, none of which a step starts with.
+# Microbatches with negated targets; no step starts its sequence with one of them.
 WRONG = (5, 7)
 
 
 class Run(NamedTuple):
-  losses: Any  # of each step, the mean over the microbatches
+  losses: Any  # Mean over the microbatches, per step.
   params: Any
-  accepted: Any = ()  # of each step, where there is a filter
+  accepted: Any = ()  # Per step, if there is a filter.
 
 
 @functools.cache
 def batches():
-  """For each step inputs `[K, ROWS, FEATURES]` and targets `[K, ROWS, 1]`."""
+  """Inputs `[K, ROWS, FEATURES]` and targets `[K, ROWS, 1]` of each step."""
   rng = np.random.default_rng(0)
   x = 1 + rng.normal(size=(STEPS, K, ROWS, FEATURES))
   y = 1 + x @ np.linspace(0.1, 0.2, FEATURES)[:, None]
@@ -40,17 +40,17 @@ def batches():
 
 
 def whole(batch):
-  """The microbatches one after the other, as a loader gives them."""
+  """A loader's batch: the microbatches, concatenated."""
   return tuple(a.reshape(-1, a.shape[-1]) for a in batch)
 
 
 def interleaved(batch):
-  """A batch that `value_and_grad` splits into the microbatches: i has rows i, i + K."""
+  """A batch for `value_and_grad`: microbatch i has the rows i, i + K, ..."""
   return whole(tuple(np.swapaxes(a, 0, 1) for a in batch))
 
 
 def tau(step):
-  """Accepts everything at first, as the plain form does."""
+  """Accepts everything in the first steps, as the plain form does."""
   return jnp.where(step < ALL_STEPS, 2.0, TAU)
 
 
@@ -71,7 +71,7 @@ def loss(params, x, y):
 
 
 def stacked_step(tx, loss=loss):
-  """A step of the stacked form, which returns parameters, state and mean loss."""
+  """A step of the stacked form; returns parameters, state and mean loss."""
 
   @jax.jit
   def step(params, state, x, y):
@@ -83,13 +83,13 @@ def stacked_step(tx, loss=loss):
 
 
 def stacked(loss, params, inner):
-  """The stacked form on one device, `inner` after the filter: a `Run`."""
+  """A `Run` of the stacked form on one device, with `inner` after the filter."""
   tx = optax.chain(gaf_optax.gaf(tau, num_microbatches=K), inner)
   step = stacked_step(tx, loss)
   state, losses, accepted = tx.init(params), [], []
   for i, (x, y) in enumerate(batches()):
     params, state, value = step(params, state, x, y)
-    # Far from tau, so that rounding decides nothing; some rejected, and not all.
+    # Far from tau, so that rounding does not matter; some are rejected, but not all.
     assert np.min(np.abs(state[0].distances - TAU)) > 1e-3
     rejected = set() if i < ALL_STEPS else set(WRONG)
     assert set(np.flatnonzero(~state[0].accepted)) == rejected
@@ -100,29 +100,29 @@ def stacked(loss, params, inner):
 
 @functools.cache
 def wanted(inner):
-  """What the trainers of this model should come to."""
+  """The expected `Run` of trainers of this model."""
   return stacked(loss, params(), inner)
 
 
 def first(tree):
-  """Of what each device has a copy, one."""
+  """One of the devices' copies."""
   return jax.tree.map(lambda leaf: leaf[0], jax.device_get(tree))
 
 
 def copies(tree):
-  """A copy for each device."""
+  """A copy per device."""
   return jax.tree.map(lambda leaf: np.stack([leaf] * K), jax.device_get(tree))
 
 
 def relative_difference(tree, wanted):
-  """The length of the difference of two trees over that of the second."""
+  """Norm of the difference of two trees, relative to the second."""
   flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
   wanted = flat(wanted).astype(np.float64)
   return np.linalg.norm(flat(tree) - wanted) / np.linalg.norm(wanted)
 
 
 def assert_same(run, wanted):
-  """Two runs are one to rounding."""
+  """Two runs are the same up to rounding."""
   np.testing.assert_allclose(run.losses, wanted.losses, rtol=1e-4)
   assert jax.tree.structure(run.params) == jax.tree.structure(wanted.params)
   jax.tree.map(
@@ -135,12 +135,12 @@ def assert_same(run, wanted):
 
 
 def assert_trains(train, wanted=None):
-  """A script does what its plain form does while tau accepts everything.
+  """A script equals its plain form while tau accepts everything.
 
-  And in all steps what is wanted, a `Run` of the stacked form on one device.
+  In all steps it equals `wanted`, a `Run` of the stacked form on one device.
   """
   plain, run = train(None), train(tau)
-  # One loss more, which is that of the parameters after these steps.
+  # Also the next loss, which depends on the parameters after these steps.
   same = ALL_STEPS + 1
   np.testing.assert_allclose(run.losses[:same], plain.losses[:same], rtol=1e-4)
   assert abs(plain.losses[same - 1] - plain.losses[0]) > 1e-2

@@ -1,4 +1,4 @@
-"""The forms of the filter, called in one way, to hold them to one another."""
+"""The forms of the filter, with one signature and one kind of result."""
 
 import functools
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ def like_params(tree):
 
 
 def compared(distances):
-  """Distances with NaN, as the oracle has it, for -1: nothing to compare."""
+  """Distances with NaN in place of -1, as in the oracle."""
   distances = np.asarray(distances)
   return np.where(distances == -1, np.nan, distances)
 
@@ -56,7 +56,7 @@ def stacked(tree, tau, **options):
 
 
 def stacked_steps(trees, tau, microbatch_weights=None, **options):
-  """Of one update after another; `nonfinite` counts those so far."""
+  """Results of several updates; `nonfinite` counts over all of them so far."""
   tx = gaf_optax.gaf(tau, num_microbatches=size(trees[0]), **options)
   params = like_params(trees[0])
   state, results = tx.init(params), []
@@ -122,7 +122,7 @@ def _scanned(k, is_weighted, options):
 
 
 def scanned(tree, tau, microbatch_weights=None, **options):
-  """`value_and_grad` of a linear function, whose gradient is the microbatch."""
+  """`value_and_grad` of a linear function: its gradient is the microbatch."""
   is_weighted = microbatch_weights is not None
   weights = jnp.asarray(microbatch_weights if is_weighted else np.ones(size(tree)))
   run = _scanned(size(tree), is_weighted, tuple(sorted(options.items())))

@@ -1,7 +1,7 @@
-"""Training steps whose outcome is known by construction, and the three transformations.
+"""Training steps with a known outcome, and the three transformations.
 
-The micro-gradients of a step are quarters of small integers, so that the mean of the
-accepted ones is exact in every dtype and the same by any order of summation.
+Micro-gradients are quarters of small integers, so the mean of the accepted ones is
+exact in every dtype and in any order of summation.
 """
 
 from collections.abc import Callable
@@ -18,9 +18,9 @@ K = 4
 TAU = 0.9
 SHAPES = {"w": (4, 3), "b": (3,)}
 
-# For each kind of step, what becomes of its four micro-gradients: '+' is the common
-# direction with a little noise, '-' against it, 'n' the common direction with a NaN.
-# After a '+' every '-' is at a distance near 2.
+# The four micro-gradients of each kind of step: '+' is the common direction plus a
+# little noise, '-' its opposite, 'n' the common direction with a NaN. The distance from
+# a '+' to a '-' is near 2.
 KINDS = {
   "all": "++++",
   "half": "+-+-",
@@ -32,7 +32,7 @@ MIXED = ("all", "half", "none", "none", "bad", "lost", "half", "all")
 
 
 def draw(seed, k, *shape, common=1.0):
-  """`[k, *shape]`, float64: normal values, and `common` times a part that all have."""
+  """`[k, *shape]`, float64: normal noise plus `common` times a shared normal part."""
   rng = np.random.default_rng(seed)
   return rng.standard_normal((k, *shape)) + common * rng.standard_normal(shape)
 
@@ -40,11 +40,11 @@ def draw(seed, k, *shape, common=1.0):
 class Step(NamedTuple):
   micro_grads: Any  # leaves [K, *shape]
   accepted: tuple[int, ...]
-  mean: Any  # NumPy leaves [*shape], of those accepted; zeros where none is
+  mean: Any  # NumPy leaves [*shape], the mean of the accepted ones, or zeros
 
 
 def make(kind, seed, dtype=np.float32, shapes=None):
-  """One step. NumPy alone decides its mean."""
+  """One step, with its mean computed in NumPy."""
   rng = np.random.default_rng(seed)
   fates = KINDS[kind]
   accepted = tuple(i for i, fate in enumerate(fates) if fate == "+")
@@ -77,11 +77,11 @@ def params(dtype=np.float32, shapes=None):
 
 
 class Form(NamedTuple):
-  """One of the transformations, with how a step's micro-gradients are fed to it."""
+  """A transformation, and a function that feeds it the micro-gradients of a step."""
 
   make: Callable[..., optax.GradientTransformationExtraArgs]
   feed: Callable[..., Any]
-  skips: bool  # Whether `inner` is left as it was on a step without agreement.
+  skips: bool  # `inner`, on a step without agreement
 
 
 def _chain(inner, tau=TAU, **options):
@@ -97,7 +97,7 @@ def _apply_if_agreed(inner, tau=TAU, **options):
 
 
 def in_order(micro_grads, step):
-  """Rows of a stack, turned so that update number `step` visits them in their order."""
+  """Rolls a stack so that update number `step` visits the rows in their order."""
   return jax.tree.map(lambda x: jnp.roll(x, step, axis=0), micro_grads)
 
 
@@ -112,7 +112,7 @@ def _feed_one_by_one(tx, micro_grads, state, params=None, **extra_args):
     return state, updates
 
   state, updates = jax.lax.scan(one, state, micro_grads)
-  # Added up, so that an update before the end of the cycle does not go unnoticed.
+  # A sum, so that an update before the end of the cycle is noticed.
   return jax.tree.map(lambda x: jnp.sum(x, 0, x.dtype), updates), state
 
 
@@ -136,7 +136,7 @@ def inner_state(name, state):
 
 
 def describe(tree):
-  """Shapes, dtypes and weak types, in the tree's own structure."""
+  """Shapes, dtypes and weak types of a tree."""
   return jax.tree.map(
     lambda x: (x.shape, x.dtype, getattr(x, "weak_type", False)), tree
   )

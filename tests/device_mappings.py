@@ -1,4 +1,4 @@
-"""The ways to map a function over devices, called in one way, and what to map over."""
+"""All ways to map a function over devices, behind one function, and inputs for it."""
 
 import math
 
@@ -12,9 +12,9 @@ N = 8
 
 
 def stack(k, shapes, seed=0, common=1.0):
-  """NumPy leaves `[k, *shape]` of noise and what all k share.
+  """NumPy leaves `[k, *shape]`: noise plus a common part.
 
-  `shapes` has for each name a shape, of float32, or a pair of one and a dtype.
+  `shapes` maps each name to a float32 shape, or to a shape and a dtype.
   """
   rng = np.random.default_rng(seed)
   draw = lambda shape: (
@@ -32,7 +32,6 @@ def stack(k, shapes, seed=0, common=1.0):
 
 
 def params_of(tree):
-  """Parameters for leaves `[k, *shape]`."""
   return jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), tree)
 
 
@@ -40,15 +39,15 @@ def mesh(shape=(N,), names=("data",), kind=AxisType.Auto):
   return jax.make_mesh(shape, names, axis_types=(kind,) * len(shape))
 
 
-def mapped(f, stack, how, names=("data",), shape=(N,), spec=None, out=None):
-  """`f` of each member's row of `stack`, on every member: leaves `[n, ...]`.
+def mapped(f, stack, mapping, names=("data",), shape=(N,), spec=None, out=None):
+  """Maps `f` over the rows of `stack`, one per device; returns leaves `[n, ...]`.
 
-  `how` is 'vmap', 'pmap', or a pair of an axis type and whether to check. With
-  `out` the results are those of `jax.shard_map` with these out_specs instead.
+  `mapping` is 'vmap', 'pmap', or a pair of an axis type and `check_vma`. `out` sets the
+  `out_specs` of `jax.shard_map`; the results then have no leading device axis.
   """
-  if how == "pmap":
+  if mapping == "pmap":
     return jax.pmap(f, axis_name=names[0])(stack)
-  if how == "vmap":
+  if mapping == "vmap":
     run = f
     for name in reversed(names):
       run = jax.vmap(run, axis_name=name)
@@ -56,7 +55,7 @@ def mapped(f, stack, how, names=("data",), shape=(N,), spec=None, out=None):
     result = jax.jit(run)(nested)
     number = math.prod(shape)
     return jax.tree.map(lambda x: x.reshape(number, *x.shape[len(shape) :]), result)
-  kind, check = how
+  kind, check = mapping
   grid = mesh(shape, names, kind)
   spec = P(names) if spec is None else spec
   stack = jax.tree.map(
@@ -87,7 +86,7 @@ SHARD_MAPS = [(kind, c) for kind in (AxisType.Auto, AxisType.Explicit) for c in 
 ALL = ["vmap", "pmap", *((kind, bool(c)) for kind, c in SHARD_MAPS)]
 
 
-def name(how):
-  if isinstance(how, str):
-    return how
-  return f"shard_map-{how[0].name}-{'checked' if how[1] else 'unchecked'}"
+def name(mapping):
+  if isinstance(mapping, str):
+    return mapping
+  return f"shard_map-{mapping[0].name}-{'checked' if mapping[1] else 'unchecked'}"
