@@ -144,7 +144,7 @@ def streamed_forms(
   """Gradients of an MLP on k microbatches, in Optax's forms and with GAF.
 
   Returns:
-    For each form, two labelled pairs of a function and its arguments.
+    For each form, two labeled pairs of a function and its arguments.
   """
   init, loss = mlp(sizes)
   params = init(jax.random.key(0))
