@@ -61,7 +61,7 @@ def apply_if_agreed(
     `microbatch_weights` to `inner`.
 
   Raises:
-    ValueError: as :func:`gaf`.
+    ValueError: as :func:`gaf`, and in `init` if `inner` contains a `gaf`.
 
   Examples:
     >>> import jax.numpy as jnp, optax

@@ -4,8 +4,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from gaf_optax import _kernels, _rules
+from gaf_optax import _compat, _kernels, _rules
+from gaf_optax._validate import leaf_name
 
 
 def cosine_distance(a: Any, b: Any) -> jax.Array:
@@ -16,7 +18,8 @@ def cosine_distance(a: Any, b: Any) -> jax.Array:
 
   Inner products accumulate in at least float32; a norm above about 1e19 counts as not
   finite, one below about 3e-16 as zero. Complex leaves use the real part of the
-  Hermitian product. Leaves that are neither floating point nor complex are ignored.
+  Hermitian product. Leaves that are not floating point or complex in both trees
+  are ignored.
 
   Args:
     a: a pytree of arrays.
@@ -27,7 +30,7 @@ def cosine_distance(a: Any, b: Any) -> jax.Array:
     or if either is zero, 2 for opposite ones; NaN if either is not finite.
 
   Raises:
-    ValueError: if the structures or the shapes differ.
+    ValueError: if structures or shapes differ, or no leaf is floating point or complex.
 
   Examples:
     >>> import jax.numpy as jnp
@@ -53,15 +56,19 @@ def cosine_distance(a: Any, b: Any) -> jax.Array:
     if jnp.shape(x) != jnp.shape(y):
       raise ValueError(
         "leaves of a and b must have the same shape, got "
-        f"{jnp.shape(x)} and {jnp.shape(y)} at leaf "
-        f"{jax.tree_util.keystr(path) or '(the whole tree)'}."
+        f"{jnp.shape(x)} and {jnp.shape(y)} at leaf {leaf_name(path)}."
       )
-    if jnp.issubdtype(jnp.result_type(x), jnp.inexact):
-      pairs.append((jnp.asarray(x), jnp.asarray(y)))
+    pair = jnp.asarray(x), jnp.asarray(y)
+    if all(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in pair):
+      pairs.append(pair)
   if not pairs:
     raise ValueError("a and b have no floating-point or complex leaf to compare.")
-  leaves, others = zip(*pairs)
-  stacks = [jnp.stack([x, y.astype(x.dtype)]) for x, y in zip(leaves, others)]
+  stacks = []
+  for x, y in pairs:
+    if x.dtype != y.dtype:
+      dtype = np.result_type(*(_compat.accumulator_dtype(z.dtype) for z in (x, y)))
+      x, y = x.astype(dtype), y.astype(dtype)
+    stacks.append(jnp.stack([x, y]))
   (gram,), finite = _kernels.gram(_kernels.Stack(stacks, [0] * len(stacks)))
   with jax.debug_nans(False):
     found = _rules.distance("cosine", gram[0, 1], gram[0, 0], gram[1, 1])

@@ -155,7 +155,7 @@ def init_memory(num_groups: int, num_microbatches: int) -> Memory:
 
 
 def _check_decision(rule, decision, rows):
-  """Checks the shapes of a user's decision; accepts valid ones only."""
+  """Checks the shapes of a user's decision; excludes invalid micro-gradients."""
   valid, dtype = rows.valid, rows.gram.dtype
   try:
     weights, accepted, distances = decision

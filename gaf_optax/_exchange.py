@@ -17,8 +17,8 @@ from gaf_optax import _compat, _kernels, _mesh, _options, _tree
 _BUCKET = 4 << 20
 _MANY_DEVICES, _BUCKET_OF_MANY = 32, 32 << 20
 
-# Exchanges are padded to a multiple of this: XLA's TPU compiler also turns all-gathers
-# of other widths into an all-reduce. Multiples of _LANES need no reshape.
+# Segments are padded to multiples of _LANES, large exchanges to those of _ALIGNMENT:
+# XLA's TPU compiler also turns all-gathers of other widths into an all-reduce.
 _LANES = 128
 _ALIGNMENT = 8 * _LANES
 
@@ -161,7 +161,7 @@ def _split_slices(stacks, bucket, n):
 
 
 def _columns(tiles, start, width):
-  """Columns of `[n, tiles, 128]` for each n; stays in tiles if they are whole."""
+  """Columns of `[n, tiles * 128]`; whole tiles are returned as `[n, tiles, 128]`."""
   first, last = start // _LANES, -(-(start + width) // _LANES)
   part = tiles[:, first:last]
   if (last - first) * _LANES == width:
@@ -197,7 +197,7 @@ def _unflatten_tiles(flat, shape):
 
 
 def _tiled_shape(shape):
-  """`[..., rows / 8, 8, columns / 128, 128]`; None without whole, separate tiles."""
+  """`[..., rows / 8, 8, columns / 128, 128]`; None if tiles would not be whole."""
   if len(shape) < 2 or shape[-2] % 8 or shape[-1] % _LANES:
     return None
   *outer, rows, columns = shape

@@ -64,7 +64,7 @@ def filtered(
   inputs: _decide.Inputs,
   spec: _options.StepSpec,
 ) -> Filtered:
-  """The path of a gradient, from leaves `[k, *shape]` (or `[*shape]` per device)."""
+  """Filters leaves `[k, *shape]` (or `[*shape]` per device)."""
   stack, split, join = _exchange.scatter(arrays, spec)
   gram, finite = _kernels.gram(stack)
   anchor_products = None if anchor is None else _kernels.dots(split(anchor), stack)

@@ -97,9 +97,8 @@ def gaf(
       steps, which separates sources that a single noisy step cannot. For each pair, on
       steps where both are finite and not zero, `weight <- memory_decay * weight + 1;
       mean <- mean + (cosine - mean) / weight`. A pair never compared counts as
-      orthogonal. Requires `num_microbatches`; excludes `anchor_decay`. Adds an
-      `[m, k, k]` array to the state (summarized by :func:`sources`) and no
-      communication.
+      orthogonal. Requires `num_microbatches`; excludes `anchor_decay`. Adds two arrays
+      `[m, k, k]` for m groups to the state (see :func:`sources`), but no communication.
     max_norm_ratio: at least 1. Limits norms to this multiple of the median norm (of the
       group's valid, nonzero micro-gradients), in the result and in the sums that rules
       compare with. It needs no pass over the gradients.
@@ -114,7 +113,7 @@ def gaf(
     of each micro-gradient, for instance its number of valid tokens: `[k]`, at least 0,
     on any scale. With `axis_name` it is this device's scalar, `[k_local]` if stacked.
     The result is `sum(w_i g_i) / sum(w_i)` over the accepted; the sequential rules and
-    `leave_one_out` compare with sums of w_i g_i; a weight of 0 excludes. Other extra
+    `leave_one_out` compare with sums of w_i g_i. Weight 0 excludes g_i. Other extra
     arguments are ignored. The state is a :class:`GafState`, read by :func:`metrics`.
 
   Raises:

@@ -139,7 +139,7 @@ def _mean(x, weights, *, dtype):
 
 
 def _mean_on_cpu(x, weights, *, dtype):
-  """The same in a loop over rows, because XLA for CPU does not fuse that sum."""
+  """`_mean` in a loop over rows, because XLA for CPU does not fuse its sum."""
   x, wide = _compat.for_cpu_loop(x, dtype)
 
   def add(i, total):
@@ -241,8 +241,8 @@ def _embedded(x, embed, dtype):
   result = jnp.asarray(embed(x))
   if result.shape != x.shape:
     raise ValueError(
-      "embed must be elementwise and keep the shape of each leaf; it turned a leaf of"
-      f" shape {x.shape} into {result.shape}."
+      f"embed must be elementwise, but it turned an array of shape {x.shape} into one"
+      f" of shape {result.shape}."
     )
   return result if jnp.issubdtype(result.dtype, jnp.inexact) else result.astype(dtype)
 
@@ -252,16 +252,13 @@ def _size(x):
 
 
 def _bundles(stack, *others):
-  """Yields large arrays and bundles of small ones, from the stack and from `others`.
-
-  The index is that of the first array in the bundle.
-  """
+  """Yields each bundle's first index, and its arrays from the stack and `others`."""
   for indices in _bundle_indices(stack):
     yield indices[0], [_concatenated(x, indices) for x in (stack.arrays, *others)]
 
 
 def _bundle_indices(stack):
-  """The indices of the arrays in each bundle."""
+  """The indices of the arrays in each bundle; a large array is its own bundle."""
   bundles: list[list[int]] = []
   open_bundles: dict[Any, tuple[list[int], int]] = {}
   for i, (x, group) in enumerate(zip(stack.arrays, stack.group_ids)):

@@ -55,14 +55,13 @@ class Shards(NamedTuple):
     return lax.psum(x, self.sum_axes) if self.sum_axes else x
 
   def once(self, x: jax.Array, leaf: int) -> jax.Array:
-    """x of a leaf; zeros if another device's copy of the leaf counts."""
+    """x on one of the devices that replicate the leaf, zeros on the others."""
     if not self.replicated or not self.replicated[leaf]:
       return x
     first = [lax.axis_index(name) == 0 for name in self.replicated[leaf]]
     return jnp.where(jnp.all(jnp.stack(first)), x, 0)
 
 
-# Everything is on this device.
 UNSHARDED = Shards((), ())
 
 
@@ -75,7 +74,7 @@ def check_axes(paths: Sequence[Any], arrays: Sequence[jax.Array], options: Any) 
     except NameError:
       argument = "axis_name" if name in axis_names else "param_axes"
       raise ValueError(
-        f"{argument} {name!r} is not an axis here. Call update inside jax.pmap,"
+        f"{argument} {name!r} is not an axis here. Run the step inside jax.pmap,"
         f" jax.shard_map or jax.vmap with an axis of this name, or omit {argument}."
       ) from None
   for path, x in zip(paths, arrays) if axis_names else ():

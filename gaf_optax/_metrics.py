@@ -25,7 +25,7 @@ def metrics(opt_state: Any) -> dict[str, jax.Array]:
 
     * `num_accepted`: accepted micro-gradients in the last step (float32; with `groups`
       the mean over the groups);
-    * `num_microbatches`: micro-gradients in the last step (int32);
+    * `num_microbatches`: the last step's micro-gradients with a weight above 0 (int32);
     * `accept_rate`: the share of micro-gradients accepted since `init` (float32);
     * `mean_distance`: the mean of the last step's distances, in [0, 2]; -1 if there are
       none (float32);
@@ -103,8 +103,8 @@ def sources(opt_state: Any) -> dict[str, jax.Array]:
       source's pairs), at most `1 / (1 - memory_decay)`.
 
   Raises:
-    ValueError: unless the state contains exactly one `GafState`, with a memory. Of the
-      states that `jax.pmap` returns, pass one.
+    ValueError: unless the state contains exactly one `GafState`, with a memory. Pass
+      one of the equal states that `jax.pmap` returns.
 
   Examples:
     >>> import jax.numpy as jnp, optax

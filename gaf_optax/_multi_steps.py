@@ -75,13 +75,13 @@ def multi_steps(
   num_microbatches: int | None = None,
   max_norm_ratio: float | None = None,
 ) -> MultiSteps:
-  """Takes one micro-gradient per call and runs `inner` on every k-th, if they agree.
+  """A drop-in replacement for `optax.MultiSteps`, with filtering.
 
-  A drop-in replacement for `optax.MultiSteps`: the k-th call of a cycle emits the
-  update of `inner` for the filtered mean of the k micro-gradients; the others emit
-  zeros. The state holds one running mean for any k (with `anchor_decay` also a second
-  one and the moving average). A rejected micro-gradient uses up its slot. A cycle
-  without agreement emits zeros and does not change the state of `inner`.
+  Takes one micro-gradient per call. The k-th call of a cycle emits the update of
+  `inner` for the filtered mean of the k micro-gradients; the others emit zeros. The
+  state holds one running mean for any k (with `anchor_decay` also a second one and the
+  moving average). Rejected micro-gradients count toward k. A cycle without agreement
+  emits zeros and does not change the state of `inner`.
 
   Args:
     inner: the transformation that takes the filtered gradient.
@@ -102,7 +102,7 @@ def multi_steps(
 
   Raises:
     ValueError: for arguments outside their ranges, options that are not supported, and
-      a rule that needs all micro-gradients at once.
+      a rule that needs all micro-gradients at once; in `init` for a `gaf` in `inner`.
 
   Examples:
     >>> import jax.numpy as jnp, optax
@@ -135,7 +135,8 @@ def multi_steps(
   )
   k = checked.num_microbatches
   if not callable(every_k_schedule):
-    _validate.count(checked.min_accepted, every_k_schedule=every_k_schedule)
+    hint = " One micro-gradient has nothing to be compared with, except an anchor."
+    _validate.count(checked.min_accepted, hint, every_k_schedule=every_k_schedule)
     if k not in (None, every_k_schedule):
       raise ValueError(
         f"num_microbatches is {k}, but every_k_schedule is {every_k_schedule}."

@@ -122,7 +122,7 @@ def _specs_of_leaves(specs, shapes, mesh):
         f"specs must hold PartitionSpecs, got {spec!r} at {leaf_name(path)}."
       )
     for name in _mesh.spec_axes(spec):
-      _validate.one_of(tuple(mesh.axis_names), **{f"axis of {spec}": name})
+      _validate.one_of(tuple(mesh.axis_names), **{f"axis of {spec} in specs": name})
   return jax.tree_util.tree_map_with_path(
     lambda path, _: _mesh.spec_at(specs, path, "specs"), shapes
   )

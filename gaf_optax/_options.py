@@ -164,7 +164,7 @@ class Options:
       )
 
 
-# Why the streamed forms do not support an option.
+# Why the streamed forms (`multi_steps`, `value_and_grad`) do not support an option.
 _NOT_STREAMED = {
   "embed": "the running mean holds gradients, not their embeddings",
   "axis_name": (
@@ -172,26 +172,25 @@ _NOT_STREAMED = {
     " result to gaf(axis_name=...), or let each device stack them and use"
     " gaf(axis_name=..., stacked=True)"
   ),
-  "stacked": "each call takes one micro-gradient. Stack them and use gaf",
+  "stacked": "stack them and use gaf",
   "memory_decay": "the memory needs the cosines of all pairs. Stack them and use gaf",
   "max_norm_ratio": "the median norm needs all norms. Stack them and use gaf",
 }
 
 
 def validate_streamed(tau, **options) -> Options:
-  """Validates options for the streamed forms."""
   refuse(options, _NOT_STREAMED, "micro-gradients that arrive one at a time")
   if isinstance(tau, _tau.FromDistances):
     raise ValueError(
       f"tau {tau!r} is computed from all distances in a step, but here micro-gradients"
-      " arrive one at a time. Stack them and use gaf."
+      " arrive one at a time. Stack them and use gaf, or value_and_grad with compare."
     )
   result = Options(tau, **options)
   if result.anchor_decay is None and not isinstance(result.rule, _rules.Sequential):
     raise ValueError(
       f"rule {result.rule!r} needs all micro-gradients at once, but here they arrive"
-      " one at a time. Use rules.sequential(), rules.running_average() or anchor_decay,"
-      " or stack them and use gaf."
+      " one at a time. Use rules.sequential() or rules.running_average(), or stack them"
+      " and use gaf, or value_and_grad with compare."
     )
   return result
 

@@ -11,7 +11,7 @@ from jax import lax
 
 from gaf_optax import _compat, _validate
 
-# Sums count as zero up to this many epsilons of their terms' squares.
+# Maximum square of a sum that counts as zero, in epsilons of its terms' squares.
 _CANCELLATION_EPS = 4
 
 
@@ -35,9 +35,7 @@ class Decision(NamedTuple):
 class RuleFn(Protocol):
   """A rule: `(gram [k, k], valid [k] bool, tau) -> Decision`."""
 
-  def __call__(self, gram: jax.Array, valid: jax.Array, tau: Any, /) -> Decision:
-    """Decides about k micro-gradients."""
-    ...
+  def __call__(self, gram: jax.Array, valid: jax.Array, tau: Any, /) -> Decision: ...
 
 
 class Rows(NamedTuple):
@@ -46,8 +44,8 @@ class Rows(NamedTuple):
   Attributes:
     gram: `[k, k]`, with rows and columns of zeros for those that are not valid.
     valid: bool `[k]`: finite, with a weight above 0.
-    weights: `[k]`, how much each counts in a sum; 0 if absent.
-    scales: `[k]`, the factor of each in a sum (`max_norm_ratio`).
+    weights: `[k]`, relative `microbatch_weights`, or ones; 0 excludes.
+    scales: `[k]`, the factors that limit the norms (`max_norm_ratio`).
     start: int32 scalar, the start of a sequence.
   """
 
@@ -137,7 +135,7 @@ class Mean(NamedTuple):
 
   Attributes:
     weight: the sum of the weights.
-    squares: the squared norm if terms were orthogonal; 0 before the first nonzero one.
+    squares: the squared norm if terms were orthogonal; 0 before the first nonzero term.
   """
 
   weight: jax.Array

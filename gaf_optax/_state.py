@@ -30,11 +30,12 @@ class GafState(NamedTuple):
     ready: bool scalar, whether the last step agreed;
       `optax.experimental.aggregating.process` looks for this name.
     steered: float32 scalar, tau of the next step for a `target_accept_rate`.
-    num_seen: int32 scalar, the number of micro-gradients in the last step.
-    num_seen_total: float32 scalar, the number of micro-gradients since `init`.
+    num_seen: int32 scalar, micro-gradients in the last step with a weight above 0.
+    num_seen_total: float32 scalar, the sum of `num_seen` since `init`.
     anchor: with `anchor_decay` the moving average, shaped like the parameters.
     anchored: bool scalar, whether the moving average has been initialized.
-    memory: with `memory_decay` a NamedTuple `mean`, `weight`, float32 `[m, k, k]`.
+    memory: with `memory_decay` a NamedTuple of `mean` and `weight`, float32 `[m, k, k]`
+      for m groups.
     distances: float32 `[k]`, means over the groups; -1 if there was nothing to compare.
     accepted: bool `[k]`, accepted in any group.
     weights: float32 `[k]`, weights in the result (means over the groups). They sum to
@@ -108,7 +109,6 @@ class Agreement(NamedTuple):
 
 
 def agreement(outcome: Outcome) -> Agreement:
-  """Converts an `Outcome` with decisions per microbatch."""
   assert outcome.per_microbatch is not None
   return Agreement(
     agreed=outcome.agreed,
@@ -195,7 +195,6 @@ def are_identical(difference: jax.Array) -> jax.Array:
 
 
 def init(params: Any, options: Any, memory: Any = None) -> GafState:
-  """The initial state."""
   if isinstance(params, optax.LookaheadParams):
     raise ValueError(
       "the parameters are optax.LookaheadParams, but gradients belong to their fast"
@@ -233,7 +232,6 @@ def init(params: Any, options: Any, memory: Any = None) -> GafState:
 
 
 def check_type(state: Any, expected: type) -> None:
-  """Raises unless a state has the expected type."""
   if not isinstance(state, expected):
     hint = " Is it the state of a chain that contains this transformation?"
     raise ValueError(
@@ -247,7 +245,7 @@ def check(state: Any, options: Any) -> None:
   check_type(state, GafState)
   has_tau = options.tau.init() is not None
   fields = {
-    "tau": (options.tau if has_tau else None, "steered"),
+    "target_accept_rate as tau": (options.tau if has_tau else None, "steered"),
     "anchor_decay": (options.anchor_decay, "anchor"),
     "memory_decay": (options.memory_decay, "memory"),
     "num_microbatches": (options.num_microbatches, "distances"),

@@ -53,7 +53,6 @@ class Stream(NamedTuple):
 def start(
   params: Any, options: _options.Options, num_microbatches: int | None = None
 ) -> Stream:
-  """The stream at the start of a cycle."""
   leaves = _tree.flatten(params, None, options.groups, stacked=False)
   m, k = leaves.layout.num_groups, num_microbatches
   dtype = _compat.real_accumulator_dtype(leaves.arrays)

@@ -139,7 +139,7 @@ def as_tau(tau: Any) -> Tau:
 
 
 def as_stateless_tau(tau: Any) -> Tau:
-  """The same for forms without a state."""
+  """`as_tau` for forms without a state."""
   if callable(tau) or isinstance(tau, _TargetAcceptRate):
     raise ValueError(
       f"tau must be a number here, got {tau!r}: a schedule or a target_accept_rate"
@@ -206,7 +206,8 @@ def tau_quantile(fraction: float) -> Tau:
 
   Accepts the `ceil(fraction * n)` smallest distances of the n finite micro-gradients,
   including ties. Rules whose distances depend on tau (the sequential rules and
-  `most_neighbors`) and the streamed forms raise a ValueError.
+  `most_neighbors`), `multi_steps`, and `value_and_grad` without `compare` raise a
+  ValueError.
 
   Args:
     fraction: in (0, 1].

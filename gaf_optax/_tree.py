@@ -78,8 +78,8 @@ def flatten(
     if _compat.is_unreduced(leaf):
       raise ValueError(
         f"micro-gradient leaf {leaf_name(path)} is unreduced: its sum over devices is"
-        " still pending. Pass one gradient for each microbatch, stacked or by"
-        " axis_name. jax.sharding.reshard(grads, out_sharding) computes the sum."
+        " still pending. Pass one gradient per microbatch, stacked or by axis_name. If"
+        " it is one already, sum it: jax.sharding.reshard(grads, out_sharding)."
       )
     results.append(len(arrays))
     paths.append(path)
@@ -150,7 +150,7 @@ def check_not_stacked(extra_args: dict[str, Any], stack: Any) -> None:
   raise ValueError(
     f"the extra argument {found}, but transformations after gaf take the value and"
     " gradient of one loss. For reduce_on_plateau pass value=losses.mean(). For a line"
-    " search filter first: value, grads, _ = gaf_optax.value_and_grad(loss, k, tau)"
+    " search, filter first: value, grads, _ = gaf_optax.value_and_grad(loss, k, tau)"
     "(params, *batch), then apply_if_nonzero(optax.lbfgs()).update(grads, ...,"
     " value=value, grad=grads)."
   )

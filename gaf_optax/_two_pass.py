@@ -41,7 +41,6 @@ _NOT_WITH_COMPARE = {
 
 
 def validate(tau, compare: Compare, **options) -> _options.Options:
-  """Checked options of the two-pass form."""
   _validate.function(" Pass a predicate (path, leaf) -> bool.", compare=compare)
   _options.refuse(options, _NOT_WITH_COMPARE, "compare")
   return _options.Options(tau, **options)
@@ -75,6 +74,7 @@ def two_pass(
     The mean loss, aux leaves `[k, ...]`, the gradient, and an `Agreement` over all
     devices, with this device's arrays `[k]`.
   """
+  _mesh.check_axes((), (), options)  # Raises for an unbound axis.
   names, k = options.axis_names, num_microbatches
   checking = frozenset(n for n in names if _compat.checks_replication(n))
   # Otherwise gradients of replicated parameters are summed over the devices.

@@ -70,8 +70,8 @@ def count(minimum: int, hint: str = "", **arguments: Any) -> None:
   for name, value in arguments.items():
     if isinstance(value, jax.Array):
       raise ValueError(
-        f"{name} must be a Python int, since it sets shapes, got an array. Under"
-        " optax.inject_hyperparams, add it to static_args."
+        f"{name} must be a Python int, got an array. Under optax.inject_hyperparams,"
+        " add it to static_args."
       )
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
       raise ValueError(f"{name} must be an int, got {value!r}.{hint}")
@@ -80,7 +80,7 @@ def count(minimum: int, hint: str = "", **arguments: Any) -> None:
 
 
 def weights(shape: tuple[int, ...], **arguments: Any) -> jax.Array:
-  """The argument as a float array of this shape, with 0 for negative values and NaN.
+  """The argument as a float array of this shape; negative, NaN and Inf become 0.
 
   Raises:
     ValueError: for another shape, or concrete values that are negative, NaN or Inf.

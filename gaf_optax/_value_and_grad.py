@@ -78,6 +78,7 @@ def value_and_grad(
       `max_norm_ratio` and `axis_name`. With `axis_name` each device splits its own
       batch, and all microbatches are compared. Every device gets the same value and
       gradient, and the agreement of its own microbatches.
+    stacked, anchor_decay, memory_decay: not supported.
 
   Returns:
     A function with the signature of `fun` that returns `(value, grads, agreement)`,
@@ -110,7 +111,7 @@ def value_and_grad(
   several_devices = compare is not None and axis_name is not None
   _validate.count(
     1 if several_devices else 2,
-    " One micro-gradient has nothing to be compared with.",
+    " A step compares at least two micro-gradients.",
     num_microbatches=num_microbatches,
   )
   options = {

@@ -119,14 +119,14 @@ def _rows(path, leaf, average, k):
     return leaf
   if shape == (leaf.shape if k is None else (1, *leaf.shape)):
     return leaf[None]
-  hint = (
-    " For stacked micro-gradients pass num_microbatches=k."
-    if k is None
-    else f" num_microbatches is {k}."
-  )
+  hint = " For stacked micro-gradients pass num_microbatches=k."
+  if average is None:
+    hint = " Was init called with different parameters?"
+  elif k is not None:
+    hint = f" num_microbatches is {k}."
   raise ValueError(
-    f"micro-gradient leaf {leaf_name(path)} has shape {leaf.shape}, but its average has"
-    f" shape {shape}.{hint}"
+    f"micro-gradient leaf {leaf_name(path)} has shape {leaf.shape}, but the state has"
+    f" {'no average' if average is None else f'an average of shape {shape}'}.{hint}"
   )
 
 

@@ -128,7 +128,7 @@ def min_neighbors(fraction: float, distance: str = "cosine") -> Rule:
   """Accepts all micro-gradients with enough neighbors within tau.
 
   Each needs at least `max(2, fraction * k)` within tau, including itself. Independent
-  of the order. The distance of each is the one to its last neighbor needed.
+  of the order. The distance of each is to the last neighbor that it needs.
 
   Args:
     fraction: the fraction of the k micro-gradients that must be within tau, in [0, 1].
@@ -171,8 +171,8 @@ def nearest_neighbors(
   """Accepts all micro-gradients whose nearest neighbors are within tau on average.
 
   The distance of each is the mean distance to its `number` nearest others (or to all
-  valid others, if there are fewer). Independent of the order. For many micro-gradients
-  of few examples, which agree within a class but hardly with the overall sum.
+  valid others, if there are fewer). Independent of the order. Designed for many
+  micro-gradients of few examples each, which agree within a class but hardly overall.
 
   Args:
     number: the number of neighbors, at least 1.

@@ -195,6 +195,7 @@ def test_errors():
     ({"compare": lambda path, leaf: False}, r"selects no leaf.*\['body'\]\['b'\]"),
     ({"compare": "head"}, "compare must be callable"),
     ({"compare": lambda path, leaf: None}, r"True or False, got None for leaf \['body"),
+    ({"compare": head, "axis_name": "data"}, "axis_name 'data' is not an axis"),
     (
       {"compare": head, "groups": "leaf"},
       "groups='leaf' is not supported .* one decision",

@@ -271,6 +271,13 @@ class TestCosineDistance:
     assert float(d(jnp.zeros(3), jnp.zeros(3))) == 1
     assert np.isnan(d(jnp.array([jnp.nan, 1]), jnp.ones(2)))
     assert float(d({"a": 1.0, "i": 3}, {"a": 2.0, "i": 4})) == 0
+    one, mixed = jnp.array([1.0]), jnp.array([1 + 1j])
+    for a, b in ((one, mixed), (mixed, one)):  # Each keeps its imaginary part.
+      assert float(d(a, b)) == pytest.approx(1 - 0.5**0.5)
+    fine, coarse = jnp.array([1.0, 2**-9]), jnp.array([1.0, 0], jnp.bfloat16)
+    assert float(d(coarse, fine)) == float(d(fine, coarse)) > 0
+    number = {"a": one, "i": 3}, {"a": -one, "i": 0.5}
+    assert float(d(*number)) == float(d(*number[::-1])) == 2
     with pytest.raises(ValueError, match="the same tree structure"):
       d({"a": jnp.ones(2)}, {"b": jnp.ones(2)})
     with pytest.raises(ValueError, match=r"\(2,\) and \(3,\) at leaf \['a'\]"):
