@@ -167,7 +167,9 @@ def apply_if_nonzero(
 
   def update_fn(grads, state, params=None, **extra_args):
     _state.check_type(state, ApplyIfNonzeroState)
-    leaves = [x for x in jax.tree.leaves(grads) if x.dtype != jax.dtypes.float0]
+    leaves = [
+      x for x in jax.tree.leaves(grads) if jnp.result_type(x) != jax.dtypes.float0
+    ]
     nonzero = functools.reduce(
       jnp.logical_or, [jnp.any(x != 0) for x in leaves], jnp.zeros((), bool)
     )

@@ -140,6 +140,7 @@ def _update_memory(memory, gram, valid, decay):
   compared = (norms[:, None] > 0) & (norms[None, :] > 0)
   norms = jnp.where(norms > 0, norms, 1)
   cosines = jnp.clip(gram / norms[:, None] / norms[None, :], -1, 1)
+  decay = jnp.asarray(decay, memory.weight.dtype)
   weight = jnp.where(compared, decay * memory.weight + 1, memory.weight)
   step = (cosines - memory.mean) / jnp.where(compared, weight, 1)
   mean = jnp.where(compared, memory.mean + step, memory.mean)

@@ -1,5 +1,6 @@
 """The filter for one micro-gradient per call, like `optax.MultiSteps`."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +42,11 @@ class MultiStepsState(NamedTuple):
   def gradient_step(self) -> jax.Array:
     """int32 scalar, finished cycles, including those without agreement."""
     return self.gaf_state.num_updates
+
+  @property
+  def skip_state(self) -> tuple[()]:
+    """Empty: there is no `should_skip_update_fn`."""
+    return ()
 
   @property
   def acc_grads(self) -> Any:
@@ -86,7 +92,8 @@ def multi_steps(
   Args:
     inner: the transformation that takes the filtered gradient.
     every_k_schedule: the number of micro-gradients in a cycle, at least 2 (1 with an
-      anchor), or a function of the number of finished cycles that returns it.
+      anchor), or a function of the number of finished cycles that returns it. Shorter
+      cycles never agree.
     tau: see :func:`gaf`; a schedule is called with the number of finished cycles.
     rule: `rules.sequential()` (the default) or `rules.running_average()`.
     param_axes, groups, anchor_decay, num_microbatches: see :func:`gaf`.
@@ -134,8 +141,8 @@ def multi_steps(
     max_norm_ratio=max_norm_ratio,
   )
   k = checked.num_microbatches
+  hint = " One micro-gradient has nothing to be compared with, except an anchor."
   if not callable(every_k_schedule):
-    hint = " One micro-gradient has nothing to be compared with, except an anchor."
     _validate.count(checked.min_accepted, hint, every_k_schedule=every_k_schedule)
     if k not in (None, every_k_schedule):
       raise ValueError(
@@ -210,6 +217,10 @@ def multi_steps(
     every_k: Any = every_k_schedule
     if callable(every_k):
       every_k = every_k(gaf_state.num_updates)
+      if not isinstance(every_k, jax.Array):
+        _validate.in_interval(
+          checked.min_accepted, math.inf, hint, every_k_schedule=every_k
+        )
     return _compat.cond(state.mini_step + 1 >= every_k, end_of_cycle, within_cycle)
 
   return MultiSteps(init_fn, update_fn)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -87,8 +88,9 @@ def on_shards(
       if all(isinstance(x, jax.Array) for x in jax.tree.leaves(value))
     }
     others = {name: extra_args[name] for name in extra_args.keys() - arrays.keys()}
-    weights = {"microbatch_weights": microbatch_weights}
-    weights = {} if microbatch_weights is None else weights
+    weights = {}
+    if microbatch_weights is not None:
+      weights["microbatch_weights"] = jnp.asarray(microbatch_weights)
 
     def update(grads, state, params, arrays, weights):
       return tx.update(grads, state, params, **arrays, **weights, **others)

@@ -102,6 +102,17 @@ class Rule:
   def __post_init__(self):
     _validate.one_of(("cosine", "euclidean"), distance=self.distance)
     _validate.in_interval(0, math.inf, open_end=True, softness=self.softness)
+    self._make_float("softness")
+
+  def _make_float(self, name):
+    """Makes a number hashable and independent of JAX's dtypes."""
+    value = getattr(self, name)
+    if not _validate.is_concrete(value):
+      raise ValueError(
+        f"{name} must be known when the rule is created, got {value!r}. Create the rule"
+        " outside of the function that is transformed."
+      )
+    object.__setattr__(self, name, float(value))
 
   def __call__(self, gram: jax.Array, valid: jax.Array, tau) -> Decision:
     gram, valid = jnp.asarray(gram), jnp.asarray(valid, bool)
@@ -257,6 +268,7 @@ class MinNeighbors(Rule):
   def __post_init__(self):
     super().__post_init__()
     _validate.in_interval(0, 1, fraction=self.fraction)
+    self._make_float("fraction")
 
   def needed(self, number: int) -> int:
     """How many of `number` micro-gradients must be within tau, including itself."""
@@ -389,6 +401,7 @@ def against_anchor(square, products, rows: Rows, anchored, tau) -> Decision:
   """
   distances = distance("cosine", products, square, jnp.diagonal(rows.gram), tau)
   compared = rows.valid & anchored
-  accepted = rows.valid & ((distances <= tau) | ~anchored)
+  within = distances <= jnp.asarray(tau, distances.dtype)
+  accepted = rows.valid & (within | ~anchored)
   distances = jnp.where(compared, distances, jnp.nan)
   return Decision(accepted.astype(distances.dtype), accepted, distances)

@@ -304,10 +304,11 @@ def move_anchor(
   state: GafState, layout, decay, means: Sequence[jax.Array], any_valid: jax.Array
 ) -> GafState:
   """The state with the anchor moved towards a step's plain means, if there are any."""
-  anchor = [
-    jnp.where(any_valid, decay * a + (1 - decay) * mean, a).astype(a.dtype)
-    for a, mean in zip(_tree.select(state.anchor, layout), means)
-  ]
+  anchor = []
+  for old, mean in zip(_tree.select(state.anchor, layout), means):
+    keep = jnp.asarray(decay, old.dtype)
+    moved = keep * old + (1 - keep) * mean.astype(old.dtype)
+    anchor.append(jnp.where(any_valid, moved, old))
   return state._replace(
     anchor=_tree.replace(state.anchor, layout, anchor),
     anchored=jnp.asarray(state.anchored) | any_valid,

@@ -155,7 +155,24 @@ def two_pass(
   grads = _compat.cond(jnp.all(finite), lambda: grads, without_nonfinite)
   if names:
     grads = jax.tree.map(lambda x: lax.psum(x, names), grads)
-  return mean_loss(losses, microbatch_weights, names), aux, grads, agreement
+  value = mean_loss(losses, microbatch_weights, names)
+  return value, aux, *_zero_unless_finite(grads, agreement)
+
+
+def _zero_unless_finite(grads, agreement):
+  """Handles NaN and infinity in leaves that are not compared: nothing agrees."""
+  leaves = [x for x in jax.tree.leaves(grads) if jnp.issubdtype(x.dtype, jnp.inexact)]
+  finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))
+  zero = lambda x: jnp.where(finite, x, jnp.zeros_like(x))
+  agreement = agreement._replace(
+    agreed=agreement.agreed & finite,
+    num_accepted=zero(agreement.num_accepted),
+    accepted=agreement.accepted & finite,
+    weights=zero(agreement.weights),
+    nonfinite=jnp.maximum(agreement.nonfinite, jnp.where(finite, 0, 1)),
+  )
+  inexact = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)
+  return jax.tree.map(lambda x: zero(x) if inexact(x) else x, grads), agreement
 
 
 def mean_loss(losses, weights=None, names=()):

@@ -52,8 +52,9 @@ def value_and_grad(
   With `compare` every rule works, in two passes. The first forms the gradients of the
   selected leaves, typically the last layer, for all microbatches at once (by
   `jax.vmap`) and compares them. The second differentiates the weighted mean loss, which
-  gives exactly the weighted mean of the whole micro-gradients. This makes microbatches
-  of one example affordable. With c values in the selected leaves, comparing takes
+  gives exactly the weighted mean of the whole micro-gradients. If only other leaves
+  have a NaN or an infinity, the gradient is zero, as without agreement. Microbatches of
+  one example are affordable. With c values in the selected leaves, comparing takes
   `2 k^2 c` operations and up to `4 k c` values of memory, plus k x k matrices.
 
   Args:
@@ -139,28 +140,29 @@ def value_and_grad(
   given = None
   if batch_argnums is not None:
     given = _positions(batch_argnums, "batch_argnums")
-    both = set(given) & set(wanted)
-    if both:
-      raise ValueError(
-        f"argument {min(both)} is named in argnums and in batch_argnums."
-      )
+    _check_disjoint(wanted, given)
   k = int(num_microbatches)
 
   def filtered(*args, **kwargs):
-    params: Any = tuple(args[i] for i in wanted)
+    own = _from_start(wanted, len(args), "argnums")
+    params: Any = tuple(args[i] for i in own)
     if not isinstance(argnums, Sequence):
       (params,) = params
     _tree.check_arrays(params)
-    positions = _others(wanted, len(args), kwargs) if given is None else given
+    if given is None:
+      positions = _others(own, len(args), kwargs)
+    else:
+      positions = _from_start(given, len(args), "batch_argnums")
+      _check_disjoint(own, positions)
     batch, rebuild = _split(args, positions, kwargs, k, vmapped=compare is not None)
 
     def loss(params, microbatch):
-      own = list(args)
+      replaced = list(args)
       arguments, keywords = rebuild(microbatch)
       values = params if isinstance(argnums, Sequence) else (params,)
-      for i, value in [*zip(wanted, values), *zip(positions, arguments)]:
-        own[i] = value
-      out = fun(*own, **{**kwargs, **keywords})
+      for i, value in [*zip(own, values), *zip(positions, arguments)]:
+        replaced[i] = value
+      out = fun(*replaced, **{**kwargs, **keywords})
       return out if has_aux else (out, None)
 
     def weigh(microbatch):
@@ -207,8 +209,7 @@ def _one_by_one(loss, params, batch, k, weigh, options):
 
 def _others(argnums, num_args, kwargs):
   """The positional arguments that are not differentiated."""
-  wanted = {i % num_args for i in argnums if -num_args <= i < num_args}
-  others = tuple(i for i in range(num_args) if i not in wanted)
+  others = tuple(i for i in range(num_args) if i not in argnums)
   if not others and not kwargs:
     raise ValueError(
       f"there is no batch among the {num_args} positional arguments: all of them are"
@@ -230,17 +231,28 @@ def _positions(argnums, name):
     ) from None
 
 
+def _from_start(positions, num_args, name):
+  """Positions of arguments, counted from the first."""
+  for i in positions:
+    if not -num_args <= i < num_args:
+      raise ValueError(
+        f"{name} names argument {i}, but there are {num_args} positional arguments."
+        " Pass the parameters and the batch by position."
+      )
+  return tuple(i % num_args for i in positions)
+
+
+def _check_disjoint(argnums, batch_argnums):
+  both = set(argnums) & set(batch_argnums)
+  if both:
+    raise ValueError(f"argument {min(both)} is named in argnums and in batch_argnums.")
+
+
 def _split(args, positions, kwargs, k, vmapped):
   """The batch as arrays `[k, batch // k, ...]`, and the inverse for one microbatch.
 
   Splits a PRNG key into one per microbatch. `vmapped`: see `_mesh.split_batch`.
   """
-  for i in positions:
-    if not -len(args) <= i < len(args):
-      raise ValueError(
-        f"batch_argnums names argument {i}, but there are {len(args)} positional"
-        " arguments. Pass the batch by position."
-      )
   arrays = lambda tree: [x for x in jax.tree.leaves(tree) if _is_array(x)]
   keywords = {name: value for name, value in kwargs.items() if arrays(value)}
   whole = [args[i] for i in positions], keywords
@@ -266,10 +278,10 @@ def _split(args, positions, kwargs, k, vmapped):
         f"{name}: its leading axis does not split into {k} microbatches of equal"
         f" size.{key_hint}{_CLOSE_OVER if by_keyword else ''}"
       )
-    first = first or (shape[0], owner, rest)
+    first = first or (shape[0], owner, rest, key_hint)
     if shape[:1] != first[:1]:
       hint = " All batch arguments are split along axis 0 and need the same size."
-      hint = key_hint or (_CLOSE_OVER if by_keyword else hint)
+      hint = key_hint or first[3] or (_CLOSE_OVER if by_keyword else hint)
       raise ValueError(
         f"{name}, but batch argument {first[1]}{first[2]} has {first[0]} rows.{hint}"
       )

@@ -133,6 +133,23 @@ def test_a_bad_microbatch_never_comes_back(where, either_way):
   chex.assert_trees_all_close(grads, want, atol=1e-6)
 
 
+def test_a_nan_outside_the_compared_leaves_is_no_agreement():
+  # The derivative of sqrt(|x a|) with respect to a is NaN for x = 0.
+  fun = lambda w, x: jnp.mean(w["b"] * jnp.sqrt(jnp.abs(x * w["a"])))
+  run = jax.jit(
+    gaf_optax.value_and_grad(fun, 4, 2.0, compare=lambda path, leaf: path[0].key == "b")
+  )
+  params, x = {"a": jnp.ones(()), "b": jnp.ones(())}, jnp.array([1.0, 4.0, 2.0, 3.0])
+  _, grads, agreement = run(params, x)
+  np.testing.assert_allclose(grads["a"], np.mean(np.sqrt(x)) / 2, rtol=1e-6)
+  assert agreement.agreed and agreement.nonfinite == 0
+  value, grads, agreement = run(params, x.at[1].set(0.0))
+  assert grads == {"a": 0, "b": 0} and np.isfinite(value)
+  assert not agreement.agreed and agreement.nonfinite == 1
+  assert agreement.num_accepted == 0 and not agreement.accepted.any()
+  np.testing.assert_array_equal(agreement.weights, np.zeros(4))
+
+
 def test_all_bad_is_zero():
   params, (x, y) = network(), batch()
   run = gaf_optax.value_and_grad(loss, 4, compare=head, has_aux=True)

@@ -375,6 +375,9 @@ class TestErrors:
       self.update({"w": jnp.ones((1, 3))})
     with pytest.raises(ValueError, match="every_k_schedule must be at least 2, got 1"):
       gaf_optax.multi_steps(optax.sgd(1.0), 1)
+    tx = gaf_optax.multi_steps(optax.sgd(1.0), lambda cycle: 1)
+    with pytest.raises(ValueError, match=r"every_k_schedule must be in \[2"):
+      tx.update(jnp.ones(3), tx.init(jnp.ones(3)))
     with pytest.raises(ValueError, match="num_microbatches must be at least 2"):
       gaf_optax.value_and_grad(lambda p, b: 0.0, 1)
     self.update({"w": jnp.ones((1, 3))}, {"w": jnp.ones(3)}, anchor_decay=0.9)

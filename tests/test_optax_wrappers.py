@@ -283,6 +283,12 @@ def test_look_ups_by_name_find_one(form):
       chex.assert_trees_all_equal(optax.tree.get(state, name), value)
 
 
+def test_the_state_of_multi_steps_has_the_attributes_of_optax():
+  state = gaf_optax.multi_steps(optax.sgd(1.0), 2).init(jnp.zeros(2))
+  for name in optax.MultiStepsState._fields:
+    assert hasattr(state, name), name
+
+
 @pytest.mark.parametrize(
   "state",
   [

@@ -386,6 +386,34 @@ def test_errors_of_the_new_rules():
       make()
 
 
+def test_a_softness_of_any_kind_of_number():
+  x, weights = jnp.asarray(draw(5, k=4), jnp.float32), jnp.array([1.0, 9, 1, 1])
+  distances = {}
+  for softness in (0.1, np.float64(0.1), np.array(0.1), jnp.float32(0.1)):
+    rule = rules.leave_one_out(softness=softness)
+    tx = gaf_optax.gaf(0.9, rule=rule, num_microbatches=4)
+    _, state = tx.update(x, tx.init(x[0]), microbatch_weights=weights)
+    distances[repr(softness)] = state.distances
+  for found in distances.values():
+    np.testing.assert_allclose(found, distances["0.1"], rtol=1e-6)
+  with pytest.raises(ValueError, match="softness must be known when the rule"):
+    jax.jit(
+      lambda softness: rules.sequential(softness=softness)(x @ x.T, x[:, 0] > 9, 1)
+    )(0.1)
+
+
+def test_options_in_double_precision(x64):
+  x = jnp.asarray(draw(5, k=4), jnp.float32)
+  for options in (
+    {"rule": rules.sequential(softness=np.float64(0.1))},
+    {"anchor_decay": np.float64(0.9)},
+    {"memory_decay": np.float64(0.9), "num_microbatches": 4},
+  ):
+    tx = gaf_optax.gaf(0.9, **options)
+    _, state = tx.update(x, tx.init(x[0]))
+    assert state.num_updates == 1
+
+
 def test_tau_quantile_accepts_the_fraction():
   v, valid = draw(8, k=10), np.arange(10) != 2
   matrix = gram_of(np.where(valid[:, None], v, 0))[None]

@@ -248,8 +248,15 @@ class TestValueAndGrad:
       filtered(params, x, y[:6])
     with pytest.raises(ValueError, match="Is it a PRNG key"):
       gaf_optax.value_and_grad(self.loss, 4)(params, jax.random.PRNGKey(0), y)
+    for batch in ((jax.random.PRNGKey(0), y), (y, jax.random.PRNGKey(0))):
+      with pytest.raises(ValueError, match="rows. Is it a PRNG key"):
+        gaf_optax.value_and_grad(self.loss, 2)(params, *batch)
     with pytest.raises(ValueError, match="argument 1 is named in argnums and"):
       gaf_optax.value_and_grad(self.loss, 2, argnums=1, batch_argnums=1)
+    with pytest.raises(ValueError, match="argument 0 is named in argnums and"):
+      gaf_optax.value_and_grad(self.loss, 2, batch_argnums=(-3, 1))(params, x, y)
+    with pytest.raises(ValueError, match="argnums names argument 0, but there are 0"):
+      gaf_optax.value_and_grad(self.loss, 2)(params=params, x=x, y=y)
     with pytest.raises(ValueError, match="batch_argnums names argument 3"):
       gaf_optax.value_and_grad(self.loss, 2, batch_argnums=3)(params, x, y)
     with pytest.raises(ValueError, match="schedule"):
