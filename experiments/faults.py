@@ -1,16 +1,20 @@
 """Faults: workers that compute wrong gradients, and rules that withstand them.
 
-`python experiments/faults.py` trains an MLP on micro-gradients of 8 workers, some of
+`python experiments/faults.py` trains a model on micro-gradients of 8 workers, some of
 them faulty, with the plain mean, simple remedies, robust aggregation and `gaf_optax`.
-It prints accuracies, and how far each arm is behind the best rival. `--find` measures
-how soon `sources(state)` shows a fault that begins in the middle of a run.
+It prints accuracies, and how far each arm is behind the best rival. `--task` names
+other data and models. `--find` measures how soon `sources(state)` shows a fault that
+begins in the middle of a run.
 """
 
 import argparse
+import functools
+import itertools
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +23,8 @@ import tqdm
 from jax.flatten_util import ravel_pytree
 from matplotlib.figure import Figure
 
+import byte_text
+import byte_training
 import charts
 import features
 import gaf_optax
@@ -32,19 +38,21 @@ DECAY = 0.9  # of the momentum, in the optimizer or at the workers
 FAULTY = (0, 3, 5, 10)  # The first so many are faulty; worker 0 is always among them.
 OWN_CLASSES = 3  # that a worker prefers, where workers differ by themselves
 REFRESH = 100  # Stale workers get new parameters once in so many steps.
+BYTES = 32  # in a window of the language model
 FLIP_RATE = 1e-3  # of the values of a backward product have one bit flipped
 
 
 class Task(NamedTuple):
-  """Inputs and classes, and what fits them."""
+  """Data, and the model that is trained on them."""
 
-  x: np.ndarray  # float32 `[n, features]`
-  y: np.ndarray
+  x: np.ndarray  # inputs `[n, ...]`
+  y: np.ndarray  # classes, int `[n]`, or for each byte `[n, length]`
   test_x: np.ndarray
   test_y: np.ndarray
-  hidden: tuple[int, ...]
+  init: Callable  # from a key to the parameters
+  logits: Callable  # `(params, x, product)`; `product` is the matmul of one layer
   rows: int  # in a microbatch
-  learning_rate: float  # with SGD and momentum 0.9
+  learning_rate: float  # with SGD and momentum 0.9; Adam's is a tenth
   seeds: int
 
 
@@ -59,17 +67,36 @@ class Setting(NamedTuple):
 
 
 def load(name: str, data_dir: str) -> Task:
-  """Digits, or features of the first 10,000 images of CIFAR-10."""
-  if name == "digits":
-    found = data.load("digits", data_dir)
-    flat = lambda images: images.reshape(len(images), -1).astype(np.float32) / 16
-    x, test_x = flat(found.train_images), flat(found.test_images)
-    return Task(x, found.train_labels, test_x, found.test_labels, (32, 32), 8, 0.02, 5)
-  found = data.load("cifar10", data_dir)
-  images = found.train_images[:10_000], found.test_images[:2_000]
-  x, test_x = (part.reshape(len(part), -1) for part in features.of_patches(*images))
-  labels = found.train_labels[:10_000], found.test_labels[:2_000]
-  return Task(x, labels[0], test_x, labels[1], (32,), 16, 0.005, 2)
+  """Digits in an MLP or a ResNet, features of 10,000 images of CIFAR-10, or bytes."""
+  start: Callable
+  if name == "bytes":
+    text, model = byte_text.load(), byte_training.ByteTransformer(width=32, depth=1)
+    # Training windows are about 500 bytes apart.
+    windows = np.lib.stride_tricks.sliding_window_view(text.training, BYTES + 1)[::499]
+    tests = text.validation.reshape(-1, BYTES + 1)
+    start = functools.partial(model.init, tokens=windows[:1])
+    data_of = *_pairs(windows), *_pairs(tests)
+    return Task(*data_of, start, functools.partial(transformer, model), 2, 0.04, 3)
+  if name == "patches":
+    found = data.load("cifar10", data_dir)
+    images = found.train_images[:10_000], found.test_images[:2_000]
+    x, test_x = (part.reshape(len(part), -1) for part in features.of_patches(*images))
+    labels = found.train_labels[:10_000], found.test_labels[:2_000]
+    start = functools.partial(init, sizes=(x.shape[1], 32, 10))
+    return Task(x, labels[0], test_x, labels[1], start, forward, 16, 0.005, 5)
+  found = data.load("digits", data_dir)
+  scaled = lambda images: images.astype(np.float32) / 16
+  x, test_x = scaled(found.train_images), scaled(found.test_images)
+  labels = found.train_labels, found.test_labels
+  if name == "resnet":
+    return Task(x, labels[0], test_x, labels[1], init_resnet, resnet, 4, 0.02, 3)
+  x, test_x = (part.reshape(len(part), -1) for part in (x, test_x))
+  start = functools.partial(init, sizes=(64, 32, 32, 10))
+  return Task(x, labels[0], test_x, labels[1], start, forward, 8, 0.02, 5)
+
+
+def _pairs(windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  return windows[:, :-1], windows[:, 1:].astype(np.int32)
 
 
 def draw(task: Task, setting: Setting, steps: int, seed: int) -> np.ndarray:
@@ -85,7 +112,7 @@ def draw(task: Task, setting: Setting, steps: int, seed: int) -> np.ndarray:
   return drawn
 
 
-# The model, with one layer whose backward pass can go wrong.
+# Models. `product` replaces the matrix product of one layer.
 
 
 def init(key: jax.Array, sizes: Sequence[int]) -> list[tuple[jax.Array, jax.Array]]:
@@ -96,15 +123,70 @@ def init(key: jax.Array, sizes: Sequence[int]) -> list[tuple[jax.Array, jax.Arra
 
 
 def forward(params, x, product: Callable = jnp.matmul) -> jax.Array:
-  """Logits; `product` replaces the matrix product of the second layer."""
+  """Logits of an MLP."""
   for i, (kernel, bias) in enumerate(params):
     x = (product if i == 1 else jnp.matmul)(jax.nn.relu(x) if i else x, kernel) + bias
   return x
 
 
-def loss(params, x, y, product: Callable = jnp.matmul) -> jax.Array:
-  out = forward(params, x, product)
-  return optax.softmax_cross_entropy_with_integer_labels(out, y).mean()
+WIDTHS = (8, 16, 32)  # of the ResNet's blocks, each of two convolutions
+
+
+def init_resnet(key: jax.Array):
+  channels = 1, WIDTHS[0], *(width for width in WIDTHS for _ in range(2))
+  shapes = [(9 * a, b) for a, b in itertools.pairwise(channels)] + [(WIDTHS[-1], 10)]
+  keys = jax.random.split(key, len(shapes))
+  return [init(k, shape)[0][0] for k, shape in zip(keys, shapes)]
+
+
+def resnet(params, x, product: Callable = jnp.matmul) -> jax.Array:
+  """Logits of images `[n, h, w, 1]`.
+
+  Each example is normalized by itself: with BatchNorm a gradient would depend on more
+  than its own microbatch or on statistics that workers share.
+  """
+  stem, *kernels, head = params
+  x = jax.nn.relu(_normalized(_convolution(x, stem)))
+  for i, (first, second) in enumerate(zip(kernels[::2], kernels[1::2])):
+    stride = 2 if i else 1
+    y = _convolution(x, first, stride, product if i == 1 else jnp.matmul)
+    y = _normalized(_convolution(jax.nn.relu(_normalized(y)), second))
+    # As in arXiv 1512.03385, option A: new channels of a shortcut are zeros.
+    more = y.shape[-1] - x.shape[-1]
+    shortcut = jnp.pad(x[:, ::stride, ::stride], [(0, 0)] * 3 + [(0, more)])
+    x = jax.nn.relu(shortcut + y)
+  return jnp.mean(x, axis=(1, 2)) @ head
+
+
+def _convolution(x, kernel, stride=1, product=jnp.matmul):
+  """3 x 3, as a product of patches and a kernel `[9 c, channels]`."""
+  (_, h, w, _), padded = x.shape, jnp.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)])
+  shifts = [(slice(i, i + h, stride), slice(j, j + w, stride)) for i, j in _PLACES]
+  patches = jnp.concatenate([padded[:, i, j] for i, j in shifts], axis=-1)
+  out = product(patches.reshape(-1, patches.shape[-1]), kernel)
+  return out.reshape(*patches.shape[:-1], -1)
+
+
+_PLACES = [(i, j) for i in range(3) for j in range(3)]
+
+
+def _normalized(x):
+  mean, variance = (f(x, axis=(1, 2, 3), keepdims=True) for f in (jnp.mean, jnp.var))
+  return (x - mean) / jnp.sqrt(variance + 1e-5)
+
+
+def transformer(model, params, tokens, product: Callable = jnp.matmul) -> jax.Array:
+  """Logits of a `ByteTransformer`; the layer is the second of its MLP."""
+
+  def call(method, args, kwargs, context):
+    if context.module.name != "Dense_3":
+      return method(*args, **kwargs)
+    layer, (x,) = context.module.variables["params"], args
+    out = product(x.reshape(-1, x.shape[-1]), layer["kernel"])
+    return out.reshape(*x.shape[:-1], -1) + layer["bias"]
+
+  with nn.intercept_methods(call):
+    return model.apply(params, tokens)
 
 
 def flip_bits(key: jax.Array, x: jax.Array, rate: Any, bfloat16: Any) -> jax.Array:
@@ -146,6 +228,11 @@ class Step(NamedTuple):
   key: jax.Array
   grads: jax.Array  # float32 `[k, P]`
   layer: slice  # the first layer's kernel, in P
+  healthy: jax.Array  # bool `[k]`
+
+
+def _for_all(row, like):
+  return jnp.broadcast_to(row, like.shape)
 
 
 def _noise(key, like):
@@ -153,6 +240,21 @@ def _noise(key, like):
   length = lambda x: jnp.linalg.norm(x, axis=1, keepdims=True)
   return drawn * length(like) / length(drawn)
 
+
+def honest_statistics(sent: jax.Array, healthy: jax.Array):
+  """Mean and standard deviation (with n - 1) of the healthy rows, `[P]` each."""
+  number, mask = jnp.sum(healthy), healthy[:, None]
+  mean = jnp.sum(jnp.where(mask, sent, 0), axis=0) / number
+  squares = jnp.where(mask, sent - mean, 0) ** 2
+  return mean, jnp.sqrt(jnp.sum(squares, axis=0) / (number - 1))
+
+
+# What adversaries send, who know what the healthy workers send: their momentum, if they
+# have one. As in ByzFL, commit 69bd1ac (2025-06-06); 1.5 is the default there.
+ATTACKS: dict[str, Callable[..., jax.Array]] = {
+  "-0.5 x mean": lambda mean, deviation: -0.5 * mean,
+  "a little": lambda mean, deviation: mean + 1.5 * deviation,
+}
 
 # A wrong gradient, which a worker's momentum averages as if it were right.
 FAULTS: dict[str, Callable[[Step], jax.Array]] = {
@@ -165,8 +267,12 @@ FAULTS: dict[str, Callable[[Step], jax.Array]] = {
     10 * _noise(s.key, s.grads[:, s.layer])
   ),
   "zero": lambda s: jnp.zeros_like(s.grads),
-  "duplicated": lambda s: jnp.broadcast_to(s.grads[-1], s.grads.shape),
+  "duplicated": lambda s: _for_all(s.grads[-1], s.grads),
   "NaN": lambda s: jnp.full_like(s.grads, jnp.nan),
+  # The same as "a little" where workers have no momentum.
+  "a little, averaged": lambda s: _for_all(
+    ATTACKS["a little"](*honest_statistics(s.grads, s.healthy)), s.grads
+  ),
 }
 
 
@@ -186,24 +292,18 @@ FLAWS = {
 }
 
 
-def honest_statistics(sent: jax.Array, healthy: jax.Array):
-  """Mean and standard deviation (with n - 1) of the healthy rows, `[P]` each."""
-  number, mask = jnp.sum(healthy), healthy[:, None]
-  mean = jnp.sum(jnp.where(mask, sent, 0), axis=0) / number
-  squares = jnp.where(mask, sent - mean, 0) ** 2
-  return mean, jnp.sqrt(jnp.sum(squares, axis=0) / (number - 1))
-
-
-# What adversaries send, who know what the healthy workers send: their momentum, if they
-# have one. As in ByzFL, commit 69bd1ac (2025-06-06); 1.5 is the default there.
-ATTACKS: dict[str, Callable[..., jax.Array]] = {
-  "-0.5 x mean": lambda mean, deviation: -0.5 * mean,
-  "a little": lambda mean, deviation: mean + 1.5 * deviation,
-}
 NAMES = (*FAULTS, *FLAWS, *ATTACKS)
 
 
 # Training.
+
+
+def first_kernel(params: Any) -> slice:
+  """Where it is in the flat parameters."""
+  leaves = jax.tree.leaves(params)
+  kernel = [leaf.ndim > 1 for leaf in leaves].index(True)
+  ends = np.cumsum([0, *(leaf.size for leaf in leaves)])
+  return slice(*ends[kernel : kernel + 2])
 
 
 def make_train(
@@ -216,9 +316,9 @@ def make_train(
   `faulty`, bool `[k]`, whose number is told to some arms. Krum needs it when it is
   compiled. Returns accuracy and loss `[n]`, and with `watch` what `sources` shows.
   """
-  sizes = task.x.shape[1], *task.hidden, int(task.y.max()) + 1
-  _, unravel = ravel_pytree(init(jax.random.key(0), sizes))
-  layer = slice(0, sizes[0] * sizes[1])  # Flat, a layer's kernel precedes its bias.
+  start = task.init(jax.random.key(0))
+  _, unravel = ravel_pytree(start)
+  layer = first_kernel(start)
   at_worker, k = arm.startswith("momentum"), workers
   then = optax.sgd(task.learning_rate, momentum=DECAY)
   if optimizer == "adam":
@@ -227,8 +327,14 @@ def make_train(
   if at_worker:
     worker = worker_momentum(DECAY, num_microbatches=k)
     then = optax.sgd(task.learning_rate / (1 - DECAY))
+    if optimizer == "adam":
+      then = optax.adam(task.learning_rate / 10, b1=0)
   arrays = tuple(map(jnp.asarray, task[:4]))
   flaws = list(map(jnp.asarray, zip(*FLAWS.values())))
+
+  def loss(params, x, y, product=jnp.matmul):
+    out = task.logits(params, x, product)
+    return optax.softmax_cross_entropy_with_integer_labels(out, y).mean()
 
   def gradients(params, x, y, key=None, flaw=None):
     def one(x, y, key):
@@ -244,7 +350,7 @@ def make_train(
     told = krum if "Krum" in arm else jnp.sum(faulty)
     tx = optax.chain(*ARMS[arm](Arm(then, k, told, unravel)))
     keys = jax.random.split(jax.random.key(seed), 2)
-    params = ravel_pytree(init(keys[0], sizes))[0]
+    params = ravel_pytree(task.init(keys[0]))[0]
     flaw = Flaw(*(column[jnp.maximum(fault - len(FAULTS), 0)] for column in flaws))
     attack = jnp.maximum(fault - len(FAULTS) - len(FLAWS) + 1, 0)
     kind = jnp.where(attack > 0, 0, jnp.minimum(fault, len(FAULTS)))
@@ -257,7 +363,7 @@ def make_train(
       grads = gradients(params, x[rows], y[rows])
       wrong = faulty & (t >= onset)
       wrong &= jax.random.bernoulli(when, frequency, (k,))
-      at_hand = Step(key, grads, layer)
+      at_hand = Step(key, grads, layer, ~wrong)
 
       def computed():
         start = jnp.where(flaw.stale, old, params)
@@ -269,7 +375,7 @@ def make_train(
       grads = jnp.where(wrong[:, None], found, grads)
       sent, worker_state = worker.update(grads, worker_state, params)
       branches = [
-        lambda f=f: jnp.tile(f(*honest_statistics(sent, ~wrong)), (k, 1))
+        lambda f=f: _for_all(f(*honest_statistics(sent, ~wrong)), sent)
         for f in ATTACKS.values()
       ]
       lies = jax.lax.switch(attack, [lambda: sent, *branches])
@@ -285,7 +391,7 @@ def make_train(
     steps = jnp.arange(len(drawn)), drawn
     (params, *_), seen = jax.lax.scan(step, first, steps)
     params = unravel(params)
-    right = jnp.argmax(forward(params, test_x), axis=1) == test_y
+    right = jnp.argmax(task.logits(params, test_x), axis=-1) == test_y
     return jnp.mean(right), loss(params, test_x, test_y), seen
 
   return jax.jit(jax.vmap(run, (0, 0, None, None, None, None)))
@@ -313,14 +419,23 @@ SETTINGS: dict[str, tuple[Setting, Sequence[str], Sequence[str]]] = {
   "2 of 8, 1 % of the steps": (Setting(frequency=0.01), SIMPLE, RARE),
   "2 of 8, 30 % own classes": (Setting(own=0.3), ROBUST, NAMES),
   "2 of 8, 70 % own classes": (Setting(own=0.7), ROBUST, NAMES),
-  "2 of 8, Adam": (Setting(optimizer="adam"), WITH_ADAM, NAMES),
+  "2 of 8, Adam": (Setting(optimizer="adam"), tuple(ARMS), NAMES),
   "2 of 8, Adam, 1 % of the steps": (Setting(2, 8, 0.01, "adam"), WITH_ADAM, RARE),
   "4 of 16": (Setting(4, 16), ROBUST[-4:], NAMES),
 }
 
 
-# Features of CIFAR-10 cost ten times as much.
-PATCHES = {"2 of 8": (Setting(), ("mean, clipped at 1", *ROBUST), NAMES)}
+# The other tasks cost ten times as much.
+SOME = (
+  *(*ROBUST, "mean, clipped at 1", "each clipped at 1", "geometric median"),
+  "momentum: trimmed mean, told",
+)
+TASKS: dict[str, dict[str, tuple[Setting, Sequence[str], Sequence[str]]]] = {
+  "digits": SETTINGS,
+  "patches": {"2 of 8": (Setting(), SOME, NAMES)},
+  "resnet": {"2 of 8": (Setting(), SOME, NAMES)},
+  "bytes": {"2 of 8, Adam": (Setting(optimizer="adam"), SOME, NAMES)},
+}
 
 
 def measure(
@@ -352,15 +467,21 @@ def measure(
 
 
 Cases = dict[tuple[str, str], dict[str, np.ndarray]]
+BITS = 8.0  # of a byte: the loss of a model that knows nothing, or of NaN or above
 
 
 def by_case(lines: Sequence[dict]) -> Cases:
-  """Accuracies `[seeds]` of each arm, by setting and fault."""
+  """Scores `[seeds]` of each arm, by setting and fault: accuracies, higher is better.
+
+  Of bytes: minus the validation loss in bits per byte.
+  """
   found: Cases = {}
   for line in lines:
-    values = [float(x) for name, x in line.items() if name.startswith("accuracy")]
-    arms = found.setdefault((line["setting"], line["fault"]), {})
-    arms[line["arm"]] = np.array(values)
+    column = "loss" if line["task"] == "bytes" else "accuracy"
+    values = np.array([float(x) for n, x in line.items() if n.startswith(column)])
+    if column == "loss":
+      values = -np.fmin(values / np.log(2), BITS)
+    found.setdefault((line["setting"], line["fault"]), {})[line["arm"]] = values
   return found
 
 
@@ -375,11 +496,11 @@ def behind(cases: Cases) -> dict[str, dict[tuple[str, str], report.Difference]]:
 
 
 def table(cases: Cases, setting: str) -> str:
-  """Mean accuracies of all arms and faults."""
+  """Mean accuracies, or losses, of all arms and faults."""
   faults = [fault for title, fault in cases if title == setting]
-  rows = [["mean accuracy", *faults]]
+  rows = [["mean", *faults]]
   for arm in cases[setting, faults[0]]:
-    rows.append([arm, *(f"{cases[setting, f][arm].mean():.3f}" for f in faults)])
+    rows.append([arm, *(f"{abs(cases[setting, f][arm].mean()):.3f}" for f in faults)])
   return report.aligned(rows)
 
 
@@ -406,16 +527,18 @@ def picture(path: pathlib.Path, cases: Cases, title: str) -> None:
   values = np.array([[d.mean for d in row.values()] for row in found.values()])
   figure = Figure(figsize=(10, 8), layout="constrained")
   axes = figure.subplots()
+  unit = "bits per byte" if title == "bytes" else "accuracy"
   image = axes.imshow(values, cmap="viridis_r", vmin=0, vmax=0.05, aspect="auto")
-  figure.colorbar(image, extend="max", label="accuracy behind the best rival")
-  axes.set_xticks(range(values.shape[1]), [f for s, f in cases if s == setting])
-  axes.tick_params(axis="x", rotation=60)
+  figure.colorbar(image, extend="max", label=f"{unit} behind the best rival")
+  names = [fault for title, fault in cases if title == setting]
+  slanted = dict(rotation=60, ha="right", rotation_mode="anchor")
+  axes.set_xticks(range(len(names)), names, **slanted)
   axes.set_yticks(range(len(found)), list(found))
   for (row, column), value in np.ndenumerate(values):
     color = "white" if value > 0.025 else "black"
     place = dict(ha="center", va="center", fontsize=7, color=color)
     axes.text(column, row, f"{value:.3f}".replace("0.", "."), **place)
-  axes.set_title(f"{title}: {setting} workers always faulty")
+  axes.set_title(f"{title}: faulty workers, {setting}")
   charts.save(figure, path)
 
 
@@ -500,7 +623,7 @@ def found_table(lines: Sequence[dict[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-  parser.add_argument("--task", choices=("digits", "patches"), default="digits")
+  parser.add_argument("--task", choices=TASKS, default="digits")
   parser.add_argument("--quick", action="store_true", help="40 steps and two seeds")
   parser.add_argument("--find", action="store_true", help="how soon a fault is shown")
   parser.add_argument("--data-dir", default="data", help="where CIFAR-10 is")
@@ -525,8 +648,7 @@ def main(argv: list[str] | None = None) -> None:
     print(found_table(lines))
   else:
     path = out / f"faults-{options.task}.csv"
-    settings = SETTINGS if options.task == "digits" else PATCHES
-    cases = by_case(measure(options.task, task, settings, steps, path))
+    cases = by_case(measure(options.task, task, TASKS[options.task], steps, path))
     print(table(cases, next(iter(cases))[0]), summary(cases), sep="\n\n")
     picture(path.with_suffix(".png"), cases, options.task)
   print(f"All runs are in {path}.")

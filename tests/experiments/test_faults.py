@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.flatten_util import ravel_pytree
 
 import faults
 import report
@@ -21,7 +22,8 @@ def rows(*shape, seed=0):
 
 def test_faults_that_scale_or_replace():
   grads = rows(4, 10)
-  step = faults.Step(jax.random.key(0), jnp.asarray(grads), slice(0, 6))
+  healthy = jnp.array([False, True, True, True])
+  step = faults.Step(jax.random.key(0), jnp.asarray(grads), slice(0, 6), healthy)
   found = {name: np.asarray(fault(step)) for name, fault in faults.FAULTS.items()}
   expected = {
     "none": grads,
@@ -32,9 +34,14 @@ def test_faults_that_scale_or_replace():
     "duplicated": grads[[3, 3, 3, 3]],
     "NaN": np.nan * grads,
   }
-  assert found.keys() == expected.keys() | {"noise", "one layer noise"}
+  assert found.keys() == expected.keys() | {
+    *("noise", "one layer noise", "a little, averaged")
+  }
   for name, values in expected.items():
     np.testing.assert_array_equal(found[name], values)
+  honest = grads[1:].astype(float)
+  lie = honest.mean(axis=0) + 1.5 * honest.std(axis=0, ddof=1)
+  np.testing.assert_allclose(found["a little, averaged"], [lie] * 4, rtol=1e-5)
   length = lambda x: np.linalg.norm(x.astype(float), axis=1)
   np.testing.assert_allclose(length(found["noise"]), length(grads), rtol=1e-5)
   cosine = np.sum(found["noise"] * grads, axis=1) / length(grads) ** 2
@@ -158,7 +165,7 @@ def test_jumps_are_skipped_with_the_optimizer():
 
 def test_workers_have_classes_of_their_own():
   y = np.arange(1000) % 10
-  task = faults.Task(y[:, None], y, y[:, None], y, (4,), 50, 0.1, 1)
+  task = faults.Task(y[:, None], y, y[:, None], y, None, None, 50, 0.1, 1)
   for own in (0.0, 0.7, 1.0):
     drawn = faults.draw(task, faults.Setting(own=own), 20, 0)
     assert drawn.shape == (20, 8, 50) and drawn.dtype == np.int32
@@ -175,7 +182,7 @@ def test_how_far_behind_the_best_rival():
     "noise": ([0.1, 0.1, 0.1], [0.6, 0.5, 0.4], [0.7, 0.6, 0.5]),
   }
   lines = [
-    dict(setting="2 of 8", fault=fault, arm=arm)
+    dict(task="digits", setting="2 of 8", fault=fault, arm=arm)
     | {f"accuracy {seed}": str(value) for seed, value in enumerate(values)}
     for fault, some in accuracies.items()
     for arm, values in zip(names, some)
@@ -193,7 +200,77 @@ def test_how_far_behind_the_best_rival():
   assert by_name["gaf(0.97)"][:2] == ["2", "+0.000"]
   assert by_name["gaf(0.97)"][2].startswith("+0.100 ± 0.248")
   assert by_name["plain mean"][1:] == ["+0.200", "**+0.400 ± 0.248**", "noise, 2 of 8"]
-  assert "| plain mean    | 0.800 | 0.100 |" in faults.table(cases, "2 of 8")
+  assert "| plain mean | 0.800 | 0.100 |" in faults.table(cases, "2 of 8")
+
+
+def test_scores_of_bytes_are_losses():
+  losses = {"plain mean": (0.7, np.nan), "median": (1.4, 1.0), "gaf(0.97)": (0.7, 99)}
+  lines = [
+    dict(task="bytes", setting="2 of 8", fault="none", arm=arm)
+    | {"accuracy 0": "0.5", "accuracy 1": "0.5"}
+    | {f"loss {seed}": str(value) for seed, value in enumerate(values)}
+    for arm, values in losses.items()
+  ]
+  cases = faults.by_case(lines)
+  scores = cases["2 of 8", "none"]
+  # Natural logarithms to base 2; at most the 8 bits of a guess.
+  np.testing.assert_allclose(scores["median"], [-2.019773, -1.442695], rtol=1e-5)
+  np.testing.assert_allclose(scores["plain mean"], [-1.009887, -8], rtol=1e-5)
+  np.testing.assert_array_equal(scores["gaf(0.97)"], scores["plain mean"])
+  found = faults.behind(cases)["gaf(0.97)"]["2 of 8", "none"]
+  np.testing.assert_allclose(found.mean, 2.773710, rtol=1e-5)
+  assert "| median     | 1.731 |" in faults.table(cases, "2 of 8")
+
+
+def test_convolution():
+  x, kernel = rows(2, 6, 6, 3), rows(27, 5, seed=1)
+  expected = lambda stride: jax.lax.conv_general_dilated(
+    *(x, kernel.reshape(3, 3, 3, 5), (stride, stride), [(1, 1), (1, 1)]),
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+  )
+  for stride in (1, 2):
+    found = faults._convolution(x, kernel, stride)
+    np.testing.assert_allclose(found, expected(stride), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["digits", "resnet", "bytes"])
+def test_models(name):
+  """One product can be replaced, and no example depends on another."""
+  task = faults.load(name, "data")
+  params = jax.jit(task.init)(jax.random.key(0))
+  logits = lambda *args: jax.jit(lambda x: task.logits(params, x, *args[1:]))(args[0])
+  x, y = task.x[:3], task.y[:3]
+  out = logits(x)
+  assert out.shape == (*y.shape, 256 if name == "bytes" else 10)
+  np.testing.assert_allclose(logits(x[1:2]), out[1:2], rtol=1e-3, atol=1e-5)
+  calls = []
+
+  def product(a, b):
+    calls.append((a.shape, b.shape))
+    return a @ b
+
+  np.testing.assert_allclose(logits(x, product), out, rtol=1e-3, atol=1e-5)
+  ((a, b),) = calls
+  assert len(a) == len(b) == 2 and a[1] == b[0]
+  other = logits(x, lambda a, b: a[:, ::-1] @ b)
+  assert not np.allclose(other, out, rtol=1e-2, atol=1e-2)
+
+
+def test_the_first_kernel_of_flat_parameters():
+  params = {"a": {"bias": np.full(3, 2.0), "kernel": np.full((2, 3), 7.0)}}
+  params["b"] = {"kernel": np.full((3, 4), 5.0)}
+  flat, _ = ravel_pytree(params)
+  np.testing.assert_array_equal(flat[faults.first_kernel(params)], [7.0] * 6)
+
+
+def test_bytes_are_predicted_from_those_before():
+  task = faults.load("bytes", "data")
+  np.testing.assert_array_equal(task.x[:, 1:], task.y[:, :-1])
+  params, x = task.init(jax.random.key(0)), task.x[:1].copy()
+  before = task.logits(params, x)
+  x[0, 20] ^= 1
+  changed = np.any(before != task.logits(params, x), axis=-1)[0]
+  assert not changed[:20].any() and changed[20]
 
 
 def test_who_is_accused():
@@ -241,7 +318,7 @@ def few(monkeypatch):
   monkeypatch.setattr(faults, "STEPS", 30)
   arms = "plain mean", "momentum: recommended"
   settings = {"2 of 8": (faults.Setting(), arms, faults.NAMES)}
-  monkeypatch.setattr(faults, "SETTINGS", settings)
+  monkeypatch.setitem(faults.TASKS, "digits", settings)
   monkeypatch.setattr(faults, "RECOMMENDED", arms[1:])
 
 
