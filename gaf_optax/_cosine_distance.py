@@ -18,8 +18,8 @@ def cosine_distance(a: Any, b: Any) -> jax.Array:
 
   Inner products accumulate in at least float32; a norm above about 1e19 counts as not
   finite, one below about 3e-16 as zero. Complex leaves use the real part of the
-  Hermitian product. Leaves that are not floating point or complex in both trees
-  are ignored.
+  Hermitian product. Only leaves that are floating point or complex in both trees
+  are compared.
 
   Args:
     a: a pytree of arrays.

@@ -74,7 +74,7 @@ def gaf(
     axis_name: the name of an axis of `jax.pmap`, `jax.shard_map` or `jax.vmap`, or a
       tuple of names, where each device calls `update` with its own micro-gradient,
       shaped like the parameters. All devices get the same result, typed as replicated.
-      k is the number of devices, in row-major order. Communication: the volume of
+      The k devices are in row-major order of the names. Communication: the volume of
       `jax.lax.pmean` plus one k x k matrix; 1.5 times that with `anchor_decay`.
     param_axes: the name of a mesh axis, or a tuple of names, over which the parameters
       are sharded. Inner products are summed over these axes; a replicated leaf counts
@@ -119,10 +119,10 @@ def gaf(
   Raises:
     ValueError: for arguments outside their ranges. `update` raises it for leaves that
       are not stacked or differ in k, an empty tree, k = 1 without an anchor, and a k
-      other than `num_microbatches`. Across devices it also raises for an unbound axis
-      and, under the replication check, for gradients that do not vary over `axis_name`.
-      These are already summed: before `jax.grad`, call
-      `jax.lax.pcast(params, axis_name, to='varying')`.
+      other than `num_microbatches`. It also raises for a stacked `value` or `grad`,
+      across devices for an unbound axis and, under the replication check, for gradients
+      that do not vary over `axis_name`. These are already summed: before `jax.grad`,
+      call `jax.lax.pcast(params, axis_name, to='varying')`.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax

@@ -91,7 +91,7 @@ def check_axes(paths: Sequence[Any], arrays: Sequence[jax.Array], options: Any) 
       raise ValueError(
         f"micro-gradient leaf {leaf_name(path)} is sharded over axis {unmapped[0]!r},"
         " an Explicit mesh axis that this jax.shard_map does not map. Add the axis to"
-        " axis_names= and pass it as param_axes."
+        " its axis_names= and pass it as param_axes."
       )
   if not param_axes:
     return Axes(axis_names, options.stacked)
@@ -189,8 +189,8 @@ def reshard(leaves: Sequence[jax.Array], specs: Sequence[P], mesh) -> list[jax.A
 def split_batch(x: jax.Array, k: int, vmapped: bool) -> jax.Array:
   """`[batch, ...]` as `[k, batch // k, ...]`; microbatch i has the rows i, i + k, ...
 
-  Sharded rows stay on their devices. If the devices of an Explicit mesh do not
-  divide a microbatch, shards the k microbatches instead if `vmapped`, else raises.
+  Sharded rows stay on their devices. If these do not divide a microbatch, shards the
+  k microbatches instead, if `vmapped` and they divide k; else raises.
   """
   shape = (x.shape[0] // k, k, *x.shape[1:])
   spec = _compat.explicit_spec(x)

@@ -141,7 +141,7 @@ def multi_steps(
     max_norm_ratio=max_norm_ratio,
   )
   k = checked.num_microbatches
-  hint = " One micro-gradient has nothing to be compared with, except an anchor."
+  hint = " A cycle needs two micro-gradients to compare, or one with anchor_decay."
   if not callable(every_k_schedule):
     _validate.count(checked.min_accepted, hint, every_k_schedule=every_k_schedule)
     if k not in (None, every_k_schedule):

@@ -37,9 +37,9 @@ def on_shards(
       `gaf(axis_name=name, stacked=True)`); `()` without such an axis (`multi_steps`).
 
   Returns:
-    A transformation whose `update` takes leaves `[*lead, *shape]` and returns leaves
-    `[*shape]`, sharded by `specs`. `microbatch_weights` are sharded by `lead`; other
-    arrays among the extra arguments are replicated.
+    A transformation whose `update` takes leaves `[k, *shape]`, or `[*shape]` if `lead`
+    is `()`, and returns leaves `[*shape]`, sharded by `specs`. `microbatch_weights` are
+    sharded by `lead`; other arrays among the extra arguments are replicated.
 
   Raises:
     ValueError: if `mesh` is not a `Mesh` or `lead` not a tuple. `update` raises it for

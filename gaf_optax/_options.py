@@ -166,13 +166,13 @@ class Options:
 
 # Why the streamed forms (`multi_steps`, `value_and_grad`) do not support an option.
 _NOT_STREAMED = {
-  "embed": "the running mean holds gradients, not their embeddings",
+  "embed": "the running mean holds no embeddings. Stack the gradients and use gaf",
   "axis_name": (
     "each device filters its own micro-gradients. To filter across devices, pass the"
     " result to gaf(axis_name=...), or let each device stack them and use"
     " gaf(axis_name=..., stacked=True)"
   ),
-  "stacked": "stack them and use gaf",
+  "stacked": "omit it, or stack them and use gaf",
   "memory_decay": "the memory needs the cosines of all pairs. Stack them and use gaf",
   "max_norm_ratio": "the median norm needs all norms. Stack them and use gaf",
 }

@@ -261,7 +261,7 @@ def check(state: Any, options: Any) -> None:
   if k is not None and state.distances.shape != (k,):
     raise ValueError(
       f"num_microbatches is {k}, but the state holds {state.distances.shape[-1]}"
-      " micro-gradients: it was created by init with a different number."
+      " decisions: it was created by init with a different number."
     )
 
 

@@ -31,10 +31,10 @@ def _pytree(cls):
 
 @_pytree
 class Tau:
-  """A number or schedule: `init`, then in each step `at`, `from_distances`, `after`.
+  """A number or schedule; a step calls `at`, then `from_distances`, then `after`.
 
   Attributes:
-    value: of the step, a scalar array; a number or schedule before `at`.
+    value: tau of the step, a scalar array; before `at`, a number or schedule.
   """
 
   value: Any = dataclasses.field(default=None, kw_only=True, repr=False)
@@ -197,7 +197,7 @@ def target_accept_rate(
     raise ValueError(
       f"minimum must be at most maximum, got minimum {low} and maximum {high}."
     )
-  _validate.in_interval(low, high, _HINT, initial=initial)
+  _validate.in_interval(low, high, " The bounds are minimum, maximum.", initial=initial)
   return _TargetAcceptRate(float(rate), float(initial), float(step_size), low, high)
 
 

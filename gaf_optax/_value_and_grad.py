@@ -270,7 +270,7 @@ def _split(args, positions, kwargs, k, vmapped):
     rest = jax.tree_util.keystr(path[2:])
     shape = _tree.leaf_shape(leaf)
     name = f"batch argument {owner}{rest} has shape {shape}"
-    key_hint = ""
+    key_hint = "" if shape or by_keyword else _NAME_THE_BATCH
     if shape == (2,) and getattr(leaf, "dtype", None) == jnp.uint32:
       key_hint = " Is it a PRNG key? Pass a typed one: jax.random.wrap_key_data(key)."
     if first is None and (not shape or shape[0] % k or not shape[0]):
@@ -280,8 +280,8 @@ def _split(args, positions, kwargs, k, vmapped):
       )
     first = first or (shape[0], owner, rest, key_hint)
     if shape[:1] != first[:1]:
-      hint = " All batch arguments are split along axis 0 and need the same size."
-      hint = key_hint or first[3] or (_CLOSE_OVER if by_keyword else hint)
+      hint = _CLOSE_OVER if by_keyword else _NAME_THE_BATCH
+      hint = key_hint or first[3] or hint
       raise ValueError(
         f"{name}, but batch argument {first[1]}{first[2]} has {first[0]} rows.{hint}"
       )
@@ -296,6 +296,7 @@ def _split(args, positions, kwargs, k, vmapped):
   return batch, rebuild
 
 
+_NAME_THE_BATCH = " Is it part of the batch? If not, name the batch in batch_argnums."
 _CLOSE_OVER = (
   " Keyword arrays are split like the batch. To give all microbatches the same array,"
   " close over it:"

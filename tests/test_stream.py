@@ -248,6 +248,8 @@ class TestValueAndGrad:
       filtered(params, x, y[:6])
     with pytest.raises(ValueError, match="Is it a PRNG key"):
       gaf_optax.value_and_grad(self.loss, 4)(params, jax.random.PRNGKey(0), y)
+    with pytest.raises(ValueError, match=r"shape \(\).* name the batch in batch_arg"):
+      gaf_optax.value_and_grad(self.loss, 2)(params, 0.5, x, y)
     for batch in ((jax.random.PRNGKey(0), y), (y, jax.random.PRNGKey(0))):
       with pytest.raises(ValueError, match="rows. Is it a PRNG key"):
         gaf_optax.value_and_grad(self.loss, 2)(params, *batch)
