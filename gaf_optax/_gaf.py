@@ -61,8 +61,8 @@ def gaf(
   Args:
     tau: the largest accepted distance, in [0, 2]: a float, an `optax.Schedule` (called
       with the number of updates), :func:`target_accept_rate`, :func:`tau_quantile` or
-      :func:`adaptive_tau`. The useful range is 0.92 to 1.0 for most models; small
-      microbatches and few classes can need less.
+      :func:`adaptive_tau`. The paper uses 0.92 to 1.0; larger microbatches start
+      at smaller distances.
     rule: how micro-gradients are compared: `rules.sequential()` (the default, above),
       another rule of :mod:`gaf_optax.rules`, or any callable
       `(gram [k, k], valid [k] bool, tau) -> rules.Decision`. `valid` is False for
@@ -119,10 +119,10 @@ def gaf(
   Raises:
     ValueError: for arguments outside their ranges. `update` raises it for leaves that
       are not stacked or differ in k, an empty tree, k = 1 without an anchor, and a k
-      other than `num_microbatches`. It also raises for a stacked `value` or `grad`,
-      across devices for an unbound axis and, under the replication check, for gradients
-      that do not vary over `axis_name`. These are already summed: before `jax.grad`,
-      call `jax.lax.pcast(params, axis_name, to='varying')`.
+      other than `num_microbatches`. It also raises if the extra argument `value` or
+      `grad` is stacked. With `axis_name` it raises for an unbound axis and, under the
+      replication check, for gradients that do not vary over the axis. These are already
+      summed: before `jax.grad`, call `jax.lax.pcast(params, axis_name, to='varying')`.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax

@@ -12,7 +12,7 @@ from gaf_optax import _validate
 
 _HINT = (
   " It is a cosine distance: 0 is the same direction, 1 orthogonal, 2 opposite."
-  " The useful range for most models is 0.92 to 1.0."
+  " The paper uses 0.92 to 1.0."
 )
 
 # Maximum share of the mean similarity that adaptive_tau requires.
@@ -247,7 +247,7 @@ def adaptive_tau() -> Tau:
   during training, while a fixed tau eventually drops correct micro-gradients.
 
   Works with the same rules as :func:`tau_quantile`. Designed for
-  `rules.min_neighbors(0.6)` on the memory of persistent sources (`memory_decay` of
+  `rules.majority()` on the memory of persistent sources (`memory_decay` of
   :func:`gaf`), and for `rules.nearest_neighbors(5)` on single examples.
 
   Returns:
@@ -257,7 +257,7 @@ def adaptive_tau() -> Tau:
   Examples:
     >>> import jax.numpy as jnp
     >>> from gaf_optax import adaptive_tau, gaf, rules
-    >>> tx = gaf(adaptive_tau(), rule=rules.min_neighbors(0.6), num_microbatches=4)
+    >>> tx = gaf(adaptive_tau(), rule=rules.majority(), num_microbatches=4)
     >>> rows = jnp.array([[1., 0.], [1., .1], [.9, 0.], [-1., 1.]])
     >>> _, state = tx.update(rows, tx.init(jnp.zeros(2)))
     >>> state.accepted

@@ -52,10 +52,11 @@ def value_and_grad(
   With `compare` every rule works, in two passes. The first forms the gradients of the
   selected leaves, typically the last layer, for all microbatches at once (by
   `jax.vmap`) and compares them. The second differentiates the weighted mean loss, which
-  gives exactly the weighted mean of the whole micro-gradients. If only other leaves
-  have a NaN or an infinity, the gradient is zero, as without agreement. Microbatches of
-  one example are affordable. With c values in the selected leaves, comparing takes
-  `2 k^2 c` operations and up to `4 k c` values of memory, plus k x k matrices.
+  gives exactly the weighted mean of the whole micro-gradients. The comparison does not
+  see a NaN or an infinity outside the selected leaves; the gradient is then zero, as
+  without agreement. Microbatches of one example are affordable. With c values in the
+  selected leaves, comparing takes `2 k^2 c` operations and up to `4 k c` values of
+  memory, plus k x k matrices.
 
   Args:
     fun: a function that returns a scalar, or with `has_aux` a scalar and auxiliary
