@@ -24,8 +24,8 @@ IMITATIONS = {
   "steps": ("random steps", "as many as"),
   "loss": ("smallest loss", "as many as"),
 }
-# Number of steps within which random steps are drawn, so that early and late steps are
-# as frequent as GAF's.
+# Random steps are drawn within windows of this many steps, so that they are as
+# frequent early and late as GAF's.
 _WINDOW = 50
 
 
@@ -90,7 +90,7 @@ class Arm:
     return self.memory_decay is not None and self.imitates is None
 
   def compiled(self) -> "Arm":
-    """The same arm without what its compiled program does not depend on."""
+    """The same arm without the fields that do not affect its compiled program."""
     if self.imitates is None:
       return dataclasses.replace(self, name="", label="", tau=2.0, clean=False)
     ways = ("by_example", "smoothing", "mixup", "ema_decay")
@@ -216,8 +216,8 @@ def smallest_loss(
 ) -> Chosen:
   """The `number` micro-gradients or examples with the smallest losses `[k]`.
 
-  A warm-up keeps all: the losses of a new network say little, and what is excluded
-  from the start is not learned later.
+  A warm-up keeps all: the losses of a new network carry little information, and
+  examples excluded from the start are not learned later.
   """
   number = jnp.where(warming_up, len(losses), number)
   kept = jnp.argsort(jnp.argsort(losses)) < number
@@ -240,7 +240,7 @@ def chosen_by(
 
 
 def already_decided(chosen: Chosen):
-  """A rule that keeps what one step of a `Chosen` says, with sequential distances."""
+  """A rule that returns one step of a `Chosen`, with sequential distances."""
 
   def rule(gram, valid, tau):
     distances = rules.sequential()(gram, valid, tau).distances

@@ -1,9 +1,9 @@
-"""Batch norm: what statistics over all microbatches do to distances and training.
+"""Effect of BatchNorm statistics over all microbatches on distances and training.
 
-`python experiments/batch_norm.py` trains an MLP on scikit-learn's digits by eight
-sources, three of which have labels that are shifted by one. BatchNorm takes its
-statistics from each microbatch, or from all of them, and then differentiates through
-all (`axis_name`) or through its own; LayerNorm has none. Prints two tables.
+`python experiments/batch_norm.py` trains an MLP on scikit-learn's digits from eight
+sources; three have labels shifted by one. BatchNorm computes statistics of each
+microbatch, or of all. The gradient then passes through all statistics (`axis_name`) or
+only the microbatch's own. LayerNorm has no batch statistics. Prints two tables.
 """
 
 import argparse
@@ -26,13 +26,13 @@ K, NUM_WRONG = 8, 3  # sources, and how many of them have shifted labels: the la
 NUM_TRAIN = 1437  # of the 1,797 digits; the others test
 SEEDS = 5
 MEASURED_AT = (0, 50, 200)  # steps; the last is the end of training
-DRAWS = 20  # batches by which distances are measured at each of these
+DRAWS = 20  # batches to measure distances with at each of these
 
 FILTER = dict(tau=gaf_optax.adaptive_tau(), rule=rules.majority(), num_microbatches=K)
 
 
 class OwnGradient(nn.Module):
-  """BatchNorm by statistics of all microbatches, the gradient through its own."""
+  """Normalizes by statistics of all microbatches, differentiates through its own."""
 
   train: bool
 
@@ -79,7 +79,7 @@ class Network(nn.Module):
 
 
 class Run(NamedTuple):
-  """What a training run tells, here and below with a leading axis of seeds.
+  """Results of a training run; outside `train` with a leading axis of seeds.
 
   Attributes:
     accuracy: on the test images, at the end.
@@ -97,10 +97,10 @@ def train(seed, num_wrong, num_kept, *, norm, rows, filter) -> Run:
 
   Args:
     seed: draws the split, the sources, the weights and the batches.
-    num_wrong: how many sources have shifted labels, the last ones.
-    num_kept: of how many sources, the first ones, the mean is taken; K with a filter.
+    num_wrong: number of sources with shifted labels, the last ones.
+    num_kept: number of sources in the mean, the first ones; K with a filter.
     norm: a name in `NORMS`.
-    rows: in a microbatch.
+    rows: examples in a microbatch.
     filter: arguments of `apply_if_agreed`, or None for the mean.
   """
   keys = jax.random.split(jax.random.key(seed), 3)
@@ -130,7 +130,7 @@ def train(seed, num_wrong, num_kept, *, norm, rows, filter) -> Run:
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
     return losses.mean(), new.get("batch_stats", {})
 
-  # Statistics with axis_name="data" are those of all microbatches.
+  # With axis_name="data", statistics cover all microbatches.
   micro_grads = jax.vmap(
     jax.grad(loss, has_aux=True), (None, None, 0, 0), axis_name="data"
   )
@@ -187,7 +187,7 @@ def runs(**options):
 
 
 def area_under_roc(distances):
-  """How often a wrong one is further away than a right one, `[..., K]` to `[...]`."""
+  """How often a wrong source is further away than a right; `[..., K]` to `[...]`."""
   right, wrong = np.split(distances, [K - NUM_WRONG], axis=-1)
   right, wrong = right[..., None, :], wrong[..., None]
   return np.mean((wrong > right) + (wrong == right) / 2, axis=(-1, -2))

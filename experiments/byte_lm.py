@@ -1,7 +1,7 @@
-"""Byte LM: a language model with a wrong shard, or with single wrong documents.
+"""Byte language model with a wrong shard, or with single wrong documents.
 
 `python experiments/byte_lm.py` trains a small transformer on the standard library's
-source files; README.md beside this file says what is compared.
+source files; README.md beside this file describes the comparison.
 """
 
 import dataclasses
@@ -65,7 +65,7 @@ def _by_source(name):
 
 
 def _by_example():
-  # At tau 2 all are accepted, and compared all the same.
+  # At tau 2 all are accepted, but distances are still computed.
   return [
     *_rivals(**_COMPARED),
     dataclasses.replace(GEOMETRIC_MEDIAN, by_example=True),
@@ -76,11 +76,11 @@ def _by_example():
 
 
 def summary(experiment: runs.Experiment, arm: Arm) -> dict[str, np.ndarray]:
-  """What an arm achieved, `[seeds]`; losses in bits per byte.
+  """Scores of an arm, `[seeds]`; losses in bits per byte.
 
-  The final and the lowest validation loss, and the one where the loss on held-out
-  windows, as wrong as the training's, is lowest; the accepted share; the wrong share of
-  what was accepted; the share of the steps that were taken.
+  Validation losses: the final, the lowest, and the one at the lowest loss on held-out
+  windows, which are as wrong as the training's. Shares: accepted; wrong among the
+  accepted; steps taken.
   """
   accepted, curves = (
     experiment.traces[arm.name]["accepted"],
@@ -102,7 +102,7 @@ def summary(experiment: runs.Experiment, arm: Arm) -> dict[str, np.ndarray]:
 def document_scores(signal: np.ndarray, documents: np.ndarray, number: int):
   """The mean of a signal over each document's sequences, NaN if never seen.
 
-  Minus the mean of its step, since loss and distance change during training.
+  The step's mean is subtracted, since loss and distance change during training.
 
   Args:
     signal: `[steps, k]`, NaN where it is missing.

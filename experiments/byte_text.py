@@ -1,4 +1,4 @@
-"""Text: the standard library's source files, and what each step sees of them."""
+"""The standard library's source files, and each step's windows of them."""
 
 import dataclasses
 import hashlib
@@ -13,7 +13,7 @@ from arms import Part
 from shared import UserError
 
 CONTEXT = 64
-# A directory of other people's code, of fixtures, or of tables in bulk.
+# Directories of other people's code, of fixtures, or of tables in bulk.
 _LEFT_OUT = {
   *("site-packages", "dist-packages", "test", "tests", "idlelib", "distutils"),
   *("lib2to3", "encodings", "pydoc_data", "__pycache__"),
@@ -21,12 +21,12 @@ _LEFT_OUT = {
 # Differs between machines: how this Python was built.
 _LEFT_OUT_FILES = "_sysconfigdata"
 _VALIDATION_WINDOWS, _HELD_OUT_WINDOWS = 128, 64
-# Of the training documents, where single ones are wrong.
+# Share of wrong training documents, where single ones are wrong.
 WRONG_SHARE = 0.2
 # One stream of random numbers for each purpose; the values only have to differ.
 _PLACES, _SHARDS, _KINDS, _BYTES, _HELD_OUT = range(5)
 
-# What can be wrong with the targets of a document; inputs are always right.
+# Kinds of targets of a document; inputs are always right.
 KINDS = ("right", "code page", "shifted", "random bytes")
 PARTS = {
   "clean": "nothing wrong",
@@ -41,7 +41,7 @@ _CODE_PAGE = np.frombuffer(
 
 
 class Batches(NamedTuple):
-  """What n steps see."""
+  """Inputs and targets of n steps."""
 
   inputs: np.ndarray  # uint8 `[n, k, b, CONTEXT]`
   # uint8 `[n, k, b, CONTEXT]`, the byte after each input, where right.
@@ -52,15 +52,15 @@ class Batches(NamedTuple):
 class Text:
   """Bytes to train on and windows to validate on, of different files."""
 
-  training: np.ndarray  # uint8 `[n]`, the training files one after the other
-  names: tuple[str, ...]  # Of the training files, the documents
+  training: np.ndarray  # uint8 `[n]`, the training files, concatenated
+  names: tuple[str, ...]  # The training files, which are the documents
   sizes: np.ndarray  # int64 `[documents]`, of each in bytes, at least CONTEXT + 2
-  # uint8 `[windows, CONTEXT + 2]`, evenly spaced in the other files, half of them for
-  # each: to measure with, always right; and to choose with, as wrong as the training's.
+  # uint8 `[windows, CONTEXT + 2]`, evenly spaced in half of the other files each: right
+  # ones to measure with, and ones as wrong as the training's to choose with.
   validation: np.ndarray
   held_out: np.ndarray
-  description: str  # What was read, for people
-  digest: str  # Tells whether two texts are the same
+  description: str  # For people
+  digest: str  # Differs between texts
 
 
 class Schedule:
@@ -72,10 +72,10 @@ class Schedule:
 
   Attributes:
     names: of the documents.
-    kinds: int `[documents]`, what is wrong with each, in `KINDS`.
-    documents: int `[steps, k, b]`, which one each window is from.
+    kinds: int `[documents]`, indices in `KINDS`.
+    documents: int `[steps, k, b]`, the document of each window.
     wrong: bool `[steps, k]`, which microbatches are from wrong documents.
-    held_out_targets: uint8 `[windows, CONTEXT]`, as wrong as those that are trained on.
+    held_out_targets: uint8 `[windows, CONTEXT]`, as wrong as the training targets.
     control_key: numbers that the controls' choices come from.
   """
 
@@ -110,7 +110,7 @@ class Schedule:
     self.wrong = self.kinds[self.documents[..., 0]] > 0
 
   def batches(self, start: int, stop: int, clean: bool) -> Batches:
-    """What the steps from `start` to before `stop` see; `clean`: nothing is wrong."""
+    """Batches of the steps in `[start, stop)`; with `clean`, nothing is wrong."""
     places, kinds = self._places[start:stop], self.kinds[self.documents[start:stop]]
     windows = self._text.training[places[..., None] + np.arange(CONTEXT + 2)]
     targets = [
@@ -121,7 +121,7 @@ class Schedule:
 
 
 def _some_wrong(number, rng):
-  """Kinds `[number]`, of which the share WRONG_SHARE is wrong, in all ways alike."""
+  """Kinds `[number]`: WRONG_SHARE of them are wrong, equally often in each way."""
   kinds = np.zeros(number, int)
   wrong = np.arange(round(WRONG_SHARE * number))
   kinds[wrong] = 1 + wrong % (len(KINDS) - 1)
@@ -171,7 +171,7 @@ def _is_long(content):
 
 
 def _windows(text, number):
-  """So many windows uint8 `[number, CONTEXT + 2]`, evenly spaced in a text."""
+  """Windows uint8 `[number, CONTEXT + 2]`, evenly spaced in a text."""
   starts = np.linspace(0, len(text) - CONTEXT - 2, number).astype(int)
   return text[starts[:, None] + np.arange(CONTEXT + 2)]
 

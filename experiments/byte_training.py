@@ -1,4 +1,4 @@
-"""Byte training: a small transformer on bytes, its steps, and its validation loss."""
+"""A small transformer on bytes, its training steps, and its validation loss."""
 
 import functools
 from typing import Any, NamedTuple
@@ -24,8 +24,8 @@ from byte_text import CONTEXT, Batches, Text
 
 _WIDTH = 64
 _LEARNING_RATE = 4e-3
-_WARM_UP = 0.1  # Share of the steps: of the learning rate, and until losses decide.
-# Decay of the running losses of sources, as of their cosines.
+_WARM_UP = 0.1  # Share of the steps, for the learning rate and for choosing by loss.
+# Decay of the sources' running losses; their cosines have the same decay.
 _MEMORY = 0.98
 _LAST_LAYER = "head"
 # Wavelengths of the rotations: from one radian per byte to this many times slower.
@@ -75,18 +75,18 @@ def _rotated(x):
 
 
 class Learner(NamedTuple):
-  """What training changes."""
+  """State of training."""
 
   params: Any
   opt_state: Any  # With GAF's state, unless single sequences are compared
   average: Any = None  # Moving average of the parameters, where that is validated
-  source_losses: Any = None  # float32 `[k]`, running losses where those decide
+  source_losses: Any = None  # float32 `[k]`, running losses, if an arm chooses by them
 
 
 class Trace(NamedTuple):
-  """What happened at each step, with steps as the first axis.
+  """Record of the steps, which are the first axis.
 
-  k is the number of microbatches, or of sequences where those are compared.
+  k is the number of microbatches, or of sequences if those are compared.
   """
 
   loss: Any  # float32 `[k]`, in bits per byte
@@ -105,8 +105,8 @@ class ByteTrainer(runs.Trainer):
     self._model = ByteTransformer()
     self._text, self._num_microbatches = text, num_microbatches
     self._warm_up = max(1, int(_WARM_UP * steps))
-    # Outside of what is skipped, so that it follows the steps in every arm, and all
-    # end with the same learning rate. AdamW's moments and decay are inside.
+    # Skipped steps still advance the schedule, so all arms end with the same learning
+    # rate. They do not touch AdamW's moments or apply its weight decay.
     self._schedule = optax.warmup_cosine_decay_schedule(
       0.0, _LEARNING_RATE, self._warm_up, steps
     )
@@ -129,7 +129,7 @@ class ByteTrainer(runs.Trainer):
   def advance(
     self, arm: Arm, learner: Learner, batches: Batches, chosen: Chosen | None
   ) -> tuple[Learner, Trace]:
-    """Takes some steps; a control keeps what `chosen` says."""
+    """Takes some steps; a control keeps `chosen`."""
     one = self._step_by_example if arm.by_example else self._step
 
     def take(learner, tau, seen):
@@ -237,7 +237,7 @@ class ByteTrainer(runs.Trainer):
 
 
 def _alone(loss, params, inputs, targets):
-  """Losses of single sequences, and norms of their gradients of the last layer."""
+  """Losses of single sequences, and norms of their last-layer gradients."""
 
   def one(layer, *seen):
     return loss(params | {_LAST_LAYER: layer}, *(x[None] for x in seen))

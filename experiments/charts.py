@@ -1,4 +1,4 @@
-"""Charts: results as PNG, and the curves of runs."""
+"""Charts of results and of training curves, as PNG."""
 
 import os
 import pathlib
@@ -91,7 +91,7 @@ def styles(arms: Sequence[Any]) -> dict[str, dict]:
 def rolling(values: np.ndarray, width: int) -> np.ndarray:
   """Mean `[steps]` of the finite values of the last `width` steps and all seeds.
 
-  NaN where there is none; `values` are `[seeds, steps]`.
+  `values` are `[seeds, steps]`; the mean is NaN if none is finite.
   """
   finite = np.isfinite(values)
   total = np.cumsum(np.where(finite, values, 0).sum(axis=0, dtype=float))
@@ -197,7 +197,7 @@ def over_tau_of(settings: Sequence[report.Setting]) -> list[tuple]:
 def forest(
   path: pathlib.Path, title: str, settings: Sequence[report.Setting], kinds=_MARKERS
 ) -> None:
-  """What GAF gained: a line for each arm, final at the left, picked at the right."""
+  """GAF's gains: a line for each arm, final at the left, picked at the right."""
   found = [
     [gain for setting in settings for gain in report.gains(setting, score)]
     for score in report.SCORES
@@ -246,7 +246,7 @@ def _interval(axes, at, difference, color, marker):
 
 
 def areas(path: pathlib.Path, lines: Sequence[dict], signals: Sequence[str]) -> None:
-  """How well wrong labels can be told over training, a panel for each setting."""
+  """Areas under ROC of wrong labels over training, a panel for each setting."""
   panels: dict[str, dict[int, list[dict]]] = {}
   for line in lines:
     steps = panels.setdefault(line["title"], {})

@@ -1,4 +1,4 @@
-"""Faults: workers that compute wrong gradients, and rules that withstand them.
+"""Workers that compute wrong gradients, and rules that withstand them.
 
 `python experiments/faults.py` trains a model on micro-gradients of 8 workers, some of
 them faulty, with the plain mean, simple remedies, robust aggregation and `gaf_optax`.
@@ -35,11 +35,11 @@ from shared import UserError, data
 
 STEPS = 400
 DECAY = 0.9  # of the momentum, in the optimizer or at the workers
-FAULTY = (0, 3, 5, 10)  # The first so many are faulty; worker 0 is always among them.
-OWN_CLASSES = 3  # that a worker prefers, where workers differ by themselves
-REFRESH = 100  # Stale workers get new parameters once in so many steps.
+FAULTY = (0, 3, 5, 10)  # The faulty workers are a prefix; 0 is always among them.
+OWN_CLASSES = 3  # preferred by a worker, in settings where workers differ
+REFRESH = 100  # steps after which stale workers get new parameters
 BYTES = 32  # in a window of the language model
-FLIP_RATE = 1e-3  # of the values of a backward product have one bit flipped
+FLIP_RATE = 1e-3  # share of a backward product's values with one bit flipped
 
 
 class Task(NamedTuple):
@@ -61,13 +61,13 @@ class Setting(NamedTuple):
 
   num_faulty: int = 2
   workers: int = 8
-  frequency: float = 1.0  # of the steps in which a faulty worker is wrong
+  frequency: float = 1.0  # share of the steps in which a faulty worker is wrong
   optimizer: str = "sgd"
-  own: float = 0.0  # share of a worker's examples that are of its own three classes
+  own: float = 0.0  # share of a worker's examples from its preferred classes
 
 
 def load(name: str, data_dir: str) -> Task:
-  """Digits in an MLP or a ResNet, features of 10,000 images of CIFAR-10, or bytes."""
+  """Digits for an MLP or a ResNet, features of 10,000 images of CIFAR-10, or bytes."""
   start: Callable
   if name == "bytes":
     text, model = byte_text.load(), byte_training.ByteTransformer(width=32, depth=1)
@@ -100,7 +100,7 @@ def _pairs(windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw(task: Task, setting: Setting, steps: int, seed: int) -> np.ndarray:
-  """Which examples each worker sees, int32 `[steps, workers, rows]`."""
+  """Indices of each worker's examples, int32 `[steps, workers, rows]`."""
   rng = np.random.default_rng(seed)
   shape = steps, setting.workers, task.rows
   drawn = rng.integers(len(task.y), size=shape, dtype=np.int32)
@@ -142,8 +142,8 @@ def init_resnet(key: jax.Array):
 def resnet(params, x, product: Callable = jnp.matmul) -> jax.Array:
   """Logits of images `[n, h, w, 1]`.
 
-  Each example is normalized by itself: with BatchNorm a gradient would depend on more
-  than its own microbatch or on statistics that workers share.
+  Each example is normalized individually. With BatchNorm, a gradient would depend on
+  other microbatches, or on statistics that workers share.
   """
   stem, *kernels, head = params
   x = jax.nn.relu(_normalized(_convolution(x, stem)))
@@ -159,7 +159,7 @@ def resnet(params, x, product: Callable = jnp.matmul) -> jax.Array:
 
 
 def _convolution(x, kernel, stride=1, product=jnp.matmul):
-  """3 x 3, as a product of patches and a kernel `[9 c, channels]`."""
+  """3 x 3 convolution, as a product of patches and a kernel `[9 c, channels]`."""
   (_, h, w, _), padded = x.shape, jnp.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)])
   shifts = [(slice(i, i + h, stride), slice(j, j + w, stride)) for i, j in _PLACES]
   patches = jnp.concatenate([padded[:, i, j] for i, j in shifts], axis=-1)
@@ -190,12 +190,12 @@ def transformer(model, params, tokens, product: Callable = jnp.matmul) -> jax.Ar
 
 
 def flip_bits(key: jax.Array, x: jax.Array, rate: Any, bfloat16: Any) -> jax.Array:
-  """x, of which a share `rate` of the values have one random bit flipped.
+  """x with one random bit flipped in a share `rate` of the values.
 
-  With `bfloat16` it is rounded to that first, which is the upper half of a float32.
+  With `bfloat16`, x is first rounded to bfloat16, the upper half of a float32.
   """
   lowest = jnp.where(bfloat16, 16, 0).astype(jnp.uint32)
-  drawn = jax.random.bits(key, x.shape)  # 27 bits say whether, 5 say which.
+  drawn = jax.random.bits(key, x.shape)  # 27 bits decide whether, 5 which.
   hit = (drawn >> 5) < rate * 2**27
   flips = jnp.where(hit, jnp.uint32(1) << (lowest + drawn % (32 - lowest)), 0)
   x = jnp.where(bfloat16, x.astype(jnp.bfloat16).astype(jnp.float32), x)
@@ -223,7 +223,7 @@ flaky_matmul.defvjp(lambda *args: (args[0] @ args[1], args), _flaky_backward)
 
 
 class Step(NamedTuple):
-  """What a faulty worker has at hand; all workers' values, of which its own is used."""
+  """Inputs of a faulty worker, for all workers; it uses its own row."""
 
   key: jax.Array
   grads: jax.Array  # float32 `[k, P]`
@@ -249,14 +249,14 @@ def honest_statistics(sent: jax.Array, healthy: jax.Array):
   return mean, jnp.sqrt(jnp.sum(squares, axis=0) / (number - 1))
 
 
-# What adversaries send, who know what the healthy workers send: their momentum, if they
-# have one. As in ByzFL, commit 69bd1ac (2025-06-06); 1.5 is the default there.
+# Vectors of adversaries that know the healthy workers' vectors (momentum, if any).
+# As in ByzFL, commit 69bd1ac (2025-06-06); 1.5 is the default there.
 ATTACKS: dict[str, Callable[..., jax.Array]] = {
   "-0.5 x mean": lambda mean, deviation: -0.5 * mean,
   "a little": lambda mean, deviation: mean + 1.5 * deviation,
 }
 
-# A wrong gradient, which a worker's momentum averages as if it were right.
+# Wrong gradients, which a worker's momentum averages like right ones.
 FAULTS: dict[str, Callable[[Step], jax.Array]] = {
   "none": lambda s: s.grads,
   "sign flipped": lambda s: -s.grads,
@@ -277,14 +277,14 @@ FAULTS: dict[str, Callable[[Step], jax.Array]] = {
 
 
 class Flaw(NamedTuple):
-  """How a worker's computation is wrong; scalars."""
+  """Errors in a worker's computation; scalars."""
 
   stale: Any  # bool, whether its parameters are up to `REFRESH` steps old
-  rate: Any  # of the values of a backward product have one random bit flipped
+  rate: Any  # share of a backward product's values with one random bit flipped
   bfloat16: Any  # bool, whether these products are rounded to bfloat16
 
 
-# Likewise, but computed.
+# Likewise, but from a wrong computation.
 FLAWS = {
   "bit flips": Flaw(False, FLIP_RATE, False),
   "bit flips bf16": Flaw(False, FLIP_RATE, True),
@@ -299,7 +299,7 @@ NAMES = (*FAULTS, *FLAWS, *ATTACKS)
 
 
 def first_kernel(params: Any) -> slice:
-  """Where it is in the flat parameters."""
+  """Slice of the first layer's kernel in the flat parameters."""
   leaves = jax.tree.leaves(params)
   kernel = [leaf.ndim > 1 for leaf in leaves].index(True)
   ends = np.cumsum([0, *(leaf.size for leaf in leaves)])
@@ -311,10 +311,10 @@ def make_train(
 ) -> Callable:
   """A jitted function `(seeds, drawn, fault, faulty, frequency, onset)` of one arm.
 
-  `seeds` `[n]` and `drawn` `[n, steps, k, rows]` are mapped over; the fault is the
-  index of its name in `NAMES`, begins at step `onset` and is that of the workers
-  `faulty`, bool `[k]`, whose number is told to some arms. Krum needs it when it is
-  compiled. Returns accuracy and loss `[n]`, and with `watch` what `sources` shows.
+  `seeds` `[n]` and `drawn` `[n, steps, k, rows]` are mapped over. `fault` is an index
+  in `NAMES`. It begins at step `onset` in the workers `faulty`, bool `[k]`. Some arms
+  are told their number; Krum needs it at compile time. Returns accuracy and loss `[n]`,
+  and with `watch` the results of `sources`.
   """
   start = task.init(jax.random.key(0))
   _, unravel = ravel_pytree(start)
@@ -369,7 +369,7 @@ def make_train(
         start = jnp.where(flaw.stale, old, params)
         return gradients(start, x[rows], y[rows], key, flaw)
 
-      # Switches that no seed changes: only one branch of each runs.
+      # The indices do not depend on the seed, so only one branch of a switch runs.
       branches = [lambda f=f: f(at_hand) for f in FAULTS.values()]
       found = jax.lax.switch(kind, [*branches, computed])
       grads = jnp.where(wrong[:, None], found, grads)
@@ -441,7 +441,7 @@ TASKS: dict[str, dict[str, tuple[Setting, Sequence[str], Sequence[str]]]] = {
 def measure(
   name: str, task: Task, settings: dict, steps: int, path: pathlib.Path
 ) -> list[dict]:
-  """A line for each case, with all seeds; they are written as they come."""
+  """A line for each case, with all seeds; each is written when it is ready."""
   lines: list[dict[str, Any]] = []
   programs: dict[tuple, Callable] = {}
   total = sum(len(arms) * len(faults) for _, arms, faults in settings.values())
@@ -467,13 +467,13 @@ def measure(
 
 
 Cases = dict[tuple[str, str], dict[str, np.ndarray]]
-BITS = 8.0  # of a byte: the loss of a model that knows nothing, or of NaN or above
+BITS = 8.0  # in a byte: the loss of a uniform guess; NaN and larger losses count as 8
 
 
 def by_case(lines: Sequence[dict]) -> Cases:
   """Scores `[seeds]` of each arm, by setting and fault: accuracies, higher is better.
 
-  Of bytes: minus the validation loss in bits per byte.
+  For bytes, a score is minus the validation loss in bits per byte.
   """
   found: Cases = {}
   for line in lines:
@@ -486,7 +486,7 @@ def by_case(lines: Sequence[dict]) -> Cases:
 
 
 def behind(cases: Cases) -> dict[str, dict[tuple[str, str], report.Difference]]:
-  """By arm and case, how far the best rival of that case is ahead, paired by seed."""
+  """How far the best rival of each case is ahead of each arm, paired by seed."""
   found: dict = {}
   for case, arms in cases.items():
     best = max((arm for arm in arms if arm in RIVALS), key=lambda a: arms[a].mean())
@@ -505,7 +505,7 @@ def table(cases: Cases, setting: str) -> str:
 
 
 def summary(cases: Cases) -> str:
-  """Of each arm: how far behind the best rival on average, at worst, and where."""
+  """How far each arm is behind the best rival on average and at worst, and where."""
   rows = [["behind the best rival", "cases", "on average", "at worst", "in"]]
   others = [(title,) for title in SETTINGS if title not in ALIKE]
   for titles in (ALIKE, *others):
@@ -548,7 +548,7 @@ def picture(path: pathlib.Path, cases: Cases, title: str) -> None:
 # workers differ by a standard deviation of about 0.01.
 LOW, LEAST_MEDIAN = 0.5, 0.03
 LASTING = (1, 20, 50)  # steps
-LEAST_STEPS = 20  # that the memory rests on
+LEAST_STEPS = 20  # in the memory's average
 COPIES = (0.8, 0.9)  # cosine of two workers in the memory
 
 
@@ -560,7 +560,7 @@ def lasting(found: np.ndarray, number: int) -> np.ndarray:
 
 
 def accused(seen: dict[str, Any]) -> dict[str, np.ndarray]:
-  """Bool `[n, steps, k]` by signal, from what `sources` and the memory showed."""
+  """Bool `[n, steps, k]` by signal, from `sources` and the memory."""
   known, agreement = seen["num_steps"] >= LEAST_STEPS, seen["agreement"]
   typical = np.median(agreement, axis=-1, keepdims=True)
   low = known & (typical > LEAST_MEDIAN) & (agreement < LOW * typical)
@@ -572,13 +572,13 @@ def accused(seen: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def delays(found: np.ndarray, onset: int) -> np.ndarray:
-  """Steps from the onset to the first accusation, `[n]`; inf where there is none."""
+  """Steps from the onset to the first accusation, `[n]`; inf without one."""
   later = found[:, onset:]
   return np.where(later.any(axis=1), later.argmax(axis=1) + 1, np.inf)
 
 
 def find(name: str, task: Task, runs: int, steps: int) -> list[dict[str, Any]]:
-  """A line for each arm with a memory, fault and signal; worker 0 is faulty.
+  """A line for each fault, signal, and arm with a memory; worker 0 is faulty.
 
   The fault begins half-way. The last lines are of runs without faults: with equal
   sources, with sources that differ, and ten times as long.

@@ -1,4 +1,4 @@
-"""Features: of patches of images, fixed before training (Coates and Ng, 2012)."""
+"""Patch features of images, fixed before training (Coates and Ng, 2012)."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ _NUM_FILTERS = 128
 _SIZE = 6  # Of a patch, in pixels
 _NUM_SAMPLES = 50_000  # Patches that the whitening is computed from
 _CHUNK = 200  # Images at a time
-# What a response must exceed; whitened patches have about deviation 1 along a filter.
+# Threshold of a response; whitened patches have about deviation 1 along a filter.
 _THRESHOLD = 1.0
 _FLAT = 10.0  # Added to a patch's variance, of pixels in [0, 255], so flat ones stay so
 _RIDGE = 0.1  # Added to the eigenvalues before they are inverted

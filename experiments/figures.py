@@ -1,4 +1,4 @@
-"""Figures: the experiments with images whose results are kept, one function each."""
+"""Image experiments whose results are kept, one function for each figure."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from schedule import HUMAN
 from shared import CONFUSED
 from training import OPTIMIZERS
 
-# What can be wrong with a source, in words for titles.
+# Corruptions of a source, in words for titles.
 CORRUPTIONS = {
   "shifted-labels": "every label shifted by one",
   "random-labels": "random labels",
@@ -38,7 +38,7 @@ class Part(_Part):
   asymmetric: bool = False  # Give them the class that each is usually mistaken for
   random_labels: bool = False  # All training labels
   noisy_labels_key: str | None = None  # Array of labels by people (CIFAR-10N)
-  wrong_kind: str = "shifted-labels"  # What is wrong with wrong sources
+  wrong_kind: str = "shifted-labels"  # Corruption of wrong sources
   skew: float = 0.0  # Share of each source's images from three classes
   model: str = "mlp"
   width: int | None = None
@@ -221,7 +221,7 @@ def kept_share():
 
 
 def _persistent(name, arms, number, **setting):
-  """Eight sources of which the same `number` are wrong in each step."""
+  """Eight sources; the same `number` are wrong in each step."""
   return Part(
     name=name,
     arms=(*arms, *[RIGHT] * bool(number)),
@@ -239,7 +239,7 @@ _SOURCES_PATCHES = dict(
 
 
 def _memory(wrong: dict[str, Sequence[int]], **setting):
-  """`wrong`: how many of eight sources are wrong, by what is wrong with them."""
+  """`wrong`: numbers of wrong sources among eight, by corruption."""
   adaptive = dict(adaptive=True, **_MEMORY)
   median = dict(ema_decay=EMA_DECAY, rule="geometric_median")
   arms = [
@@ -295,8 +295,8 @@ class Figure:
   """An experiment that has a name on the command line.
 
   Attributes:
-    parts: makes what runs, still without titles.
-    title: what it shows, and where in the paper.
+    parts: returns the parts, still without titles.
+    title: for people, with the place in the paper.
     draw: 'curves' over steps, 'over' a number, or 'forest' of differences.
     x: of 'over', the field of `Part` or `Arm` on the x axis.
   """
@@ -336,7 +336,7 @@ FIGURES = {
 
 
 def parts(name: str) -> list[Part]:
-  """What a figure runs, with titles that say what they are and how they differ."""
+  """The parts of a figure, with titles that name the setting and the differences."""
   found = FIGURES[name].parts()
   differing = {"optimizer": "{}", "microbatch_size": "microbatches of {}"}
   said = {

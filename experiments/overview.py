@@ -1,4 +1,4 @@
-"""Overview: tables and pictures of the kept results; nothing is trained.
+"""Tables and pictures of the kept results; nothing is trained.
 
 `python experiments/overview.py` counts in how many settings GAF beats chance and the
 best rival, and draws the pictures that follow from the csv files of `results`;
@@ -22,7 +22,7 @@ from shared import UserError
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 _TOLD_APART = "told-apart"
-# By file, what its settings have in common; other files hold no rivals.
+# The claim of each file's settings; other files hold no rivals.
 CLAIMS = {
   "memory": "Sources that persist, compared with a memory",
   "by-example": "Labels wrong here and there, single examples compared",
@@ -42,7 +42,7 @@ def claim_of(name: str, title: str = "") -> str | None:
 
 
 def claims(folder: pathlib.Path = RESULTS) -> dict[str, list[Setting]]:
-  """By claim, the settings of all files, without GAF arms that have no control."""
+  """Settings of all files by claim, without GAF arms that have no control."""
   found: dict[str, list[Setting]] = {claim: [] for claim in CLAIMS}
   for path in sorted(folder.glob("*.csv")):
     if _TOLD_APART in path.stem or not claim_of(path.stem):
@@ -82,10 +82,10 @@ def counts(found: dict[str, list[Setting]]) -> str:
 
 
 def regrets(settings: Sequence[Setting]) -> str:
-  """A Markdown table of what it costs to train in one way in all settings.
+  """A Markdown table of the cost of training in one way in all settings.
 
-  By score how far an arm is behind the best one of each setting, on average and at
-  worst. Chance and arms that need the truth do not count. Arms that are told the share
+  The cost in a score is the distance to the best arm of each setting, on average and at
+  worst. Chance and arms that need the truth are excluded. Arms that are told the share
   of right examples are one way; where nothing is wrong they are the plain mean.
   """
   settings = [_one_name(setting) for setting in settings]
@@ -120,7 +120,7 @@ def _one_name(setting):
 
 
 def draw(out: pathlib.Path, folder: pathlib.Path = RESULTS) -> None:
-  """Writes the pictures that the csv files of `folder` suffice for."""
+  """Writes the pictures that need only the csv files of `folder`."""
   out.mkdir(parents=True, exist_ok=True)
   for claim, settings in claims(folder).items():
     kinds = ("chance", "rival")

@@ -1,7 +1,7 @@
-"""Paper: trains what a figure compares, and writes its scores and its picture.
+"""Trains the arms of a figure, and writes its scores and its picture.
 
 `python experiments/paper.py NAME`; README.md beside this file has the names, and
-RESULTS.md what came out.
+RESULTS.md the results.
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ from training import Trainer
 
 
 def summary(experiment: runs.Experiment, arm: Any) -> dict[str, np.ndarray | None]:
-  """What an arm achieved, `[seeds]`.
+  """Scores of an arm, `[seeds]`.
 
-  The best and the final test accuracy, and the one where the accuracy on the noisy
-  validation images is highest; the accepted share; the number of steps taken; the mean
-  distance of the last tenth of the steps; the wrong share of the accepted examples.
+  Test accuracies: the best, the final, and the one at the highest accuracy on the noisy
+  validation images. The accepted share; the number of steps taken; the mean distance of
+  the last tenth of the steps; the wrong share of the accepted examples.
   """
   trace, curves = experiment.traces[arm.name], experiment.curves[arm.name]
   accuracy, accepted = curves["test_accuracy"], trace["accepted"]
@@ -34,7 +34,7 @@ def summary(experiment: runs.Experiment, arm: Any) -> dict[str, np.ndarray | Non
   wrong = np.stack([schedule.wrong_examples() for schedule in experiment.schedules])
   from_wrong = None
   if wrong.any() and not arm.clean:
-    # Of each example `[seeds, steps, k, b]`, whatever was accepted.
+    # One value per example `[seeds, steps, k, b]`, also if microbatches are accepted.
     each = accepted.reshape(*wrong.shape[:3], -1) & np.ones_like(wrong)
     from_wrong = _ratio((each & wrong).sum((1, 2, 3)), each.sum((1, 2, 3)))
   late = trace["distance"][:, -max(1, experiment.part.steps // 10) :]

@@ -1,4 +1,4 @@
-"""Report: scores of all seeds as CSV, and what GAF gained over chance and rivals."""
+"""Scores of all seeds as CSV, and GAF's gains over chance and rivals."""
 
 import csv
 import dataclasses
@@ -16,7 +16,7 @@ from runs import write_whole
 # Fewer values than this hardly determine their spread.
 FEWEST_SEEDS = 3
 SCORES = ("final", "picked")
-# What tells wrong examples from right ones.
+# Signals that separate wrong examples from right ones.
 SIGNALS = ("distance", "loss", "gradient norm")
 # Files whose scores are losses.
 _LOSSES = ("byte-lm",)
@@ -36,7 +36,7 @@ class Difference:
 
   @classmethod
   def of(cls, ours: np.ndarray, theirs: np.ndarray | float = 0.0) -> "Difference":
-    """Of arrays `[seeds]`."""
+    """The difference of arrays `[seeds]`."""
     paired = np.asarray(ours, float) - theirs
     if len(paired) < FEWEST_SEEDS:
       return cls(float(paired.mean()), None)
@@ -60,14 +60,14 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """What an arm achieved in one setting.
+  """Scores of an arm in one setting.
 
   Attributes:
     part, title: name of the setting, for files and for people.
     arm, label: name of the arm, likewise.
     role: 'gaf', 'rival', 'chance' or 'ideal'; see `arms.Arm`.
     imitates: name of the arm that this one is a control of, or ''.
-    scores: by column, `[seeds]`; higher is better. NaN where there is none.
+    scores: by column, `[seeds]`; higher is better. NaN if missing.
   """
 
   part: str
@@ -132,12 +132,12 @@ def settings(path: pathlib.Path) -> list[Setting]:
 
 @dataclasses.dataclass(frozen=True)
 class Gain:
-  """What a GAF arm gained in one score.
+  """The gain of a GAF arm in one score.
 
   Attributes:
     result: of the arm.
     plain: over the plain mean.
-    chance: over as much at random, the better of two ways; None without a control.
+    chance: over the better of its random controls; None without a control.
     rival: over the rival with the highest mean, which a user cannot know.
     best: the label of that rival.
   """
@@ -156,7 +156,7 @@ class Gain:
 
 
 def gains(setting: Setting, score: str) -> list[Gain]:
-  """Of all GAF arms of a setting."""
+  """The gains of all GAF arms of a setting."""
   best = lambda some: max(some, key=lambda one: one.mean(score), default=None)
   plain = next(iter(setting.values()))
   rival = best([one for one in setting.values() if one.role == "rival"])
@@ -177,7 +177,7 @@ def gains(setting: Setting, score: str) -> list[Gain]:
 
 
 def short(label: str) -> str:
-  """The label of an arm without what it imitates, but with a share that it is told."""
+  """The label of an arm without the imitated arm, but with a share that it is told."""
   what, _, imitated = label.partition(", as m")
   if told := re.search(r"best (\S+%)", imitated):
     what += f" of {told[1]}"
@@ -185,7 +185,7 @@ def short(label: str) -> str:
 
 
 def table(found: Sequence[Setting]) -> str:
-  """A Markdown table: every arm but chance, and what the GAF arms gained."""
+  """A Markdown table: every arm except chance, and the gains of the GAF arms."""
   header = ["", "accepted", "of these wrong"]
   for score in SCORES:
     header += [score, "- plain mean", "- chance", "- best rival"]
@@ -225,7 +225,7 @@ def spread(values: np.ndarray) -> str:
 
 
 def aligned(lines: list[list[str]]) -> str:
-  """Markdown that can be read in a terminal too; the first line is the header."""
+  """Markdown that is also readable in a terminal; the first line is the header."""
   widths = [max(map(len, column)) for column in zip(*lines)]
   lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
   return "\n".join(

@@ -1,4 +1,4 @@
-"""Robust: rivals of `gaf_optax` where workers are faulty, and the arms of `faults.py`.
+"""Rivals of `gaf_optax` for faulty workers, and the arms of `faults.py`.
 
 Micro-gradients are `[k, P]` here, the flat gradients of k workers.
 """
@@ -99,7 +99,7 @@ def on_tree(inner, unravel) -> optax.GradientTransformation:
 
 
 class Arm(NamedTuple):
-  """What an arm is made from; only the arms that say so are told `num_faulty`."""
+  """Inputs of an arm; only arms with "told" in their name use `num_faulty`."""
 
   then: optax.GradientTransformation
   k: int

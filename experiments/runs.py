@@ -1,4 +1,4 @@
-"""Runs: trains every arm of every part, each of which is saved when it is complete."""
+"""Trains every arm of every part, and saves each arm when it is complete."""
 
 import argparse
 import dataclasses
@@ -44,7 +44,7 @@ class Trainer:
 
 @dataclasses.dataclass
 class Experiment:
-  """One part: what each seed sees, and what came out.
+  """One part, with each seed's schedule and results.
 
   Attributes:
     part: the setting.
@@ -63,7 +63,7 @@ class Experiment:
 
   @property
   def steps(self) -> np.ndarray:
-    """The steps after which is evaluated."""
+    """The steps after which arms are evaluated."""
     part = self.part
     return np.arange(part.eval_every, part.steps + 1, part.eval_every)
 
@@ -130,12 +130,12 @@ def run_all(
   settings: dict,
   resume: bool,
 ) -> None:
-  """Trains what is not complete yet.
+  """Trains the arms that are not complete yet.
 
   Args:
-    directory: gets an `.npz` file per arm. Empty or new, or that of a run to resume.
-    experiments: what runs.
-    settings: what must be the same when a run is resumed; JSON.
+    directory: for an `.npz` file per arm; new, empty, or left by the run to resume.
+    experiments: the parts to run.
+    settings: must be the same when a run is resumed; JSON.
     resume: whether to keep the arms that are complete.
   """
   config = directory / "config.json"
@@ -164,7 +164,7 @@ def write_whole(path: pathlib.Path, content: bytes) -> None:
 
 
 def parser(description: str, out: str, steps: str, seeds: str):
-  """A command line with the options of the size and of the output."""
+  """A command line with options for size and output."""
   made = argparse.ArgumentParser(description=description)
   made.add_argument("--steps", type=_count, help=f"of each run; default {steps}")
   made.add_argument("--seeds", type=_count, help=f"how many; default {seeds}")

@@ -1,4 +1,4 @@
-"""Schedule: what each step of each seed sees, a function of seed and step alone."""
+"""The microbatches of each step, a function of seed and step alone."""
 
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ _OWN_CLASSES = 3
 
 
 class Batches(NamedTuple):
-  """What n steps see."""
+  """The microbatches of n steps."""
 
   steps: Any  # int32 `[n]`, their numbers
   indices: Any  # int32 `[n, k, b]`, which training images
@@ -52,7 +52,7 @@ class Schedule:
       self._own = [self._own_rows(base, source) for source in range(k)]
 
   def batches(self, start: int, stop: int, clean: bool) -> Batches:
-    """What the steps from `start` to before `stop` see; `clean`: nothing is wrong.
+    """Batches of the steps in `[start, stop)`; with `clean`, nothing is wrong.
 
     Each pass has a new random order; with `skew`, each step draws anew.
     """

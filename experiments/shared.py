@@ -1,4 +1,4 @@
-"""Shared: data and models of the example, a vision transformer, held-out images."""
+"""Data and models of the example, a vision transformer, and held-out images."""
 
 import dataclasses
 import pathlib
@@ -87,7 +87,7 @@ class Images:
 
 
 def images(part, data_dir: str, cache: dict | None = None) -> Images:
-  """The images of a part, of which the last sixth of the training images is held out.
+  """The images of a part; the last sixth of the training images is held out.
 
   `cache` keeps loaded datasets and computed features, for other parts.
   """

@@ -1,8 +1,8 @@
-"""Tabular: a classifier's and a regression's wrong targets, with simple rivals.
+"""Classification and regression with wrong targets, and simple rivals.
 
 `python experiments/tabular.py` trains an MLP on scikit-learn's bundled tables (breast
-cancer, wine, diabetes) with wrong targets: spread evenly over the examples, where
-examples are compared; or those of three of eight sources, compared with a memory.
+cancer, wine, diabetes) with wrong targets. Either these are spread evenly, and
+examples are compared; or three of eight sources are wrong, and a memory compares them.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from gaf_optax import rules
 SEEDS = 10
 STEPS, EVERY = 1000, 20  # of training, and between two looks at the test data
 ROWS = 64  # in a batch
-SHARE = 0.4  # of the examples have wrong targets, where they are spread evenly
+SHARE = 0.4  # share of the examples with wrong targets, if spread evenly
 K, NUM_WRONG = 8, 3  # sources, and how many of them are wrong: the first
 EMA_DECAY = 0.99
 AUC_AT = (0, 1, 5, 20, 50)  # looks: before training, and after 20 to 1,000 steps
@@ -52,7 +52,7 @@ class Data(NamedTuple):
 
 
 def load(task: str, by_source: bool, seed: int) -> Data:
-  """The table, of which half trains and a sixth validates, both with wrong targets."""
+  """The split table; a half trains and a sixth validates, both with wrong targets."""
   rng = np.random.default_rng(seed)
   table = TASKS[task]()
   order = rng.permutation(len(table.target))
@@ -61,7 +61,7 @@ def load(task: str, by_source: bool, seed: int) -> Data:
   tests = validates + len(y) // 6
   x = (x - x[:validates].mean(0)) / x[:validates].std(0)
   seen = np.arange(len(y)) < tests
-  if by_source:  # Of eight rows in a row each is from another source.
+  if by_source:  # Each of eight consecutive rows is from another source.
     wrong = seen & (np.arange(len(y)) % K < NUM_WRONG)
   else:
     wrong = seen & (rng.random(len(y)) < SHARE)
@@ -107,7 +107,7 @@ def forward(params, x):
 
 
 def losses(params, x, targets, huber=False):
-  """Of each example; targets are distributions `[B, c]` or values `[B]`."""
+  """Losses of single examples; targets are distributions `[B, c]` or values `[B]`."""
   _, out = forward(params, x)
   if targets.ndim == 2:
     return optax.softmax_cross_entropy(out, targets)
@@ -160,7 +160,7 @@ def by_agreement(tau):
 
 
 class Arm(NamedTuple):
-  """How one of the methods trains.
+  """One way to train.
 
   Attributes:
     weights: of the examples of a batch; or by source a transformation of stacked
@@ -240,15 +240,15 @@ BY_SOURCE = {
 }
 
 
-# What is compared with chance in the table of all settings: it keeps as many.
+# The arm that the table of all settings compares with chance, which keeps as many.
 OURS = {False: "`tau_quantile(0.6)`", True: "`memory_decay=0.98`"}
 
 
 class Curves(NamedTuple):
   """Scores at every look `[looks]`, on noisy validation data and on test data.
 
-  `signals` are, of every training example at `AUC_AT`, its distance, loss, and gradient
-  norm of the last layer: `[looks, 3, examples]`; None where not wanted.
+  `signals` `[looks, 3, examples]` are distance, loss and last-layer gradient norm of
+  every training example at `AUC_AT`; None if not wanted.
   """
 
   validation: Any
@@ -325,7 +325,7 @@ def train(seed, data, *, arm, by_source, num_classes, with_signals) -> Curves:
 
 
 def curves(task, by_source, arm, with_signals=False) -> tuple[Curves, Any]:
-  """Of all seeds, and which training examples are wrong `[seeds, examples]`."""
+  """Curves of all seeds, and which training examples are wrong `[seeds, examples]`."""
   tables = [load(task, by_source, seed) for seed in range(SEEDS)]
   data = Data(*map(np.stack, zip(*tables)))
   classes = int(data.test_y.max()) + 1 if is_classification(task) else 0
@@ -351,7 +351,7 @@ def three(found: Curves) -> dict[str, np.ndarray]:
 
 
 def role(name) -> str:
-  """What an arm is in a comparison: ours, chance, an ideal, or a simple rival."""
+  """The role of an arm in a comparison: ours, chance, an ideal, or a simple rival."""
   if name.startswith("`") or name == "one step compared":
     return "gaf"
   if name.endswith("at random"):

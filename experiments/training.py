@@ -1,4 +1,4 @@
-"""Training: compiled steps of the image experiments, and the accuracy after them."""
+"""Compiled steps of the image experiments, and the accuracy after them."""
 
 import functools
 from typing import Any, NamedTuple
@@ -26,14 +26,14 @@ from arms import (
 from schedule import Batches, Schedule
 from shared import Images, make_model
 
-# Number of steps that all take part in before the smallest losses decide.
+# Number of steps that keep all before the smallest losses decide.
 WARM_UP = 100
 # Number of training images whose signals are compared with their labels.
 _NUM_TOLD_APART = 256
 _EVALUATION_BATCH = 500
 # Label of padding: never correct.
 _NO_CLASS = -1
-# Decay of the running losses of sources, as of their cosines.
+# Decay of the sources' running losses; their cosines have the same decay.
 _MEMORY = 0.98
 _LAST_LAYER = "head"
 # A source with stale parameters copies the newest ones after this many steps.
@@ -55,7 +55,7 @@ _PLATEAU = optax.contrib.reduce_on_plateau(factor=0.1, patience=10)
 
 
 class Learner(NamedTuple):
-  """What training changes."""
+  """State of training."""
 
   params: Any
   batch_stats: Any  # BatchNorm's running statistics, empty without BatchNorm
@@ -63,13 +63,13 @@ class Learner(NamedTuple):
   plateau: Any  # State of `_PLATEAU`, or None
   stale: Any  # Older parameters, where some sources have those, or None
   average: Any  # Moving average of `(params, batch_stats)`, or None
-  source_losses: Any  # float32 `[k]`, running losses where those decide, or None
+  source_losses: Any  # float32 `[k]`, running losses if an arm chooses by them, or None
 
 
 class Trace(NamedTuple):
-  """What happened at each step, with steps as the first axis.
+  """Record of the steps, which are the first axis.
 
-  k is the number of microbatches, or of examples where those are compared.
+  k is the number of microbatches, or of examples if those are compared.
   """
 
   loss: Any  # float32, mean over all microbatches, accepted or not
@@ -139,8 +139,8 @@ class Trainer(runs.Trainer):
   ) -> tuple[Learner, dict[str, float]]:
     """Accuracy on the test images and, by noisy labels, on the held-out images.
 
-    Where training labels are wrong, also how well three signals tell which ones: areas
-    under ROC of distance, loss and gradient norm. On a plateau the learner slows down.
+    With wrong training labels, also areas under ROC for finding them by distance, loss
+    and gradient norm. On a plateau, lowers the learning rate.
     """
     variables = learner.average or (learner.params, learner.batch_stats)
     accuracy, loss = self._measured(variables, *self._test)

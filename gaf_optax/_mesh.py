@@ -202,8 +202,8 @@ def split_batch(x: jax.Array, k: int, vmapped: bool) -> jax.Array:
   if not by_rows and not (vmapped and k % number == 0):
     raise ValueError(
       f"a batch of {x.shape[0]} rows is sharded over {number} devices (mesh axes"
-      f" {spec[0]}), but each of its {k} microbatches has {shape[0]} rows, not a multiple"
-      f" of {number}. Use larger microbatches, or fewer devices for the batch."
+      f" {spec[0]}), but each of its {k} microbatches has {shape[0]} rows, not a"
+      f" multiple of {number}. Use larger microbatches, or fewer devices for the batch."
     )
   rows, leading = (spec[0], ((), spec[0])) if by_rows else ((), (spec[0], ()))
   (x,) = reshard([x], [_partition((rows, *spec[1:]))], mesh)

@@ -301,5 +301,5 @@ def test_a_batch_that_devices_do_not_divide():
   params, x, y = model()
   mesh = device_mappings.mesh(kind=AxisType.Explicit)
   batch = place((x.reshape(-1, WIDTH), y.reshape(-1, WIDTH)), mesh, (P("data"),) * 2)
-  with pytest.raises(ValueError, match="8 devices .*16 microbatches of 2 rows"):
+  with pytest.raises(ValueError, match="8 devices .*16 microbatches has 2 rows"):
     gaf_optax.value_and_grad(loss, 16)(place(params, mesh, WHOLE), *batch)

@@ -47,7 +47,7 @@ def images():
 
 @pytest.fixture(scope="session")
 def by_people(images):
-  """The same with labels by people, who always take the class before the right one."""
+  """The same, with labels by people: always the class before the right one."""
   return dataclasses.replace(images, given=(images.given + 2) % 3)
 
 

@@ -150,7 +150,7 @@ def _chosen(accepted):
 
 
 def test_steps_are_adamw_on_the_mean_of_what_is_kept(trainer, text):
-  """With a skipped step, which moves the learning rate alone, and smoothed labels."""
+  """With a skipped step, which only changes the learning rate, and smoothed labels."""
   schedule = optax.warmup_cosine_decay_schedule(0.0, 4e-3, 2, 20)
   batches = _schedule(text, "shifted", k=4, size=1).batches(0, 4, False)
   accepted = np.array([[1, 1, 0, 1], [0, 0, 0, 0], [1, 0, 1, 0], [1, 1, 1, 1]], bool)

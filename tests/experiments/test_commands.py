@@ -1,4 +1,4 @@
-"""Commands: each runs at a tiny size, and a killed run goes on exactly."""
+"""Each command runs at a tiny size, and a killed run resumes exactly."""
 
 import dataclasses
 import functools
@@ -128,7 +128,7 @@ def test_summary_by_hand():
 
 
 def test_a_killed_run_goes_on_exactly(tmp_path):
-  """Killed while it trains; files of complete arms are kept, and all ends the same."""
+  """Killed while it trains; complete arms are kept, and the results are the same."""
   command = [sys.executable, str(overview.RESULTS.parent / "paper.py"), "random-labels"]
   command += ["--steps", "60", "--seeds", "2", "--out"]
   env = os.environ | {"JAX_PLATFORMS": "cpu"}
@@ -267,7 +267,7 @@ def test_batch_norm(monkeypatch, capsys):
   ]
   assert len(lines) == 3
   distances = np.array([[0.1, 0.2, 0.2, 0.3, 0.9, 0.2, 0.4, 0.1]])
-  # Of 15 pairs: 0.2 is above one of the right ones and equal to two, and so on.
+  # 15 pairs: 0.2 is above one of the right ones and equal to two, and so on.
   right, wrong = distances[0, :5], distances[0, 5:]
   pairs = [(w > r) + (w == r) / 2 for w in wrong for r in right]
   assert batch_norm.area_under_roc(distances) == pytest.approx(np.mean(pairs))

@@ -68,7 +68,7 @@ def test_bit_flips():
     assert np.all(differing_bits(flip(1.0, bf16), stored) == 1)
     share = np.mean(differing_bits(flip(0.25, bf16), stored))
     assert abs(share - 0.25) < 0.03
-  # Those of a bfloat16 are the upper 16, all of which are hit.
+  # A bfloat16 has the upper 16 bits, and all of them are hit.
   changed = flip(1.0, True).view(np.uint32) ^ rounded.view(np.uint32)
   assert set(np.log2(changed.ravel())) == set(range(16, 32))
   changed = flip(1.0, False).view(np.uint32) ^ x.view(np.uint32)
@@ -171,7 +171,7 @@ def test_workers_have_classes_of_their_own():
     assert drawn.shape == (20, 8, 50) and drawn.dtype == np.int32
     for worker in range(8):
       counts = np.sort(np.bincount(y[drawn[:, worker]].ravel(), minlength=10))
-      # Three classes have 0.3 of the other examples, too.
+      # Three of ten classes also get 0.3 of the other examples.
       assert abs(counts[-3:].sum() / 1000 - (own + 0.3 * (1 - own))) < 0.07
 
 

@@ -1,4 +1,4 @@
-"""Features: of patches, of the training images alone, one quadrant each."""
+"""Patch features: derived from the training images alone, one quadrant each."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def test_features_are_standardized_over_the_training_images(pixels):
   deviations = flat.std(axis=0)
   assert np.all((np.abs(deviations - 1) < 1e-2) | (deviations == 0))
   np.testing.assert_allclose(test, train[:7], atol=1e-4)
-  # Others do not change those of the training images.
+  # Other images do not change the features of the training images.
   again, _ = features.of_patches(pixels, 255 - pixels[:3])
   np.testing.assert_array_equal(again, train)
 

@@ -18,7 +18,7 @@ _LOW, _HIGH = [0.50, 0.52, 0.51, 0.53], [0.71, 0.72, 0.70, 0.74]
 
 
 def test_differences_are_paired():
-  # Far apart from seed to seed, yet every time better by nearly the same.
+  # Scores vary with the seed, but the gain hardly does.
   theirs = np.array([0.1, 0.5, 0.9])
   difference = Difference.of(theirs + [0.02, 0.03, 0.04], theirs)
   assert difference.mean == pytest.approx(0.03)
@@ -87,7 +87,7 @@ def test_gains_by_hand(tmp_path):
   assert (picked.best, picked.rival.mean, picked.verdict) == ("GAF plain", 0, "ties")
   header, _, heading, *lines = report.table([setting]).splitlines()
   cells = lambda line: [cell.strip() for cell in line.split("|")[1:-1]]
-  assert "**a setting**" in heading and len(lines) == 5  # All but chance.
+  assert "**a setting**" in heading and len(lines) == 5  # All except chance.
   ours = dict(zip(cells(header), cells(lines[2])))
   assert (ours[""], ours["accepted"], ours["of these wrong"]) == (
     "GAF ours",
@@ -109,7 +109,7 @@ def test_verdicts(tmp_path):
       (_arms(ema=_HIGH), "ties"),
       (_arms(ours=_LOW, chance=_HIGH), "loses"),
       (_arms(ours=_LOW, ema=_HIGH), "loses"),
-      # Above chance alone does not make up for a better rival.
+      # A gain over chance does not make up for a better rival.
       (_arms(ours=_LOW, chance=[0, 0.01, 0.02, 0], ema=_HIGH), "loses"),
     )
   ):
@@ -127,7 +127,7 @@ def test_names_of_rivals_that_imitate():
 
 
 def test_one_way_for_all_settings(tmp_path):
-  """`a` is behind by 0 and 0.2, `b` by 0.1 and 0; what is told a share is one way."""
+  """`a` is behind by 0 and 0.2, `b` by 0.1 and 0; arms told a share are one way."""
   same = lambda x: [x, x, x]
   ways = lambda a, b, told, name: {
     "plain": ("rival", same(a), same(a)),
@@ -157,7 +157,7 @@ def test_kept_results_are_those_that_the_texts_show(tmp_path):
     settings = report.settings(overview.RESULTS / f"{name}.csv")
     assert len(next(iter(settings[0].values())).scores["final"]) in (3, 5, 10)
     if name in figures.FIGURES:
-      # What would run now is what was kept.
+      # The kept results are of the arms that would run now.
       of_arm = lambda arm: (arm.name, arm.label, arm.role, arm.imitates or "")
       planned = [
         (part.name, part.title, [of_arm(arm) for arm in part.arms])
@@ -172,7 +172,7 @@ def test_kept_results_are_those_that_the_texts_show(tmp_path):
         for setting in settings
       ]
       assert planned == kept
-  # Cells are padded in one and not in the other.
+  # Cells are padded in only one of the tables.
   words = lambda text: re.sub(r" +", " ", re.sub(r"-+", "-", text))
   assert words(overview.counts(overview.claims())) in words(text)
   overview.draw(tmp_path)

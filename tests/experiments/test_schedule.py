@@ -1,4 +1,4 @@
-"""Schedule: what steps see depends on seed and step alone, and is wrong as said."""
+"""Schedule: batches depend on seed and step alone, and are wrong as specified."""
 
 import numpy as np
 import pytest
@@ -130,7 +130,7 @@ def test_sources_with_classes_of_their_own(make_part, images, monkeypatch):
   share = lambda skew: _most_frequent(
     Schedule(make_part(skew=skew, steps=300), images, 0)
   )
-  # A source's own class, and a third of what is drawn from all classes.
+  # A source's own class, and a third of the draws from all classes.
   np.testing.assert_allclose(share(0.7), 0.7 + 0.3 / 3, atol=0.05)
   np.testing.assert_allclose(share(0.01), 1 / 3, atol=0.06)
   schedule = Schedule(make_part(skew=0.5), images, 0)

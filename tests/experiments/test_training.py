@@ -30,13 +30,13 @@ def _gradient(params, x, targets):
 
 
 def _gradients(params, x, targets):
-  """Of each microbatch `[k, b, ...]`, in double precision."""
+  """Gradients of microbatches `[k, b, ...]`, in double precision."""
   each = [_gradient(params, np.float32(a), np.float32(b)) for a, b in zip(x, targets)]
   return [jax.tree.map(lambda g: np.asarray(g, float), one) for one in each]
 
 
 def _losses(params, x, targets):
-  """Of single examples, in NumPy."""
+  """Losses of single examples, in NumPy."""
   dense, head = params["Dense_0"], params["head"]
   hidden = np.maximum(x.reshape(len(x), -1) @ dense["kernel"] + dense["bias"], 0)
   logits = hidden @ head["kernel"] + head["bias"]
@@ -163,7 +163,7 @@ def test_what_each_way_of_the_plain_mean_changes(images, make_part):
 
 
 def test_single_examples_and_their_controls(images, make_part, monkeypatch):
-  """Compared by the last layer with their 5 nearest; kept as many; smallest losses."""
+  """Last-layer comparison with the 5 nearest; as many at random; smallest losses."""
   monkeypatch.setattr(training, "WARM_UP", 1)
   compared = dict(quantile=0.5, by_example=True, rule="nearest_neighbors")
   for arm in arms.gaf_arms(2, ema_decay=0.5, **compared):
@@ -192,7 +192,7 @@ def test_single_examples_and_their_controls(images, make_part, monkeypatch):
 
 
 def test_smallest_losses_of_microbatches(images, make_part, monkeypatch):
-  """Of one step; of sources that persist, by their running mean."""
+  """By one step's losses; for persistent sources, by their running mean."""
   monkeypatch.setattr(training, "WARM_UP", 2)
   monkeypatch.setattr(training, "_MEMORY", 0.8)
   _, control = arms.gaf_arms(_K, ["loss"], tau=0.9)
@@ -284,7 +284,7 @@ def test_areas_of_what_tells_wrong_labels(images, make_part):
 
 
 def test_optimizers(images, make_part):
-  """The first step of each, from the gradient's definition of the optimizer."""
+  """The first step of each, from the optimizer's definition."""
   steps = {
     "sgd": lambda g: g,
     "momentum": lambda g: g,
@@ -307,7 +307,7 @@ def test_plateau(images, make_part, monkeypatch):
   plateau = optax.contrib.reduce_on_plateau(factor=0.1, patience=2)
   monkeypatch.setattr(training, "_PLATEAU", plateau)
   run = _Run(images, make_part([arms.PLAIN], optimizer="nesterov-plateau"), arms.PLAIN)
-  for _ in range(4):  # Nothing is trained, so that the loss stays.
+  for _ in range(4):  # Nothing is trained, so the loss is constant.
     run.learner, _ = run.trainer.evaluate(arms.PLAIN, run.learner, run.schedule)
   assert float(run.learner.plateau.scale) == pytest.approx(0.1)
   params = run.params
