@@ -27,7 +27,7 @@ def example_weights(
   .. math:: G = (A A^\top + 1) \odot (D D^\top)
 
   The matrices of several layers are added; usually the last layer is enough. A layer
-  takes `B^2 (d + c)` multiplications.
+  with inputs `[B, d]` and outputs `[B, c]` takes `B^2 (d + c)` multiplications.
 
   Args:
     activations: the inputs `[B, d]` of a dense layer with a bias; or a sequence of

@@ -61,8 +61,8 @@ def gaf(
   Args:
     tau: the largest accepted distance, in [0, 2]: a float, an `optax.Schedule` (called
       with the number of updates), :func:`target_accept_rate`, :func:`tau_quantile` or
-      :func:`adaptive_tau`. The paper uses 0.92 to 1.0; larger microbatches start
-      at smaller distances.
+      :func:`adaptive_tau`. The paper uses 0.92 to 1.0. The larger the
+      microbatches, the smaller the distances at the start of training.
     rule: how micro-gradients are compared: `rules.sequential()` (the default, above),
       another rule of :mod:`gaf_optax.rules`, or any callable
       `(gram [k, k], valid [k] bool, tau) -> rules.Decision`. `valid` is False for
@@ -75,7 +75,7 @@ def gaf(
       tuple of names, where each device calls `update` with its own micro-gradient,
       shaped like the parameters. All devices get the same result, typed as replicated.
       The k devices are in row-major order of the names. Communication: the volume of
-      `jax.lax.pmean` plus one k x k matrix; 1.5 times that with `anchor_decay`.
+      `jax.lax.pmean` plus a k x k matrix per group; 1.5 times that with `anchor_decay`.
     param_axes: the name of a mesh axis, or a tuple of names, over which the parameters
       are sharded. Inner products are summed over these axes; a replicated leaf counts
       once. Without the replication check of `jax.shard_map` pass a tree of the

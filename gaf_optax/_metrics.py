@@ -93,9 +93,9 @@ def sources(opt_state: Any) -> dict[str, jax.Array]:
   Returns:
     A dict of columns, float32 `[k]`:
 
-    * `agreement`: the mean cosine to the (k // 2)-th nearest other source, in [-1, 1]:
-      1 minus the distance of `rules.majority()` (the mean over the groups). Pairs that
-      were never compared count as orthogonal; NaN if a source was never compared;
+    * `agreement`: the remembered cosine to the (k // 2)-th nearest other source, in
+      [-1, 1] (1 minus the distance of `rules.majority()`, the mean over the groups).
+      Pairs that were never compared count as orthogonal; NaN if a source never was;
     * `accept_rate`: the share of steps since `init` in which the source was accepted in
       any group, in [0, 1]. Skipped steps and gradients that are not finite count as
       not accepted;

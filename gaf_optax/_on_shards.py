@@ -33,8 +33,8 @@ def on_shards(
     specs: a tree of the parameters' `PartitionSpec`, a prefix of it, or a function of
       the parameters' shapes (a tree of `jax.ShapeDtypeStruct`) that returns either.
     lead: how the micro-gradient axis is sharded, as the first entries of a
-      `PartitionSpec`: `(None,)` if it is not; `(name,)` over a mesh axis (with
-      `gaf(axis_name=name, stacked=True)`); `()` without such an axis (`multi_steps`).
+      `PartitionSpec`: `(None,)` if it is not; `(name,)` if over a mesh axis (with
+      `gaf(axis_name=name, stacked=True)`); `()` if there is none (`multi_steps`).
 
   Returns:
     A transformation whose `update` takes leaves `[k, *shape]`, or `[*shape]` if `lead`

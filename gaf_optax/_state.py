@@ -38,8 +38,8 @@ class GafState(NamedTuple):
       for m groups.
     distances: float32 `[k]`, means over the groups; -1 if there was nothing to compare.
     accepted: bool `[k]`, accepted in any group.
-    weights: float32 `[k]`, weights in the result (means over the groups). They sum to
-      1, or are all 0 without agreement.
+    weights: float32 `[k]`, weights in the result (means over the groups). Their sum is
+      the share of groups that agree.
     accept_rates: float32 `[k]`, shares of the steps since `init` in which a
       micro-gradient was accepted in any group.
   """
@@ -90,12 +90,12 @@ class Agreement(NamedTuple):
   """Which of k micro-gradients agreed, and their weights.
 
   Attributes:
-    agreed: bool scalar, whether any two agreed; if not, the gradient is zero.
+    agreed: bool scalar, whether any was accepted; if not, the gradient is zero.
     num_accepted: float32 scalar, the number of accepted micro-gradients (the mean over
       the groups).
     accepted: bool `[k]`, accepted in any group.
     weights: float32 `[k]`, the weights in the gradient (the means over the groups).
-      They sum to 1, or are all 0 without agreement.
+      Their sum, over all devices, is the share of groups that agree.
     distances: float32 `[k]`, in [0, 2]; -1 if there was nothing to compare.
     nonfinite: int32 scalar, the number of micro-gradients that are not finite.
   """

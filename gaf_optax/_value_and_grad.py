@@ -78,8 +78,8 @@ def value_and_grad(
       `compare` only `param_axes`, `groups` and the rules `rules.sequential()` and
       `rules.running_average()` are supported; with it any `rule`, `embed`,
       `max_norm_ratio` and `axis_name`. With `axis_name` each device splits its own
-      batch, and all microbatches are compared. Every device gets the same value and
-      gradient, and the agreement of its own microbatches.
+      batch, and all microbatches are compared. Every device gets the same value,
+      gradient and agreement, whose arrays `[k]` are those of its own microbatches.
     stacked, anchor_decay, memory_decay: not supported.
 
   Returns:

@@ -46,7 +46,7 @@ def worker_momentum(
     `[k, *shape]`, or `[*shape]`, of the same dtypes. Extra arguments are ignored. A
     state for k micro-gradients can be sharded over k devices: inside `jax.shard_map`
     with `in_specs=P('data')` each device has averages `[1, *shape]` and passes its
-    micro-gradient, `[*shape]`. If a micro-gradient is itself sharded over devices, each
+    micro-gradient, `[*shape]`. If `jax.shard_map` also shards each micro-gradient, each
     part is checked for NaN separately.
 
   Raises:
