@@ -161,7 +161,8 @@ def two_pass(
 
 def _zero_unless_finite(grads, agreement):
   """Handles NaN and infinity in leaves that are not compared: nothing agrees."""
-  leaves = [x for x in jax.tree.leaves(grads) if jnp.issubdtype(x.dtype, jnp.inexact)]
+  inexact = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)
+  leaves = [x for x in jax.tree.leaves(grads) if inexact(x)]
   finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))
   zero = lambda x: jnp.where(finite, x, jnp.zeros_like(x))
   agreement = agreement._replace(
@@ -171,7 +172,6 @@ def _zero_unless_finite(grads, agreement):
     weights=zero(agreement.weights),
     nonfinite=jnp.maximum(agreement.nonfinite, jnp.where(finite, 0, 1)),
   )
-  inexact = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)
   return jax.tree.map(lambda x: zero(x) if inexact(x) else x, grads), agreement
 
 
