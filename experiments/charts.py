@@ -19,7 +19,6 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _DPI, _PALETTE = 84, 64
 # The simple rivals are grey.
 _DASHES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
-_LINES = {"steps": "--", "choice": "-.", "loss": ":", "right": "--"}  # By control
 _MARKERS = {
   "plain": ("black", "o", "the plain mean"),
   "chance": ("#0072B2", "s", "as much at random"),

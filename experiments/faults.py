@@ -68,7 +68,6 @@ class Setting(NamedTuple):
 
 def load(name: str, data_dir: str) -> Task:
   """Digits for an MLP or a ResNet, features of 10,000 images of CIFAR-10, or bytes."""
-  start: Callable
   if name == "bytes":
     text, model = byte_text.load(), byte_training.ByteTransformer(width=32, depth=1)
     # Training windows are about 500 bytes apart.
@@ -290,8 +289,6 @@ FLAWS = {
   "bit flips bf16": Flaw(False, FLIP_RATE, True),
   "stale": Flaw(True, 0.0, False),
 }
-
-
 NAMES = (*FAULTS, *FLAWS, *ATTACKS)
 
 

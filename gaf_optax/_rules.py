@@ -86,6 +86,10 @@ def _snap_to_tau(distances, tau):
   return jnp.where(jnp.abs(distances - tau) <= rounding, tau, distances)
 
 
+def _within(distances, tau):
+  return distances <= jnp.asarray(tau, distances.dtype)
+
+
 def _if_agreed(weights, accepted, distances):
   """The decision; accepts nothing if no two agree."""
   agreed = jnp.sum(accepted) > 1
@@ -130,13 +134,10 @@ class Rule:
   def decide(self, rows: Rows, tau) -> Decision:
     raise NotImplementedError
 
-  def accepts(self, distances, tau):
-    return distances <= jnp.asarray(tau, distances.dtype)
-
   def soft_weights(self, distances, tau):
     """Weights in [0, 1] of micro-gradients at these distances."""
     if self.softness == 0:
-      return self.accepts(distances, tau).astype(distances.dtype)
+      return _within(distances, tau).astype(distances.dtype)
     margin = jnp.asarray(tau, distances.dtype) - distances
     return jax.nn.sigmoid(margin / self.softness)
 
@@ -192,7 +193,7 @@ class Sequential(Rule):
     keep = jnp.where((mean.weight > 0) & (own > 0), self.keep, 1).astype(mm.dtype)
     squares = (1 - share) ** 2 * mean.squares + (share * scale) ** 2 * gg
     compared = valid & ~starts
-    accepted = valid & (starts | self.accepts(found, tau))
+    accepted = valid & (starts | _within(found, tau))
     step = Step(share, keep, keep * own, accepted, jnp.where(compared, found, jnp.nan))
     return Mean(keep * total, squares), step
 
@@ -234,7 +235,7 @@ class LeaveOneOut(Rule):
     distances = distance(self.distance, jnp.diagonal(with_rows), mm, squares, tau)
     distances = jnp.where(valid & jnp.any(others, axis=1), distances, jnp.nan)
     weights = jnp.where(valid, self.soft_weights(distances, tau), 0)
-    return _if_agreed(weights, self.accepts(distances, tau), distances)
+    return _if_agreed(weights, _within(distances, tau), distances)
 
 
 def _pairs(kind, rows, tau=None):
@@ -250,13 +251,13 @@ class MostNeighbors(Rule):
 
   def decide(self, rows, tau):
     pairs = _pairs(self.distance, rows, tau)
-    center = jnp.argmax(jnp.sum(self.accepts(pairs, tau), axis=1))
+    center = jnp.argmax(jnp.sum(_within(pairs, tau), axis=1))
     distances = pairs[center]
     weights = jnp.where(rows.valid, self.soft_weights(distances, tau), 0)
     is_center = jnp.arange(distances.shape[0]) == center
     return _if_agreed(
       jnp.where(is_center & rows.valid, 1, weights),
-      self.accepts(distances, tau),
+      _within(distances, tau),
       jnp.where(is_center, jnp.nan, distances),
     )
 
@@ -282,7 +283,7 @@ class MinNeighbors(Rule):
     # Accepted if tau is at least the distance to the last neighbor needed.
     in_order = jnp.sort(_pairs(self.distance, rows, tau), axis=1)
     distances = lax.dynamic_index_in_dim(in_order, last, 1, keepdims=False)
-    accepted = self.accepts(distances, tau)
+    accepted = _within(distances, tau)
     return _if_agreed(accepted.astype(distances.dtype), accepted, distances)
 
 
@@ -307,7 +308,7 @@ class NearestNeighbors(Rule):
     mean = _snap_to_tau(mean, tau)
     distances = jnp.where(number > 0, mean, jnp.nan)
     weights = jnp.where(number > 0, self.soft_weights(mean, tau), 0)
-    return _if_agreed(weights, self.accepts(distances, tau), distances)
+    return _if_agreed(weights, _within(distances, tau), distances)
 
 
 def _mean_of_known(values):
@@ -401,7 +402,6 @@ def against_anchor(square, products, rows: Rows, anchored, tau) -> Decision:
   """
   distances = distance("cosine", products, square, jnp.diagonal(rows.gram), tau)
   compared = rows.valid & anchored
-  within = distances <= jnp.asarray(tau, distances.dtype)
-  accepted = rows.valid & (within | ~anchored)
+  accepted = rows.valid & (_within(distances, tau) | ~anchored)
   distances = jnp.where(compared, distances, jnp.nan)
   return Decision(accepted.astype(distances.dtype), accepted, distances)

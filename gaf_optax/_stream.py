@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from gaf_optax import (
   _compat,
+  _exchange,
   _kernels,
   _options,
   _rules,
@@ -167,10 +168,7 @@ def _recorded(stream, step):
 
 def _stack(arrays, spec):
   """A stack of one micro-gradient with leaves `[*shape]`."""
-  _, group_ids, num_groups = spec.layout
-  shards = spec.axes.shards()
-  rows = [x[None] for x in arrays]
-  return _kernels.Stack(rows, group_ids, num_groups, shards=shards)
+  return _exchange.scatter([x[None] for x in arrays], spec).stack
 
 
 def _lerp(mean, value, share):

@@ -404,14 +404,23 @@ def test_a_softness_of_any_kind_of_number():
 
 def test_options_in_double_precision(x64):
   x = jnp.asarray(draw(5, k=4), jnp.float32)
-  for options in (
-    {"rule": rules.sequential(softness=np.float64(0.1))},
-    {"anchor_decay": np.float64(0.9)},
-    {"memory_decay": np.float64(0.9), "num_microbatches": 4},
-  ):
-    tx = gaf_optax.gaf(0.9, **options)
-    _, state = tx.update(x, tx.init(x[0]))
-    assert state.num_updates == 1
+
+  def results(number):
+    for options in (
+      {"rule": rules.sequential(softness=number)},
+      {"anchor_decay": number},
+      {"memory_decay": number, "num_microbatches": 4},
+    ):
+      tx = gaf_optax.gaf(0.9, **options)
+      state = tx.init(x[0])
+      for _ in range(2):
+        updates, state = tx.update(x, state)
+      assert state.num_updates == 2
+      yield updates, state
+
+  found, expected = list(results(np.float64(0.5))), list(results(0.5))
+  assert len(found) == 3
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_tau_quantile_accepts_the_fraction():
